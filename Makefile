@@ -1,0 +1,44 @@
+# make demo: install and run the demo.  make test: install and run the tests.  make check: all that CI checks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STAMP_TEST := $(VENV)/.installed-test
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: install demo test check lint format clean
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: with its release in place nothing else pulls another build of it.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(STAMP_TEST): $(STAMP)
+	$(PIP) -e ".[test]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/decaf compare digits
+
+test: $(STAMP_TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+lint: $(STAMP_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+format: $(STAMP_TEST)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

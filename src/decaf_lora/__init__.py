@@ -1,0 +1,53 @@
+"""decaf-lora: fine-tune one foundation model together, keep every data set where it is, need no server.
+
+graph, task = graphs.ring(10), tasks.digits()
+shards = partition.dirichlet(task.labels, 10, alpha=0.1, seed=0)
+run = Run(task, algorithms.decaf(), graph, shards, rounds=30)
+for record in run.train():
+    ...
+run.save_adapter("adapters/agent-3", agent=3)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Run": "run",
+    "TrainingConfig": "config",
+    "Adapter": "algorithms.base",
+    "Algorithm": "algorithms.base",
+}
+_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "tasks")
+
+if TYPE_CHECKING:
+    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, tasks
+    from decaf_lora.algorithms.base import Adapter, Algorithm
+    from decaf_lora.config import TrainingConfig
+    from decaf_lora.run import Run
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `decaf --help` needs neither.
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"decaf_lora.{_LAZY[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"decaf_lora.{name}")
+    raise AttributeError(f"module 'decaf_lora' has no attribute {name!r}")
+
+
+__all__ = [
+    "Adapter",
+    "Algorithm",
+    "Run",
+    "TrainingConfig",
+    "adapters",
+    "algorithms",
+    "config",
+    "engines",
+    "graphs",
+    "lowrank",
+    "partition",
+    "tasks",
+]

@@ -1,0 +1,25 @@
+"""How does a user's mistake become one clear line?
+
+`UserError` is a `ValueError` whose message names the field and the remedy. The command line prints it
+without a traceback and exits with code 2; everything else is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input that the user can mend; the message says which field and how."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """The names of `known` that look most like `name` (for "did you mean"), best first."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+
+
+def unknown(field: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not one of `known`: lists them and suggests the nearest."""
+    choices = sorted(known)
+    hint = nearest(name, choices)
+    guess = f" Did you mean {hint[0]!r}?" if hint else ""
+    return UserError(f"{field}: {name!r} is not known.{guess} Choose one of: {', '.join(choices)}.")

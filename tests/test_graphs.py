@@ -1,0 +1,616 @@
+"""Graphs against networkx, closed forms and the definition of a doubly stochastic matrix."""
+
+import itertools
+import json
+import math
+import sys
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decaf_lora import graphs
+from decaf_lora.errors import UserError
+from decaf_lora.graphs import Graph, Schedule, parse
+
+THIRD = 1 / 3
+# Which N a kind can take; all the others take any.
+FITS = {
+    "torus": lambda n: n == 1 or any(n % rows == 0 for rows in range(2, n)),
+    "bipartite": lambda n: n >= 3,
+    "complete-bipartite": lambda n: n >= 2,
+    "hypercube": lambda n: n in (1, 2, 4, 8, 16),
+    "random-regular:4": lambda n: n >= 5,
+}
+SPECS = [kind.example if kind.required else name for name, kind in graphs.KINDS.items()]
+quick = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def connected_graphs(draw):
+    """A random tree on 1 to 12 nodes and any further edges."""
+    n = draw(st.integers(1, 12))
+    links = nx.empty_graph(n)
+    links.add_edges_from((node, draw(st.integers(0, node - 1))) for node in range(1, n))
+    pairs = list(itertools.combinations(range(n), 2))
+    if pairs:
+        links.add_edges_from(draw(st.lists(st.sampled_from(pairs), max_size=20)))
+    return links
+
+
+def assert_mixing(graph: Graph, links: nx.Graph) -> None:
+    """Doubly stochastic, symmetric, on exactly the edges of `links`, and contracting."""
+    W = graph.weights
+    np.testing.assert_allclose(W.sum(axis=0), 1, atol=1e-12)
+    np.testing.assert_allclose(W.sum(axis=1), 1, atol=1e-12)
+    np.testing.assert_array_equal(W, W.T)
+    assert (W >= 0).all()
+    adjacency = nx.to_numpy_array(links, sorted(links), weight=None) != 0
+    np.fill_diagonal(adjacency, False)
+    np.testing.assert_array_equal((W > 0) & ~np.eye(len(W), dtype=bool), adjacency)
+    assert nx.is_connected(links)
+    eigenvalues = np.sort(np.abs(np.linalg.eigvalsh(W)))
+    if len(W) > 1:
+        assert graph.sigma_2 == pytest.approx(eigenvalues[-2], abs=1e-9)
+    assert graph.sigma_2 < 1
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(connected_graphs())
+def test_metropolis_on_any_connected_graph(links):
+    graph = graphs.from_networkx(links)
+    assert_mixing(graph, links)
+    for i, j in links.edges:
+        assert graph.weights[i, j] == 1 / (1 + max(links.degree(i), links.degree(j)))
+
+
+@quick
+@given(st.sampled_from(SPECS), st.integers(1, 24), st.integers(0, 2**32))
+def test_every_kind_is_a_mixing_matrix_or_says_what_fits(spec, n, seed):
+    if not FITS.get(spec, lambda n: True)(n):
+        with pytest.raises(UserError, match=rf"graph: {n} agents cannot .*use "):
+            parse(spec, n, seed)
+        return
+    graph = parse(spec, n, seed)
+    assert graph.num_agents == n
+    assert_mixing(graph, nx.from_numpy_array(graph.weights))
+    again = parse(graph.name, n, seed)  # the name of a graph is the spec that makes it
+    np.testing.assert_array_equal(again.weights, graph.weights)
+    assert again.name == graph.name
+
+
+@pytest.mark.parametrize(
+    ("graph", "links"),
+    [
+        (graphs.ring(7), nx.cycle_graph(7)),
+        (graphs.complete(6), nx.complete_graph(6)),
+        (graphs.star(5), nx.star_graph(4)),
+        (graphs.line(6), nx.path_graph(6)),
+        (graphs.torus(3, 4), nx.grid_2d_graph(3, 4, periodic=True)),
+        (graphs.torus(2, 5), nx.circular_ladder_graph(5)),
+        (graphs.torus(2, 2), nx.cycle_graph(4)),
+        (graphs.torus(1, 5), nx.cycle_graph(5)),
+        (graphs.torus(1, 2), nx.path_graph(2)),
+        (graphs.bipartite_hubs(10, 2), nx.complete_bipartite_graph(8, 2)),
+        (graphs.bipartite_hubs(7, 3), nx.complete_bipartite_graph(4, 3)),
+        (graphs.complete_bipartite(3, 4), nx.complete_bipartite_graph(3, 4)),
+        (graphs.hypercube(8), nx.hypercube_graph(3)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Graph) else "",
+)
+def test_named_graphs_have_the_edges_of_networkx(graph, links):
+    assert nx.is_isomorphic(nx.from_edgelist(graph.edges), links)
+    assert graph.degrees.tolist() == [graph.degree(i) for i in range(graph.num_agents)]
+    assert sorted(graph.degrees.tolist()) == sorted(degree for _, degree in links.degree)
+    assert graph.messages_per_round == 2 * links.number_of_edges()
+
+
+def test_the_smallest_graphs():
+    for make in (graphs.ring, graphs.complete, graphs.star, graphs.line, graphs.hypercube):
+        assert make(1).weights.tolist() == [[1.0]]
+        assert make(1).sigma_2 == 0.0
+        assert make(1).edges == []
+        assert make(1).messages_per_round == 0
+        assert make(2).weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+        assert make(2).edges == [(0, 1)]
+    assert graphs.ring(3).weights.tolist() == [[THIRD] * 3] * 3
+    assert graphs.complete(3).weights.tolist() == [[THIRD] * 3] * 3
+    np.testing.assert_allclose(graphs.line(3).weights, [[2 / 3, THIRD, 0], [THIRD] * 3, [0, THIRD, 2 / 3]])
+    np.testing.assert_allclose(graphs.star(3).weights, [[THIRD] * 3, [THIRD, 2 / 3, 0], [THIRD, 0, 2 / 3]])
+    assert graphs.bipartite_hubs(3, 2).edges == [(0, 1), (0, 2)]
+    assert graphs.complete_bipartite(1, 1).edges == [(0, 1)]
+    assert graphs.erdos_renyi(1, 0.5, 0).weights.tolist() == [[1.0]]
+    assert graphs.random_regular(1, 0, 0).weights.tolist() == [[1.0]]
+    assert graphs.random_regular(2, 1, 0).edges == [(0, 1)]
+    assert graphs.torus(1, 1).weights.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("n", [4, 5, 7, 10, 16, 33])
+def test_ring_has_the_published_weights_and_closed_form_gap(n):
+    ring = graphs.ring(n)
+    assert set(ring.weights.ravel().tolist()) == {0.0, THIRD}
+    # A circulant matrix: its eigenvalues are the discrete Fourier transform of a row.
+    assert ring.sigma_2 == pytest.approx(THIRD + 2 / 3 * math.cos(2 * math.pi / n), abs=1e-12)
+    assert ring.spectral_gap == pytest.approx(2 / 3 * (1 - math.cos(2 * math.pi / n)), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 49])
+def test_complete_averages_at_once_and_its_rows_are_equal_bit_by_bit(n):
+    complete = graphs.complete(n)
+    assert complete.sigma_2 == pytest.approx(0, abs=1e-12)
+    assert (complete.weights == 1 / n).all()
+
+
+def test_sigma_2_of_the_paper_set_up():
+    # ALGORITHMS.md, section 6.
+    assert graphs.ring(10).sigma_2 == pytest.approx(0.873, abs=5e-4)
+    assert graphs.bipartite_hubs().sigma_2 == pytest.approx(0.78, abs=1e-12)
+    assert graphs.complete_bipartite(5, 5).sigma_2 == pytest.approx(2 / 3, abs=1e-12)
+
+
+def test_bipartite_hubs_has_the_published_weights():
+    hubs = graphs.bipartite_hubs()
+    leaf, hub = hubs.weights[0], hubs.weights[9]
+    np.testing.assert_allclose(leaf, [0.78, 0, 0, 0, 0, 0, 0, 0, 0.11, 0.11], atol=1e-15)
+    np.testing.assert_allclose(hub, [0.11] * 8 + [0, 0.12], atol=1e-15)
+
+
+def test_sigma_2_bounds_the_contraction_of_disagreement():
+    x = np.random.default_rng(0).normal(size=(10, 40))
+    for spec in SPECS:
+        if spec == "hypercube":
+            continue
+        graph = parse(spec, 10, 3)
+        apart = np.linalg.norm(x - x.mean(axis=0))
+        mixed = graph.weights @ x
+        np.testing.assert_allclose(mixed.mean(axis=0), x.mean(axis=0))
+        assert np.linalg.norm(mixed - x.mean(axis=0)) <= graph.sigma_2 * apart + 1e-12
+
+
+def test_networkx_nodes_are_sorted_and_what_is_no_link_ignored():
+    links = nx.Graph([("c", "b"), ("a", "b"), ("a", "a")])
+    links["a"]["b"]["weight"] = 0.0  # an edge weight is not a mixing weight
+    assert graphs.from_networkx(links).edges == [(0, 1), (1, 2)]
+    mixed = nx.Graph([("x", 1), (1, 2.5)])  # does not sort: in the order added
+    assert graphs.from_networkx(mixed).edges == [(0, 1), (1, 2)]
+    doubled = nx.MultiGraph([(0, 1), (0, 1)])
+    assert graphs.from_networkx(doubled).weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    with pytest.raises(UserError, match=r"directed; pass graph\.to_undirected"):
+        graphs.from_networkx(nx.DiGraph([(0, 1)]))
+
+
+def test_metropolis_refuses_a_one_sided_link():
+    with pytest.raises(UserError, match="agent 0 is linked to agent 1 but 1 not to 0"):
+        graphs.metropolis([[0, 1], [0, 0]])
+    with pytest.raises(UserError, match=r"shape \(2, 3\)"):
+        graphs.metropolis(np.zeros((2, 3)))
+
+
+# --- random graphs ------------------------------------------------------------------------------------------
+
+
+@quick
+@given(st.integers(1, 30), st.floats(0.3, 1), st.integers(0, 2**62))
+def test_erdos_renyi_is_a_function_of_its_seed(n, p, seed):
+    one, two = graphs.erdos_renyi(n, p, seed), graphs.erdos_renyi(n, p, seed)
+    np.testing.assert_array_equal(one.weights, two.weights)
+
+
+def test_erdos_renyi_links_pairs_with_its_probability():
+    pairs = [len(graphs.erdos_renyi(40, 0.4, seed).edges) / 780 for seed in range(20)]
+    assert np.mean(pairs) == pytest.approx(0.4, abs=0.02)
+    assert len(set(pairs)) > 5
+    assert len(graphs.erdos_renyi(12, 1.0, 0).edges) == 66
+
+
+@quick
+@given(st.integers(1, 25), st.integers(0, 24), st.integers(0, 2**62))
+def test_random_regular_is_regular_or_impossible(n, degree, seed):
+    # A connected d-regular graph exists iff n d is even, d < n and (d >= 2, or one agent, or one pair).
+    possible = n * degree % 2 == 0 and degree < n and (degree >= 2 or n <= degree + 1)
+    if not possible:
+        with pytest.raises(UserError, match=r"use at least|use a degree|must be even"):
+            graphs.random_regular(n, degree, seed)
+        return
+    graph = graphs.random_regular(n, degree, seed)
+    assert set(graph.degrees.tolist()) == {degree}
+    assert_mixing(graph, nx.from_numpy_array(graph.weights))
+    np.testing.assert_array_equal(graph.weights, graphs.random_regular(n, degree, seed).weights)
+
+
+def test_random_graphs_that_cannot_be():
+    with pytest.raises(UserError, match=r"none of 1000 draws .* 0\.01 connected all 40 agents; .* = 0\.092"):
+        graphs.erdos_renyi(40, 0.01, 0)
+    for p in (0, -0.1, 1.1, math.nan):
+        with pytest.raises(UserError, match=r"edge probability is .*above 0 and at most 1"):
+            graphs.erdos_renyi(5, p, 0)
+    with pytest.raises(UserError, match=r"9 agents .*random-regular:3 .*even\); use 8 or 10 agents"):
+        graphs.random_regular(9, 3, 0)
+    with pytest.raises(UserError, match=r"5 agents cannot have 5 neighbours.*at most 4, or at least 6 agents"):
+        graphs.random_regular(5, 5, 0)
+    with pytest.raises(UserError, match="degree 1 cannot connect 4 agents; use at least 2"):
+        graphs.random_regular(4, 1, 0)
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+
+def bad_ring(row, column, value):
+    weights = graphs.ring(5).weights.copy()
+    weights[row, column] = value
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones((2, 3)), r"graph: the weights have shape \(2, 3\), not \(N, N\)"),
+        (np.ones(3), r"shape \(3,\)"),
+        (np.zeros((0, 0)), "0 agents cannot form a graph; use at least 1"),
+        (bad_ring(1, 2, math.nan), r"row 1, column 2 of the weights is nan; .* finite"),
+        (bad_ring(4, 0, math.inf), r"row 4, column 0 of the weights is inf"),
+        (bad_ring(2, 0, -0.1), r"row 2, column 0 of the weights is -0\.1; weights are 0 or more"),
+        (
+            np.eye(5) - np.diag([0, 0, 0, 0.1, 0]),
+            r"row 3 of the weights sums to 0\.9, not 1; .*row 3, column 3\) by \+0\.1",
+        ),
+        (np.full((2, 2), 0.6), r"row 0 of the weights sums to 1\.2, not 1; .* by -0\.2"),
+        ([[0.5, 0.5], [0.25, 0.75]], r"column 0 of the weights sums to 0\.75, not 1.*Graph\.server"),
+        (
+            [[0.5, 0.5, 0], [0, 0.5, 0.5], [0.5, 0, 0.5]],
+            r"row 0, column 1 of the weights is 0\.5 but row 1, column 0 is 0; .*require_symmetric=False",
+        ),
+        (np.eye(2), "graph: agent 1 cannot be reached from agent 0; link them; pass connected=False"),
+        (
+            np.kron(np.eye(2), np.full((2, 2), 0.5)),
+            "graph: agents 2, 3 cannot be reached from agent 0; link them",
+        ),
+        (np.eye(20), r"agents 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. cannot be reached"),
+        ([[0, 1], [1, 0]], "turns of 2 and the agents never agree; give at least one agent a weight"),
+    ],
+)
+def test_a_bad_matrix_is_refused_by_name(weights, message):
+    with pytest.raises(UserError, match=message):
+        Graph(np.array(weights))
+
+
+def test_directed_graphs_pass_when_allowed():
+    cycle = (np.eye(4) + np.roll(np.eye(4), 1, axis=1)) / 2
+    graph = Graph(cycle, require_symmetric=False)
+    assert graph.neighbours(0) == [1]
+    assert graph.neighbours(3) == [0]
+    assert graph.edges == [(0, 1), (0, 3), (1, 2), (2, 3)]
+    assert graph.messages_per_round == 4
+    assert graph.sigma_2 == pytest.approx(math.cos(math.pi / 4))
+    # Without weights on themselves three agents only pass their models round.
+    with pytest.raises(UserError, match="turns of 3"):
+        Graph(np.roll(np.eye(3), 1, axis=1), require_symmetric=False)
+
+
+@quick
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**32))
+def test_a_directed_matrix_is_accepted_iff_its_powers_average(n, terms, seed):
+    # Any doubly stochastic matrix is a mean of permutations (Birkhoff, von Neumann).
+    rng = np.random.default_rng(seed)
+    weights = np.mean([np.eye(n)[rng.permutation(n)] for _ in range(terms)], axis=0)
+    agrees = np.allclose(np.linalg.matrix_power(weights, 2**16), 1 / n, atol=1e-6)
+    try:
+        Graph(weights, require_symmetric=False)
+    except UserError:
+        assert not agrees
+    else:
+        assert agrees
+
+
+def test_weights_are_a_read_only_copy():
+    mine = np.full((2, 2), 0.5)
+    graph = Graph(mine)
+    mine[0, 0] = 7
+    assert graph.weights[0, 0] == 0.5
+    assert graph.weights.dtype == np.float64
+    with pytest.raises(ValueError, match="read-only"):
+        graph.weights[0, 0] = 1
+
+
+def test_senders_are_the_row_in_ascending_order():
+    hubs = graphs.bipartite_hubs()
+    indices, weights = hubs.senders(0)
+    assert indices.tolist() == [0, 8, 9]
+    assert weights.tolist() == [hubs.weights[0, 0], 0.11, 0.11]
+    assert hubs.neighbours(0) == [8, 9]
+    assert hubs.neighbours(9) == list(range(8))
+    no_self = Graph((np.ones((3, 3)) - np.eye(3)) / 2)
+    assert no_self.senders(1)[0].tolist() == [0, 2]
+
+
+def test_from_matrix_mends_rounding_and_nothing_else():
+    for n in (2, 3, 4, 7, 10):
+        single = graphs.ring(n).weights.astype(np.float32)
+        mended = graphs.from_matrix(single)
+        np.testing.assert_allclose(mended.weights, graphs.ring(n).weights, atol=2e-7)
+        np.testing.assert_allclose(mended.weights.sum(axis=0), 1, atol=1e-15)
+    # Rows that sum to more than 1 with nothing on the diagonal to take it from.
+    without_self = ((np.ones((4, 4)) - np.eye(4)) / 3).astype(np.float32)
+    assert (graphs.from_matrix(without_self).weights >= 0).all()
+    exact = graphs.ring(5).weights
+    np.testing.assert_array_equal(graphs.from_matrix(exact).weights, exact)
+    with pytest.raises(UserError, match=r"row 0 of the weights sums to 0\.9999"):
+        graphs.from_matrix(np.array([[0.4999, 0.5], [0.5, 0.4999]]))
+    with pytest.raises(UserError, match="not a matrix of numbers"):
+        graphs.from_matrix([[1.0], [0.5, 0.5]])
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+
+def test_server_weighs_agents_by_their_examples():
+    server = Graph.server([6, 0, 3])
+    assert server.is_server
+    assert not graphs.ring(3).is_server
+    np.testing.assert_allclose(server.weights, [[2 / 3, 0, THIRD]] * 3)
+    assert server.senders(1)[0].tolist() == [0, 2]
+    assert server.sigma_2 == pytest.approx(0, abs=1e-12)
+    assert server.messages_per_round == 6
+    assert Graph.server([5]).weights.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([0, 0], "every count is 0; at least one agent must hold examples"),
+        ([1, -2], "count of agent 1 is -2"),
+        ([math.nan, 2], "count of agent 0 is nan"),
+        ([], r"counts has shape \(0,\)"),
+        ([[1, 2]], r"counts has shape \(1, 2\)"),
+    ],
+)
+def test_server_refuses_bad_counts(counts, message):
+    with pytest.raises(UserError, match=message):
+        Graph.server(counts)
+
+
+def test_server_rows_must_be_equal():
+    with pytest.raises(UserError, match=r"row 1 of a server's weights differs from row 0.*Graph\.server"):
+        Graph(np.array([[0.5, 0.5], [0.25, 0.75]]), is_server=True)
+
+
+# --- schedules ----------------------------------------------------------------------------------------------
+
+
+def one_peer_hypercube(dimensions: int) -> list[Graph]:
+    """Round d pairs the agents whose numbers differ in bit d: exact averaging in `dimensions` rounds."""
+    eye = np.eye(2**dimensions)
+    return [
+        Graph((eye + eye[np.arange(len(eye)) ^ (1 << bit)]) / 2, f"bit {bit}", connected=False)
+        for bit in range(dimensions)
+    ]
+
+
+def test_a_constant_schedule_is_its_graph():
+    ring = graphs.ring(6)
+    schedule = graphs.as_schedule(ring)
+    assert graphs.as_schedule(schedule) is schedule
+    assert schedule.at(0) is schedule.at(17) is ring
+    assert (schedule.name, schedule.num_agents, schedule.period) == ("ring", 6, 1)
+    np.testing.assert_array_equal(schedule.weights_of_period(), ring.weights)
+    assert schedule.sigma_2 == ring.sigma_2
+    server = graphs.as_schedule(Graph.server([1, 0]))  # agent 1 is never heard, and need not be
+    assert server.at(3).is_server
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_rounds_that_average_exactly_together(dimensions):
+    rounds = one_peer_hypercube(dimensions)
+    schedule = Schedule.cycle(rounds, "one-peer")
+    n = 2**dimensions
+    assert schedule.period == dimensions
+    assert [schedule.at(t) for t in range(2 * dimensions)] == rounds * 2
+    np.testing.assert_allclose(schedule.weights_of_period(), np.full((n, n), 1 / n))
+    assert schedule.sigma_2 == pytest.approx(0, abs=1e-12)
+
+
+def test_the_period_multiplies_later_rounds_from_the_left():
+    first, second = graphs.star(4), graphs.line(4)
+    product = Schedule.cycle([first, second], "two").weights_of_period()
+    np.testing.assert_allclose(product, second.weights @ first.weights)
+    assert not np.allclose(product, first.weights @ second.weights)
+
+
+def test_a_schedule_must_connect_everybody_over_its_period():
+    rounds = one_peer_hypercube(3)
+    with pytest.raises(UserError, match="schedule: agents 4, 5, 6, 7 cannot be reached from agent 0; link"):
+        Schedule.cycle(rounds[:2], "no bit 2")
+    swap = Graph(np.array([[0, 1], [1, 0]]), "swap", connected=False)
+    with pytest.raises(UserError, match="schedule: models go round in turns of 2"):
+        Schedule.constant(swap)
+    with pytest.raises(UserError, match="round 1 has 4 agents, not 3"):
+        Schedule.cycle([graphs.ring(3), graphs.ring(4)], "mixed")
+    with pytest.raises(UserError, match="no graph in it"):
+        Schedule.cycle([], "empty")
+    with pytest.raises(UserError, match="period is 0"):
+        Schedule("none", 3, lambda round: graphs.ring(3), period=0)
+    with pytest.raises(UserError, match="0 agents"):
+        Schedule("none", 0, lambda round: graphs.ring(3))
+
+
+def test_a_random_schedule_has_no_period():
+    schedule = Schedule("random", 6, lambda round: graphs.erdos_renyi(6, 0.5, round))
+    assert schedule.period is None
+    np.testing.assert_array_equal(schedule.at(1000).weights, graphs.erdos_renyi(6, 0.5, 1000).weights)
+    with pytest.raises(UserError, match="random never starts again"):
+        schedule.weights_of_period()
+    with pytest.raises(UserError, match="round 2 has 3 agents, not 6"):
+        Schedule("wrong", 6, lambda round: graphs.ring(3)).at(2)
+
+
+# --- names and files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "n", "name"),
+    [
+        (" Ring ", 5, "ring"),
+        ("torus", 12, "torus:3x4"),
+        ("torus:2x6", 12, "torus:2x6"),
+        ("bipartite", 10, "bipartite:8+2"),
+        ("bipartite:7+3", 10, "bipartite:7+3"),
+        ("complete_bipartite", 7, "complete-bipartite:4+3"),
+        ("complete-bipartite:2+5", 7, "complete-bipartite:2+5"),
+        ("ERDOS_RENYI:0.50", 8, "erdos-renyi:0.5"),
+        ("random-regular:3", 8, "random-regular:3"),
+    ],
+)
+def test_names(spec, n, name):
+    graph = parse(spec, n, 0)
+    assert graph.name == name
+    assert graph.num_agents == n
+
+
+@pytest.mark.parametrize(
+    ("spec", "n", "message"),
+    [
+        (
+            "rinf",
+            5,
+            r"graph: 'rinf' is not known\. Did you mean 'ring'\? .*hypercube.* Or give a file: \.npy",
+        ),
+        ("ring", 0, "0 agents cannot form a graph; use at least 1"),
+        ("ring:3", 5, "ring takes no argument; write ring instead of ring:3"),
+        ("erdos-renyi", 5, "needs an argument, for example erdos-renyi:0.4"),
+        ("random-regular", 5, "needs an argument, for example random-regular:4"),
+        ("erdos-renyi:x", 5, "erdos-renyi:x is not readable; write it as erdos-renyi:0.4"),
+        ("random-regular:2.5", 5, "random-regular:2.5 is not readable"),
+        ("torus:10", 10, "torus:10 is not readable; write it as torus:2x5"),
+        ("torus:0x5", 5, "0 agents"),
+        ("torus:2x6", 10, "torus:2x6 has 12 agents but the run has 10"),
+        ("torus", 7, r"7 agents cannot form a torus .*; use 6 or 8 agents"),
+        ("torus", 2, "2 agents cannot form a torus .*; use 4 agents"),
+        ("hypercube", 10, "10 agents cannot form a hypercube .*power of 2.*; use 8 or 16 agents"),
+        ("bipartite:8+3", 10, r"bipartite:8\+3 has 11 agents but the run has 10"),
+        ("bipartite:10+0", 10, "0 hubs; a bipartite graph needs at least 1"),
+        ("bipartite", 2, "2 agents cannot form a bipartite graph with 2 hubs .* use at least 3 agents"),
+        ("complete-bipartite:5+0", 5, r"complete-bipartite:5\+0 has an empty side"),
+        ("complete-bipartite:5+5", 11, r"complete-bipartite:5\+5 has 10 agents but the run has 11"),
+        ("complete-bipartite", 1, "1 agents cannot form a complete-bipartite graph; use at least 2"),
+        ("nowhere.npy", 5, r"there is no file nowhere\.npy"),
+    ],
+)
+def test_names_that_do_not_work(spec, n, message):
+    with pytest.raises(UserError, match=message):
+        parse(spec, n, 0)
+
+
+def test_every_kind_explains_itself():
+    for name, kind in graphs.KINDS.items():
+        assert name == name.lower()
+        assert "_" not in name
+        assert 5 < len(kind.summary) < 70
+        assert kind.example is None or kind.example.startswith(f"{name}:")
+        assert kind.example or not kind.required
+
+
+def test_files(tmp_path):
+    weights = graphs.ring(12).weights
+    np.save(tmp_path / "w.npy", weights)
+    np.save(tmp_path / "single.npy", weights.astype(np.float32))
+    np.savetxt(tmp_path / "w.csv", weights, delimiter=",")
+    np.savetxt(tmp_path / "w.txt", weights, fmt="%.8f")
+    nx.write_edgelist(nx.cycle_graph(12), tmp_path / "w.edgelist")
+    (tmp_path / "weighted.edgelist").write_text("".join(f"{i} {(i + 1) % 12} 0.5\n" for i in range(12)))
+    nx.write_graphml(nx.cycle_graph(12), tmp_path / "w.graphml")
+    for file in sorted(tmp_path.iterdir()):
+        graph = parse(str(file), 12, 0)
+        assert graph.name == file.name
+        # Node 10 must not sort before node 2, and float32 must not be refused.
+        np.testing.assert_allclose(graph.weights, weights, atol=1e-7)
+    np.save(tmp_path / "one.npy", [[1.0]])
+    assert parse(str(tmp_path / "one.npy"), 1, 0).num_agents == 1
+
+
+def test_files_that_do_not_work(tmp_path):
+    np.save(tmp_path / "ring.npy", graphs.ring(4).weights)
+    with pytest.raises(UserError, match=r"ring\.npy has 4 agents but the run has 5"):
+        parse(str(tmp_path / "ring.npy"), 5, 0)
+    contents = {
+        "empty.npy": b"",
+        "words.csv": b"a,b\nc,d\n",
+        "ragged.txt": b"1 2\n3\n",
+        "broken.graphml": b"<graphml",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} cannot be read as"):
+            parse(str(tmp_path / name), 2, 0)
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot be read as"):  # nothing pickled is ever loaded
+        parse(str(tmp_path / "objects.npy"), 1, 0)
+    np.savetxt(tmp_path / "low.csv", [[0.5, 0.4], [0.4, 0.6]], delimiter=",")
+    with pytest.raises(UserError, match=r"row 0 of the weights sums to 0\.9"):
+        parse(str(tmp_path / "low.csv"), 2, 0)
+    (tmp_path / "apart.edgelist").write_text("0 1\n2 3\n")
+    with pytest.raises(UserError, match="agents 2, 3 cannot be reached"):
+        parse(str(tmp_path / "apart.edgelist"), 4, 0)
+
+
+# --- to look at ---------------------------------------------------------------------------------------------
+
+
+def test_describe_is_json():
+    told = json.loads(json.dumps(graphs.describe(graphs.star(4))))
+    assert told["name"] == "star"
+    assert told["num_agents"] == 4
+    assert told["edges"] == [[0, 1], [0, 2], [0, 3]]
+    assert told["degrees"] == {"min": 1, "mean": 1.5, "max": 3}
+    assert told["messages_per_round"] == 6
+    assert told["sigma_2"] + told["spectral_gap"] == pytest.approx(1)
+    np.testing.assert_allclose(told["weights"], graphs.star(4).weights)
+
+    schedule = graphs.describe(Schedule.cycle(one_peer_hypercube(2), "one-peer"))
+    assert json.loads(json.dumps(schedule))["period"] == 2
+    assert [round["name"] for round in schedule["rounds"]] == ["bit 0", "bit 1"]
+    assert schedule["spectral_gap"] == pytest.approx(1)
+    endless = graphs.describe(Schedule("endless", 3, lambda round: graphs.ring(3)))
+    assert json.loads(json.dumps(endless))["sigma_2"] is None
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        *(graphs.ring(n) for n in (1, 2, 3)),
+        graphs.line(5),
+        graphs.star(6),
+        graphs.bipartite_hubs(),
+        graphs.erdos_renyi(12, 0.4, 0),
+        graphs.complete(100),
+        Graph.server([3, 0, 1]),
+        one_peer_hypercube(2)[0],
+    ],
+    ids=lambda graph: f"{graph.name}-{graph.num_agents}",
+)
+def test_draw_shows_every_agent_and_every_link(graph):
+    from matplotlib.collections import LineCollection, PathCollection
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    graphs.draw(graph, axes)
+    texts = {text.get_text() for text in axes.texts}
+    hub = {"server"} if graph.is_server else set()
+    assert texts == {str(agent) for agent in range(graph.num_agents)} | hub
+    (nodes,) = [artist for artist in axes.collections if isinstance(artist, PathCollection)]
+    places = np.asarray(nodes.get_offsets())
+    assert np.isfinite(places).all()
+    assert len(np.unique(places.round(6), axis=0)) == len(texts)
+    drawn = sum(len(lines.get_segments()) for lines in axes.collections if isinstance(lines, LineCollection))
+    assert drawn == (graph.num_agents if graph.is_server else len(graph.edges))
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_draw_writes_a_file_without_pyplot(tmp_path, suffix, magic, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it would now fail
+    graphs.draw(graphs.bipartite_hubs(), tmp_path / f"graph.{suffix}")
+    assert (tmp_path / f"graph.{suffix}").read_bytes().startswith(magic)

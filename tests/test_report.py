@@ -1,0 +1,407 @@
+"""Reports of synthetic runs: what the page must say, checked by reading it as a browser does."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from decaf_lora import records, report
+from decaf_lora.errors import UserError
+from decaf_lora.graphs import Graph, complete, ring
+from decaf_lora.records import Record, RecordWriter
+
+# Where each algorithm ends and what an agent sends a round: shaped like the trials in ALGORITHMS.md.
+PROFILE = {
+    "local": (0.34, 0),
+    "dlora": (0.69, 74_000),
+    "dlora_fa": (0.61, 37_000),
+    "decaf": (0.72, 74_000),
+    "fedavg": (0.85, 74_000),
+    "centralized": (0.93, 0),
+}
+
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ENVIRONMENT = {
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "cpu_count": 2,
+    "commit": None,
+    "started": "2026-01-01T00:00",
+}
+
+
+def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
+    """Write a run directory as the engine does.
+
+    Options: agents, rounds, seed, graph, partition, classes, every (rounds between evaluations), note.
+    """
+    agents = 1 if algorithm == "centralized" else options.get("agents", 10)
+    rounds, seed = options.get("rounds", 30), options.get("seed", 0)
+    classes = options.get("classes", DIGITS)
+    final, sent = PROFILE.get(algorithm, (0.5, 1_000_000))
+    draw = np.random.default_rng([seed, len(algorithm), agents])
+    graph = options.get("graph") or ring(agents)
+    table = draw.dirichlet([0.1] * agents, size=len(classes)).T * 140
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump({"agents": agents, "note": options.get("note", "<b>&")}))
+    records.write_json(directory / "environment.json", ENVIRONMENT)
+    records.write_json(
+        directory / "run.json",
+        {
+            "algorithm": algorithm,
+            "graph": {"name": graph.name, "weights": graph.weights, "sigma_2": graph.sigma_2},
+            "partition": {
+                "name": options.get("partition", "dirichlet:0.1"),
+                "label_table": table.astype(int),
+                "classes": classes,
+            },
+            "agents": agents,
+            "rounds": rounds,
+            "seed": seed,
+            "task": "digits",
+            "score_name": "accuracy",
+        },
+    )
+    skew = draw.normal(0, 0.06 if agents > 1 else 0, agents)
+    with RecordWriter(directory / "records.jsonl") as writer:
+        for round in range(rounds + 1):
+            done = 1 - math.exp(-4 * round / 30)
+            evaluated = round in (0, rounds) or round % options.get("every", 5) == 0
+            scores = np.clip(0.1 + (final - 0.1) * done + skew * done + draw.normal(0, 0.008, agents), 0, 1)
+            trained, mixes = round > 0, sent > 0 and agents > 1
+            distance = 0.0 if agents == 1 else (0.4 if mixes else 2.0) * math.sqrt(done) * draw.uniform(0.9, 1.1)
+            tail = done * draw.uniform(2e-5, 9e-5)
+            writer.write(
+                Record(
+                    round=round,
+                    losses=list(2.3 * np.exp(-2 * done * final) + draw.normal(0, 0.05, agents)) if trained else None,
+                    scores=scores.tolist() if evaluated else None,
+                    averaged_score=float(scores.mean() + 0.05 * done) if evaluated else None,
+                    consensus_distance=distance,
+                    interference=distance**2 * 1e-2 if mixes and trained else None,
+                    tail=tail if algorithm == "decaf" and trained else (0.0 if mixes else None),
+                    bytes_sent=float(sent) if trained and agents > 1 else 0.0,
+                    learning_rate=0.005,
+                    seconds={"train": 0.4, "exchange": 0.05, "combine": 0.02, "evaluate": 0.3 * evaluated},
+                )
+            )
+    records.write_json(directory / "summary.json", [records.summarise(directory)])
+    return directory
+
+
+def make_comparison(directory: Path, algorithms=tuple(PROFILE), seeds=(0, 1, 2), **options: Any) -> Path:
+    for algorithm in algorithms:
+        for seed in seeds:
+            make_run(directory / f"{algorithm}-seed{seed}", algorithm, seed=seed, **options)
+    return directory
+
+
+class Page(HTMLParser):
+    """What a reader finds on a page: the texts of its cells and headings, its figures, what it refers to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.figures: list[str] = []  # their accessible names
+        self.rows: list[list[str]] = []
+        self.best: list[str] = []
+        self.words: dict[str, list[str]] = {
+            "h1": [],
+            "h2": [],
+            "h3": [],
+            "figcaption": [],
+            "text": [],
+            "pre": [],
+            "dd": [],
+        }
+        self._open: list[str] = []
+        self._best = False
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self._open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        self.tags.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.references += [
+            v for n, v in values.items() if n in ("src", "href", "xlink:href", "srcset", "action", "data")
+        ]
+        if tag not in ("meta", "img", "link"):
+            self._open.append(tag)
+        if tag == "svg":
+            assert values["role"] == "img"
+            self.figures.append(values["aria-label"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._best = "best" in values.get("class", "").split()
+        if tag in self.words:
+            self.words[tag].append("")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in ("meta", "img", "link"):
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        inner = self._open[-1] if self._open else ""
+        if inner in ("td", "th"):
+            self.rows[-1][-1] += data
+            if self._best:
+                self.best.append(data)
+        if inner in self.words:
+            self.words[inner][-1] += data
+
+    def row(self, name: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0] == name)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_comparison(tmp_path_factory.mktemp("reports") / "comparison")
+    rows = [records.summarise(directory / f"{name}-seed{seed}") for name in PROFILE for seed in (0, 1, 2)]
+    records.write_json(directory / "summary.json", rows)
+    report.write_report(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(comparison: Path) -> Page:
+    return Page(comparison / "report.html")
+
+
+TITLES = [
+    "Score by round",
+    "Score by bytes sent",
+    "Training loss by round",
+    "Consensus distance by round",
+    "Interference against truncation",
+    "Final score of every agent",
+    "Who holds what",
+    "Graph: ring",
+    "Where the time went",
+]
+
+
+class TestComparison:
+    def test_is_self_contained(self, page: Page) -> None:
+        assert all(target.startswith(("#", "data:image/png;base64,")) for target in page.references)
+        assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+        assert "@import" not in page.source
+        assert set(re.findall(r"url\((.)", page.source)) == {"#"}
+
+    def test_references_within_the_page_are_met_once(self, page: Page) -> None:
+        assert len(page.ids) == len(set(page.ids))
+        wanted = {target[1:] for target in page.references if target.startswith("#")}
+        assert wanted | set(re.findall(r"url\(#(.*?)\)", page.source)) <= set(page.ids)
+
+    def test_every_figure_has_its_words(self, page: Page) -> None:
+        assert page.words["h3"] == TITLES
+        assert len(page.figures) == len(page.words["figcaption"]) == len(TITLES)
+        assert all(page.figures)
+        assert all(page.words["figcaption"])
+
+    def test_figures_follow_the_colours_of_the_page(self, page: Page) -> None:
+        assert not any(stand_in in page.source for stand_in in report.PAGE_COLOURS)
+        assert "currentColor" in page.source
+
+    @pytest.mark.parametrize("algorithm", PROFILE)
+    def test_the_table_equals_the_runs(self, comparison: Path, page: Page, algorithm: str) -> None:
+        means, sent = [], []
+        for seed in (0, 1, 2):
+            text = (comparison / f"{algorithm}-seed{seed}" / "records.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines()]
+            means.append(fmean(lines[-1]["scores"]))
+            sent.append(sum(line["bytes_sent"] for line in lines))
+        cells = page.row(algorithm)
+        assert cells[1] == "3"
+        assert cells[2] == f"{fmean(means):.3f} ± {stdev(means):.3f}"
+        assert cells[6] == (f"{fmean(sent) / 1e6:.2f} MB" if any(sent) else "–")
+
+    def test_algorithms_stand_in_the_order_of_the_summary(self, page: Page) -> None:
+        assert [row[0] for row in page.rows[1:7]] == list(PROFILE)
+
+    def test_the_best_that_does_not_pool_the_data_is_highlighted(self, page: Page) -> None:
+        fedavg = page.row("fedavg")
+        assert page.best == [fedavg[2], fedavg[3], fedavg[5]]
+        assert page.row("centralized")[2] > fedavg[2]
+
+    def test_the_header_says_what_was_run(self, page: Page) -> None:
+        assert page.words["h1"] == ["6 algorithms on digits"]
+        facts = [
+            "digits",
+            ", ".join(PROFILE),
+            "10",
+            "30",
+            "ring (σ₂ = 0.873)",
+            "dirichlet:0.1",
+            "0, 1, 2",
+            "accuracy",
+        ]
+        assert page.words["dd"] == facts
+
+    def test_every_configuration_is_there_as_text(self, page: Page) -> None:
+        assert len(page.words["pre"]) == 18
+        assert yaml.safe_load(page.words["pre"][0])["note"] == "<b>&"
+        assert "b" not in page.tags
+
+    def test_figures_label_their_axes(self, page: Page) -> None:
+        labels = {text.strip() for text in page.words["text"]}
+        assert {
+            "round",
+            "accuracy",
+            "training loss",
+            "bytes sent by one agent",
+            "zero",
+            "nine",
+            *PROFILE,
+        } <= labels
+
+    def test_text_is_large_enough(self, page: Page) -> None:
+        assert min(map(float, re.findall(r"font-size: ([\d.]+)px;[^>]*text-anchor", page.source))) >= 9
+
+
+def page_of(directory: Path) -> Page:
+    assert report.write_report(directory) == directory / "report.html"
+    return Page(directory / "report.html")
+
+
+class TestOneRun:
+    def test_shows_agents_and_the_averaged_model(self, tmp_path: Path) -> None:
+        page = page_of(make_run(tmp_path / "run"))
+        assert page.words["h1"] == ["decaf on digits"]
+        assert page.words["h3"] == TITLES
+        assert {"mean over agents", "averaged model"} <= {text.strip() for text in page.words["text"]}
+        assert "lowest to highest agent" in page.words["figcaption"][0]
+        assert page.best == []
+
+    def test_the_same_run_gives_the_same_figures(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", rounds=3)
+        first, second = (re.sub("<footer>.*", "", page_of(run).source) for _ in range(2))
+        assert first == second
+
+    def test_one_agent(self, tmp_path: Path) -> None:
+        page = page_of(make_run(tmp_path / "run", agents=1))
+        assert page.words["h3"] == [TITLES[0], TITLES[2], "Truncation tail", "Who holds what", TITLES[-1]]
+        assert page.row("decaf")[6] == "–"
+
+    @pytest.mark.parametrize("rounds", [0, 1])
+    def test_few_rounds(self, tmp_path: Path, rounds: int) -> None:
+        page = page_of(make_run(tmp_path / "run", rounds=rounds))
+        assert ("Training loss by round" in page.words["h3"]) == (rounds > 0)
+        assert "Score by round" in page.words["h3"]
+
+    def test_nothing_recorded_yet(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run")
+        (run / "records.jsonl").write_text("")
+        page = page_of(run)
+        assert page.words["h3"] == ["Who holds what", "Graph: ring"]
+        assert page.row("decaf")[2:6] == ["n/a"] * 4
+
+    def test_a_hundred_agents_and_classes(self, tmp_path: Path) -> None:
+        names = [f"a flower with quite a long name, number {number}" for number in range(102)]
+        page = page_of(make_run(tmp_path / "run", agents=100, rounds=2, classes=names))
+        assert sorted(page.words["h3"]) == sorted(TITLES)
+        shown = [text for text in page.words["text"] if "flower" in text]
+        assert 10 <= len(shown) <= 26
+        assert max(map(len, shown)) <= 24
+
+    def test_values_that_are_missing_zero_or_not_finite(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", rounds=4, every=1)
+        lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        lines[2] |= {
+            "losses": None,
+            "scores": None,
+            "consensus_distance": None,
+            "tail": 0.0,
+            "interference": 0.0,
+        }
+        lines[3]["scores"][4] = lines[3]["losses"][4] = lines[4]["scores"][0] = None
+        (run / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = page_of(run)
+        assert page.words["h3"] == TITLES
+        assert page.row("decaf")[2] == "n/a"
+        assert "nan" not in page.source.lower().replace("finance", "")
+
+    def test_what_a_config_says_is_never_markup(self, tmp_path: Path) -> None:
+        attack = '</pre><script>alert("1")</script>$x_{'
+        run = make_run(
+            tmp_path / "run", rounds=1, note=attack, classes=[attack[:20], "$5", "_hidden"], partition=attack
+        )
+        page = page_of(run)
+        assert "script" not in page.tags
+        assert attack in page.words["dd"]
+        assert {"$5", "_hidden", attack[:20]} <= {text.strip() for text in page.words["text"]}
+
+    def test_without_config_labels_or_weights(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", rounds=1)
+        facts = json.loads((run / "run.json").read_text())
+        facts |= {
+            "partition": {"name": "iid"},
+            "graph": {"name": "random-matching", "sigma_2": None},
+            "task": None,
+        }
+        records.write_json(run / "run.json", facts)
+        (run / "config.yaml").unlink()
+        (run / "environment.json").unlink()
+        page = page_of(run)
+        assert page.words["h1"] == ["decaf"]
+        assert "Who holds what" not in page.words["h3"]
+        assert not any("Graph" in title for title in page.words["h3"])
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Two graphs under one partition, one under another, and baselines that ran once for all graphs."""
+    directory = tmp_path_factory.mktemp("sections")
+    options = {"agents": 4, "rounds": 2}
+    for graph, partition in ((ring(4), "iid"), (complete(4), "iid"), (ring(4), "by-class")):
+        make_run(directory / f"{graph.name}-{partition}", graph=graph, partition=partition, **options)
+    for partition in ("iid", "by-class"):
+        server = Graph.server([3, 1, 1, 1])
+        make_run(directory / f"server-{partition}", "fedavg", graph=server, partition=partition, **options)
+    make_run(directory / "pooled", "centralized", graph=ring(1), partition="pooled", rounds=2)
+    return page_of(directory)
+
+
+class TestSections:
+    def test_one_for_every_graph_and_partition(self, sections: Page) -> None:
+        titles = {"ring · iid", "complete · iid", "ring · by-class"}
+        assert set(sections.words["h2"]) == {"Result", *titles, "How to repeat it", "Environment"}
+        assert sections.words["h3"].count("Score by round") == 3
+
+    def test_baselines_without_a_graph_are_in_each(self, sections: Page) -> None:
+        algorithms = [row[0] for row in sections.rows[1:] if len(row) == 8]
+        assert sorted(algorithms[:3]) == ["centralized", "decaf", "fedavg"]
+        assert algorithms == algorithms[:3] * 3
+
+    def test_ids_differ_between_sections(self, sections: Page) -> None:
+        assert len(sections.ids) == len(set(sections.ids))
+
+
+class TestMistakes:
+    def test_no_run(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="holds no run"):
+            report.write_report(tmp_path)
+
+    def test_records_missing(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", rounds=1)
+        (run / "records.jsonl").unlink()
+        with pytest.raises(UserError, match=r"records\.jsonl"):
+            report.write_report(run)
