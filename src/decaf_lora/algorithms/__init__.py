@@ -1,0 +1,63 @@
+"""The algorithms: what is sent, and what becomes of what arrives? One file per rule, its formula on top."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox
+from decaf_lora.algorithms.centralized import centralized
+from decaf_lora.algorithms.decaf import decaf
+from decaf_lora.algorithms.dlora import dlora
+from decaf_lora.algorithms.dlora_fa import dlora_fa
+from decaf_lora.algorithms.fedavg import fedavg
+from decaf_lora.algorithms.local import local
+from decaf_lora.errors import UserError, unknown
+
+__all__ = [
+    "ALGORITHMS",
+    "Adapter",
+    "Algorithm",
+    "Inbox",
+    "accepted",
+    "centralized",
+    "decaf",
+    "dlora",
+    "dlora_fa",
+    "fedavg",
+    "local",
+    "make",
+]
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "local": local,
+    "dlora": dlora,
+    "dlora_fa": dlora_fa,
+    "decaf": decaf,
+    "fedavg": fedavg,
+    "centralized": centralized,
+}
+
+
+def make(name: str, **options: Any) -> Algorithm:
+    """The algorithm called `name`. An option it does not take is an error that names those which do."""
+    factory = _factory(name)
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            users = [k for k, f in ALGORITHMS.items() if option in inspect.signature(f).parameters]
+            remedy = f"it belongs to {', '.join(users)}" if users else "no algorithm takes it"
+            raise UserError(f"algorithm.{option}: {name} does not take this option; {remedy}.")
+    return factory(**options)
+
+
+def accepted(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that the algorithm called `name` takes."""
+    known = inspect.signature(_factory(name)).parameters
+    return {option: value for option, value in options.items() if option in known}
+
+
+def _factory(name: str) -> Callable[..., Algorithm]:
+    key = name.replace("-", "_")
+    if key not in ALGORITHMS:
+        raise unknown("algorithm", name, ALGORITHMS)
+    return ALGORITHMS[key]

@@ -1,0 +1,14 @@
+"""Centralized training: one agent that holds all the data (the upper baseline).
+
+    A <- A - lr dA              B <- B - lr dB
+
+It takes as many optimizer steps as an agent and sees in every step as many examples as all N agents
+together (batch N b), so it is what the agents could reach if they pooled their data.
+"""
+
+from decaf_lora.algorithms.base import Algorithm
+
+
+def centralized() -> Algorithm:
+    """One agent trains on the union of all shards."""
+    return Algorithm(name="centralized", topology="pooled")

@@ -1,0 +1,26 @@
+"""DLoRA: mix each factor on its own (also called Dec-LoRA).
+
+    A_i <- sum_j Pi_ij A_j      B_i <- sum_j Pi_ij B_j
+
+Saadati et al., arXiv 2505.21382; Ghiasvand et al. (Dec-LoRA), arXiv 2501.15361. The mean of the products is
+not the product of the means; the difference, the consensus interference, is recorded every round.
+"""
+
+from typing import Literal
+
+from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_all
+
+
+def send_factors(adapter: Adapter, state: State, round_: int) -> Tensors:
+    """Both factors and the extras."""
+    return adapter.tensors()
+
+
+def average_factors(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
+    """Every tensor that was sent is replaced by its weighted average."""
+    return adapter.with_tensors(average_all(inbox, list(inbox.tensors))), state
+
+
+def dlora(order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine") -> Algorithm:
+    """Factor-wise gossip. `order`: train then mix, or mix then train."""
+    return Algorithm(name="dlora", order=order, message=send_factors, combine=average_factors)

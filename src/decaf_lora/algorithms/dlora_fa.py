@@ -1,0 +1,26 @@
+"""DLoRA-FA: A frozen at the common start and never sent, B mixed. Half the bytes of DLoRA.
+
+    A_i = A_0                   B_i <- sum_j Pi_ij B_j
+
+Saadati et al., arXiv 2505.21382; which factor is frozen follows LoRA-FA (arXiv 2308.03303) and FFA-LoRA
+(arXiv 2403.12313). With one A for all agents, averaging B is averaging the product exactly. Independent
+starts have no common A: agents then mix B's of different frames, which is allowed and loses accuracy.
+"""
+
+from typing import Literal
+
+from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
+from decaf_lora.algorithms.dlora import average_factors
+
+_TRAINED: frozenset[Factor] = frozenset({"B", "extras"})
+
+
+def dlora_fa(order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine") -> Algorithm:
+    """Gossip on B with a frozen common A. `order`: train then mix, or mix then train."""
+
+    def message(adapter: Adapter, state: State, round_: int) -> Tensors:
+        return adapter.tensors(_TRAINED)
+
+    return Algorithm(
+        name="dlora_fa", order=order, trains=lambda round_: _TRAINED, message=message, combine=average_factors
+    )

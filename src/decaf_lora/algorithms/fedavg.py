@@ -1,0 +1,16 @@
+"""FedAvg of LoRA factors (FedIT): a server averages A and B with sample-size weights.
+
+    A <- sum_j (n_j / n) A_j    B <- sum_j (n_j / n) B_j
+
+McMahan et al., arXiv 1602.05629; Zhang et al. (FedIT), arXiv 2305.05644. It is DLoRA on the complete graph
+with weights n_j / n, and with equal sample sizes exactly that; the same code serves. An agent sends its
+adapter once a round, to the server.
+"""
+
+from decaf_lora.algorithms.base import Algorithm
+from decaf_lora.algorithms.dlora import average_factors, send_factors
+
+
+def fedavg() -> Algorithm:
+    """Server averaging of both factors, weighted by sample size; every agent takes part in every round."""
+    return Algorithm(name="fedavg", topology="server", message=send_factors, combine=average_factors)

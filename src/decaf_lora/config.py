@@ -1,0 +1,293 @@
+"""How does a person say what to run? The typed, frozen configuration; pure data, no heavy imports.
+
+A run is one algorithm on one graph, partition and seed. A comparison is the product of several of each over
+one base run. Both are read from YAML, written back with every value, and overridden field by field on the
+command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from decaf_lora.errors import UserError, nearest
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TaskConfig(_Frozen):
+    """What is learnt: model, data, loss and score. A task refuses options that it does not use."""
+
+    name: str = "digits"
+    """`digits`, `image-text`, `sequence-classification`, `causal-lm`, or `module:function` /
+    `file.py:function` that returns a `decaf_lora.tasks.Task` of your own."""
+    model: str | None = None
+    """A model on the Hugging Face Hub, or a local directory."""
+    data: str | None = None
+    """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, JSON lines or text file."""
+    subset: str | None = None
+    """Subset (configuration) of the data set."""
+    train_split: str = "train"
+    """Split to learn from; slices such as `train[:10%]` work."""
+    test_split: str | None = None
+    """Split to score on; `test` if unset."""
+    test_share: float | None = Field(None, gt=0, lt=1)
+    """Hold this share of the training split out as test set, class by class, instead of `test_split`."""
+    max_train: int | None = Field(None, ge=1)
+    """Keep at most so many training examples, with the class mix of all."""
+    max_test: int | None = Field(None, ge=1)
+    """Keep at most so many test examples, with the class mix of all."""
+    data_seed: int = Field(0, ge=0)
+    """Draws the held-out share and the kept examples; the same for all seeds of a comparison."""
+    text_column: str = "text"
+    """Column of the text."""
+    text_pair_column: str | None = None
+    """Column of the second text of a pair."""
+    image_column: str = "image"
+    """Column of the image: a file, its bytes, or its path."""
+    label_column: str | None = None
+    """Column of the label; `label` if unset. Language modelling uses it only to split data among agents."""
+    prompt_column: str | None = None
+    """causal-lm: column of the prompt, where `templates` is not set."""
+    answer_column: str | None = None
+    """causal-lm: column of the answer to learn (instruction tuning)."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in the order of their numbers; the data's own, or the sorted labels, if unset."""
+    templates: tuple[str, ...] = ()
+    """image-text: prompts with {} for the class name, several for an ensemble; causal-lm: one prompt with
+    {column} for each field."""
+    answers: tuple[str, ...] = ()
+    """causal-lm: the answer to score for each class, in the order of the classes (verbalised classification)."""
+    length_normalized: bool = True
+    """causal-lm: compare answers by log-likelihood per token, not by its sum."""
+    chat_template: bool = False
+    """causal-lm: put prompt and answer into the tokenizer's chat template."""
+    packing: bool = False
+    """causal-lm: join texts end to end and cut them into blocks of `max_length`, instead of padding."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest sequence in tokens; the model's own limit if unset."""
+    metric: Literal["accuracy", "f1", "macro-f1"] = "accuracy"
+    """Score of a classification; `f1` is of the `positive` one of two classes."""
+    positive: str | None = None
+    """The positive class of `f1`; the second one if unset."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the frozen base; adapters stay float32."""
+    quantization: Literal["4bit"] | None = None
+    """Load the base in 4 bits (NF4); needs a GPU and bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    num_workers: int = Field(0, ge=0)
+    """Processes that preprocess, and threads that decode images; 0 uses the main one."""
+    skip_bad: bool = False
+    """Leave out images that do not decode (they are counted and named) instead of refusing them."""
+    eval_batch_size: int = Field(256, ge=1)
+    """Test examples of one agent in one forward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if self.test_split is not None and self.test_share is not None:
+            raise ValueError("test_split and test_share exclude each other; give one")
+        return self
+
+
+class LoraOptions(_Frozen):
+    """LoRA, with the names and meanings of `peft.LoraConfig`; unset targets take the task's own."""
+
+    r: int = Field(2, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(2, ge=1)
+    """The LoRA scaling is lora_alpha / r (or / sqrt(r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of the adapters."""
+    target_modules: str | list[str] | None = None
+    """Names of the layers, a regular expression, or `all-linear`; the task's default if unset."""
+    exclude_modules: str | list[str] | None = None
+    """Layers to leave out."""
+    modules_to_save: list[str] | None = None
+    """Modules to train fully and to mix with the same weights, such as a classifier head."""
+    use_rslora: bool = False
+    """Scale by 1 / sqrt(r) instead of 1 / r."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Ranks of layers that differ from `r`, by name or regular expression."""
+    alpha_pattern: dict[str, int] = Field(default_factory=dict)
+    """Alphas of layers that differ from `lora_alpha`."""
+    layers_to_transform: list[int] | None = None
+    """Indices of the blocks to adapt; all if unset."""
+    fan_in_fan_out: bool = False
+    """For layers that store their weight transposed (GPT-2's Conv1D sets it by itself)."""
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A is drawn; B starts at 0."""
+
+
+class AlgorithmConfig(_Frozen):
+    """What agents send and how they combine it. Unset options take the algorithm's own default."""
+
+    name: str = "decaf"
+    """local, dlora, dlora_fa, decaf, fedavg or centralized."""
+    gauge: str | None = None
+    """decaf: how the singular values are split: balanced, orthonormal, anchored, balanced-rotated,
+    orthonormal-rotated, or rotated for the default rotated one."""
+    order: Literal["adapt-combine", "combine-adapt"] | None = None
+    """dlora, dlora_fa, decaf: local steps before or after mixing."""
+    moments: Literal["keep", "reset", "transport"] | None = None
+    """decaf: what becomes of Adam's moments after refactorization."""
+    reference: Literal["average", "own"] | None = None
+    """decaf: the frame that rotated gauges turn to."""
+
+    def options(self) -> dict[str, Any]:
+        """The options that were set."""
+        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+
+
+class TrainingConfig(_Frozen):
+    """The local steps between two exchanges."""
+
+    steps: int = Field(5, ge=1)
+    """Optimizer steps of every agent in a round."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over an agent's own shard in a round, instead of `steps`; agents then take unequal steps."""
+    batch_size: int = Field(16, ge=1)
+    """Examples of one agent in one step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
+    learning_rate: float = Field(5e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled for AdamW, added to the gradient for SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """SGD's momentum."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay of the learning rate over the whole run."""
+    final_learning_rate: float = Field(0.0, ge=0)
+    """Where linear and cosine end."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the run in which the learning rate rises linearly from 0."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Every agent's own gradient norm is clipped to this."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs forward and backward under autocast; adapters and optimizer stay float32."""
+    agents_per_pass: int | Literal["auto"] = "auto"
+    """Agents whose batches go through the model together; auto takes the fastest of a short calibration."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if isinstance(self.agents_per_pass, int) and self.agents_per_pass < 1:
+            raise ValueError("agents_per_pass must be at least 1, or auto")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
+
+
+class RunConfig(_Frozen):
+    """One run: one algorithm on one graph, partition and seed."""
+
+    task: TaskConfig = TaskConfig()
+    lora: LoraOptions = LoraOptions()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    training: TrainingConfig = TrainingConfig()
+    agents: int = Field(10, ge=1)
+    """Number of agents."""
+    graph: str = "ring"
+    """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ... or a file
+    with a matrix; `decaf graph --help` lists them."""
+    partition: str = "dirichlet:0.1"
+    """Who holds what: iid, shots:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
+    start: Literal["common", "independent"] = "common"
+    """Whether all agents draw the same A at the start."""
+    rounds: int = Field(30, ge=1)
+    """Rounds of local steps and exchange."""
+    seed: int = Field(0, ge=0)
+    """Seeds the partition, the start, the batches and random graphs."""
+    evaluate_every: int = Field(5, ge=1)
+    """Rounds between evaluations on the test set; the last round is always evaluated."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Rounds between checkpoints."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto."""
+
+
+class CompareConfig(RunConfig):
+    """Several algorithms, graphs, partitions and seeds over one base run."""
+
+    algorithms: tuple[str, ...] = ("local", "dlora", "dlora_fa", "decaf", "fedavg", "centralized")
+    """Algorithms to compare; `algorithm.*` options go to those that take them."""
+    graphs: tuple[str, ...] = ()
+    """Graphs to compare; the base run's if empty."""
+    partitions: tuple[str, ...] = ()
+    """Partitions to compare; the base run's if empty."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds, all shown as mean and standard deviation."""
+    learning_rates: dict[str, float] = Field(default_factory=dict)
+    """Each algorithm's own learning rate, where it differs from `training.learning_rate`."""
+
+
+def load(kind: type[RunConfig], path: Path) -> RunConfig:
+    """A configuration of `kind` from a YAML file; UserError names the field, and the nearest known one."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config: cannot read {path} ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {path} is not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} must hold a mapping of fields to values.")
+    return build(kind, values)
+
+
+def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
+    """A configuration from plain values, with errors as one line."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(kind, error)) from error
+
+
+def explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first fault of a validation as `field: what is wrong, what to do`."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"]) or "config"
+    if fault["type"] == "extra_forbidden":
+        close = nearest(where, fields(kind))
+        return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}."
+
+
+def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a configuration."""
+    names = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += fields(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def dump(config: BaseModel) -> str:
+    """The configuration as YAML, every field with its value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """Fields in which two configurations differ, as `field: ours -> theirs`."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out = {}
+        for key, value in values.items():
+            out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        return out
+
+    a, b = flat(ours.model_dump(mode="json")), flat(theirs.model_dump(mode="json"))
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]

@@ -1,0 +1,85 @@
+"""How far apart are the agents, and what is their average? Measures of a round, without dense matrices.
+
+mean product  Pbar = (1/N) sum_j s_j B_j A_j
+consensus distance = sqrt( (1/N) sum_i || s_i B_i A_i - Pbar ||_F^2 ), over all adapted layers
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from decaf_lora import lowrank
+from decaf_lora.algorithms.base import Adapter, Inbox
+
+
+def distance(adapter: Adapter) -> float:
+    """Root mean square over agents of the distance of an agent's product to the mean product, all layers."""
+    n, total = adapter.num_agents, 0.0
+    for layers in adapter.shape_groups():
+        a = torch.stack([adapter.A[k] for k in layers]).double()
+        b = torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]).double()
+        # Products are compared to the first agent's: the shift takes the part that all share out of the
+        # sums before they cancel.
+        inner = _centred_gram(a, b)
+        trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+        total += float((trace - inner.sum((-2, -1)) / n).clamp_min(0).sum())
+    return (total / n) ** 0.5
+
+
+def _centred_gram(a: Tensor, b: Tensor) -> Tensor:
+    """(L, n, n) inner products of the differences of products B_i A_i - B_0 A_0; a (L, n, r, d_in)."""
+    # B_i A_i - B_0 A_0 = (B_i - B_0) A_i + B_0 (A_i - A_0)
+    left = torch.cat([b - b[:, :1], b[:, :1].expand_as(b)], -1)
+    right = torch.cat([a, a - a[:, :1]], -2)
+    layers, n, rank, _ = right.shape
+    rows = right.flatten(1, 2)
+    columns = left.transpose(1, 2).flatten(2, 3)
+    gram = (columns.mT @ columns) * (rows @ rows.mT)
+    return gram.view(layers, n, rank, n, rank).sum((2, 4))
+
+
+def averaged(adapter: Adapter) -> Adapter:
+    """The averaged model as one agent: the mean of the products, truncated to the adapters' rank.
+
+    Extras are averaged plainly.
+    """
+    a, b = dict(adapter.A), dict(adapter.B)
+    n = adapter.num_agents
+    for layers in adapter.shape_groups():
+        stack_a = torch.stack([adapter.A[k] for k in layers])
+        stack_b = torch.stack([adapter.B[k] for k in layers])
+        scale = torch.stack([adapter.scale[k] for k in layers])
+        out = lowrank.mix_truncate(stack_a, stack_b, scale / (n * scale[:, :1]), stack_a.shape[-2])
+        for index, layer in enumerate(layers):
+            a[layer], b[layer] = out.A[index][None], out.B[index][None]
+    return Adapter(
+        a,
+        b,
+        {k: s[:1] for k, s in adapter.scale.items()},
+        {k: t.mean(0, keepdim=True) for k, t in adapter.extras.items()},
+    )
+
+
+def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tensor] | None:
+    """(n,) consensus interference and (n,) truncation tail of this round's messages, over all layers.
+
+    Both are Frobenius norms of what a rule would lose: interference is what mixing factors (DLoRA) does to the
+    mean product, the tail what truncating the mixed product to rank r (DeCAF) cuts off. They are measured for
+    every algorithm that sends both factors; None for others.
+    """
+    if not all(f"A/{k}" in inbox.tensors and f"B/{k}" in inbox.tensors for k in adapter.layers):
+        return None
+    device = next(iter(inbox.tensors.values())).device
+    squares = torch.zeros(2, inbox.num_receivers, dtype=torch.float64, device=device)
+    for layers in adapter.shape_groups():
+        scale = torch.stack([adapter.scale[k] for k in layers]).double()
+        for group in inbox.groups:
+            a = inbox.stacked([f"A/{k}" for k in layers], group)
+            b = inbox.stacked([f"B/{k}" for k in layers], group)
+            weights = group.weights.to(a)
+            tail = lowrank.mix_truncate(a, b, weights, a.shape[-2]).tail
+            both = torch.stack([lowrank.interference(a, b, weights), tail]).double()[:, :, group.expand]
+            squares[:, group.receivers] += (both * scale[:, group.receivers]).square().sum(1)
+    interference, tail = squares.sqrt().cpu()
+    return interference, tail

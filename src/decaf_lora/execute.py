@@ -1,0 +1,433 @@
+"""How does a configuration become a finished folder? Runs and comparisons on disk.
+
+A run's folder holds config.yaml, environment.json, run.json, records.jsonl, checkpoints/, summary.json and
+report.html; a comparison's holds one such folder a run and a summary and report over all. Both can be
+interrupted at any time and go on with `resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import os
+import queue as queues
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from decaf_lora import config as configs
+from decaf_lora.config import CompareConfig, RunConfig, TaskConfig
+from decaf_lora.errors import UserError
+from decaf_lora.records import (
+    Record,
+    RecordWriter,
+    SummaryRow,
+    environment,
+    read_summary,
+    replace_text,
+    summarise,
+    write_json,
+)
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The run was stopped by the user and has left a checkpoint; `directory` says where."""
+
+    def __init__(self, directory: Path, round_: int) -> None:
+        super().__init__(f"stopped in round {round_}; go on with --out {directory} --resume")
+        self.directory, self.round = directory, round_
+
+
+class Event(NamedTuple):
+    """Where a run stands: for progress displays."""
+
+    key: str
+    """Name of the run's folder."""
+    round: int
+    rounds: int
+    fraction: float
+    """Share of the run's local steps that are done, 0 to 1."""
+    loss: float | None
+    score: float | None
+
+
+Watch = Callable[[Event], None]
+
+
+def _nobody(event: Event) -> None:
+    pass
+
+
+# One run
+
+
+def run(config: RunConfig, out: Path, *, resume: bool = False, watch: Watch = _nobody) -> SummaryRow:
+    """Runs `config` into the folder `out`, or goes on there with `resume`; returns its summary row.
+
+    Raises UserError for any mistake before anything is written, Interrupted after Ctrl-C.
+    """
+    from decaf_lora import checkpoint
+    from decaf_lora.report import write_report
+
+    _check_folder(config, out, resume)
+    engine = build(config)
+    records_path = out / "records.jsonl"
+    with _disk(out), contextlib.closing(engine):
+        out.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.load_latest(out / "checkpoints") if resume and records_path.exists() else None
+        if found is not None:
+            engine.restore(*found)
+        if found is None or not (out / "run.json").exists():
+            replace_text(out / "config.yaml", configs.dump(config))
+            write_json(out / "environment.json", environment(str(engine.trainer.device)))
+            write_json(out / "run.json", _facts(config, engine))
+        last = engine.round if found is not None else None
+        score: float | None = None
+        with RecordWriter(records_path, last) as writer, _ctrl_c(engine.stop):
+
+            def on_step(round_: int, done: int, steps: int, losses: Any) -> None:
+                fraction = (round_ - 1 + done / steps) / config.rounds
+                watch(Event(out.name, round_, config.rounds, fraction, float(losses.mean()) / done, score))
+
+            engine.on_step = on_step
+            for record in engine.train():
+                writer.write(record)
+                score = mean_score(record) if record.scores else score
+                if record.round and record.round % config.checkpoint_every == 0 and record.round < config.rounds:
+                    checkpoint.save(out / "checkpoints", *engine.snapshot())
+            checkpoint.save(out / "checkpoints", *engine.snapshot())
+        if engine.round < config.rounds:
+            raise Interrupted(out, engine.round + 1)
+        row = summarise(out)
+        write_json(out / "summary.json", [row])
+        write_report(out)
+        watch(Event(out.name, config.rounds, config.rounds, 1.0, None, row.mean_score))
+    return row
+
+
+def build(config: RunConfig) -> Any:
+    """The `Run` that a configuration describes."""
+    from decaf_lora import algorithms, graphs, partition
+    from decaf_lora.run import Run
+
+    algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
+    graph = graphs.parse(config.graph, config.agents, config.seed)
+    task = _task(config.task, config.device)
+    shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
+    return Run(
+        task,
+        algorithm,
+        graph,
+        shards,
+        config.training,
+        lora=lora_config(config, task.default_lora()),
+        rounds=config.rounds,
+        seed=config.seed,
+        common_start=config.start == "common",
+        evaluate_every=config.evaluate_every,
+        eval_batch_size=config.task.eval_batch_size,
+    )
+
+
+def lora_config(config: RunConfig, default: Any) -> Any:
+    """The `peft.LoraConfig` of the options; unset targets and modules to save are the task's own."""
+    from peft import LoraConfig
+
+    values = config.lora.model_dump()
+    values["init_lora_weights"] = "gaussian" if values["init_lora_weights"] == "gaussian" else True
+    for field in ("target_modules", "modules_to_save"):
+        if values[field] is None:
+            values[field] = getattr(default, field)
+    return LoraConfig(**values, task_type=default.task_type)
+
+
+_tasks: dict[tuple[str, str], Any] = {}
+
+
+def _task(config: TaskConfig, device: str) -> Any:
+    """The task, loaded once per process: the runs of a comparison share the model and the data."""
+    from decaf_lora import tasks
+
+    key = (config.model_dump_json(), device)
+    if key not in _tasks:
+        task = tasks.make(config)
+        task.model.to(_device(device))
+        _tasks.clear()
+        _tasks[key] = task
+    return _tasks[key]
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+
+
+def mean_score(record: Record) -> float | None:
+    """Mean over agents of an evaluated round."""
+    scores = [s for s in record.scores or [] if s is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
+    """What run.json says: the static facts of a run that its report needs."""
+    graph = engine.schedule.at(0)
+    by_graph = engine.algorithm.topology == "graph"
+    partition = engine.partition
+    classes = getattr(engine.task, "classes", None) or [str(c) for c in partition.classes]
+    return {
+        "algorithm": engine.algorithm.name,
+        "graph": {
+            "name": config.graph,
+            "weights": graph.weights.tolist(),
+            "sigma_2": engine.schedule.sigma_2 if by_graph else graph.sigma_2,
+        },
+        "partition": {
+            "name": config.partition,
+            "label_table": partition.label_table().tolist(),
+            "classes": list(classes),
+        },
+        "agents": config.agents,
+        "rounds": config.rounds,
+        "seed": config.seed,
+        "task": engine.task.name,
+        "score_name": engine.task.score_name,
+        "agents_per_pass": engine.trainer.agents_per_pass,
+    }
+
+
+def _check_folder(config: RunConfig, out: Path, resume: bool) -> None:
+    """Refuses a folder that is in use, or to go on with a run of another configuration."""
+    kind = type(config)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file; give a folder.")
+    saved = out / "config.yaml"
+    if not saved.exists():
+        if resume:
+            raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"out: {out} is not empty; choose another folder.")
+        return
+    if not resume:
+        raise UserError(f"out: {out} already holds a run; pass --resume to go on with it, or choose another folder.")
+    different = configs.differences(configs.load(kind, saved), config)
+    if different:
+        raise UserError(
+            f"resume: the run in {out} has another config; differing fields: {'; '.join(different)}. "
+            "Give the same values, or choose another --out."
+        )
+
+
+@contextlib.contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """An error of the file system as one line that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"out: cannot write in {out} ({error.strerror or error}); free space or choose another --out. "
+            "What is already there is kept; go on with --resume."
+        ) from error
+
+
+@contextlib.contextmanager
+def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) calls `stop`, a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+# Several runs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison: the name of its folder and its configuration."""
+
+    name: str
+    config: RunConfig
+
+
+def cells(config: CompareConfig) -> list[Cell]:
+    """The runs of a comparison: graphs x partitions x seeds x algorithms."""
+    from decaf_lora import algorithms
+
+    out = []
+    for graph in config.graphs or (config.graph,):
+        for partition in config.partitions or (config.partition,):
+            for seed in config.seeds:
+                for name in config.algorithms:
+                    key = name.replace("-", "_")
+                    options = algorithms.accepted(key, config.algorithm.options())
+                    values = {k: getattr(config, k) for k in RunConfig.model_fields}
+                    learning_rate = config.learning_rates.get(key, config.training.learning_rate)
+                    values |= {
+                        "graph": graph,
+                        "partition": partition,
+                        "seed": seed,
+                        "algorithm": {"name": key, **options},
+                        "training": config.training.model_copy(update={"learning_rate": learning_rate}),
+                    }
+                    folder = f"{key}-{graph}-{partition}-seed{seed}".replace("/", "_").replace(":", "-")
+                    out.append(Cell(folder, RunConfig.model_validate(values)))
+    return out
+
+
+def compare(
+    config: CompareConfig, out: Path, *, resume: bool = False, jobs: int = 1, watch: Watch = _nobody
+) -> list[SummaryRow]:
+    """Runs every cell of a comparison below `out`, `jobs` at a time; finished ones are kept with `resume`.
+
+    Writes summary.json, tables and the report over all. Raises Interrupted after Ctrl-C.
+    """
+    from decaf_lora.records import to_csv, to_latex, to_markdown
+    from decaf_lora.report import write_report
+
+    _check_folder(config, out, resume)
+    todo = cells(config)
+    with _disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+        replace_text(out / "config.yaml", configs.dump(config))
+    rows: dict[str, SummaryRow] = {}
+    left = []
+    for cell in todo:
+        if resume and (out / cell.name / "summary.json").exists():
+            rows[cell.name] = read_summary(out / cell.name / "summary.json")[0]
+            rounds = cell.config.rounds
+            watch(Event(cell.name, rounds, rounds, 1.0, None, rows[cell.name].mean_score))
+        else:
+            left.append(cell)
+    rows |= _run_all(left, out, jobs, watch)
+    ordered = [rows[cell.name] for cell in todo]
+    with _disk(out):
+        write_json(out / "summary.json", [asdict(row) for row in ordered])
+        for name, text in (("table.md", to_markdown), ("table.csv", to_csv), ("table.tex", to_latex)):
+            replace_text(out / name, text(ordered))
+        write_report(out)
+    return ordered
+
+
+def _run_all(left: list[Cell], out: Path, jobs: int, watch: Watch) -> dict[str, SummaryRow]:
+    if jobs == 1 or len(left) < 2:
+        return {cell.name: _run_cell(cell, out, watch) for cell in left}
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        events = manager.Queue()
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        rows = {}
+        with ProcessPoolExecutor(
+            min(jobs, len(left)), mp_context=context, initializer=_start_worker, initargs=(events, threads)
+        ) as pool:
+            futures = {pool.submit(_run_in_worker, cell, out): cell for cell in left}
+            done = threading.Event()
+            drain = threading.Thread(target=_forward, args=(events, watch, done), daemon=True)
+            drain.start()
+            try:
+                for future in as_completed(futures):
+                    rows[futures[future].name] = future.result()
+            except (KeyboardInterrupt, Interrupted):
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise Interrupted(out, 0) from None
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+            finally:
+                done.set()
+                drain.join(timeout=2)
+        return rows
+
+
+def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
+    directory = out / cell.name
+    try:
+        return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)
+    except Interrupted as stop:
+        raise Interrupted(out, stop.round) from None
+
+
+_events: Any = None
+
+
+def _start_worker(events: Any, threads: int) -> None:
+    global _events
+    _events = events
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _run_in_worker(cell: Cell, out: Path) -> SummaryRow:
+    return _run_cell(cell, out, _events.put)
+
+
+def _forward(events: Any, watch: Watch, done: threading.Event) -> None:
+    while not done.is_set():
+        with contextlib.suppress(queues.Empty, EOFError, OSError):
+            watch(events.get(timeout=0.2))
+
+
+# What a run left
+
+
+def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) -> Path:
+    """Writes an agent's adapter, or the averaged model, of a run's newest checkpoint as a PEFT directory.
+
+    With `merge` the whole model is written with the adapter folded in, to load without PEFT.
+    """
+    from decaf_lora import checkpoint
+
+    if not (directory / "config.yaml").exists():
+        raise UserError(f"export: {directory} holds no run (no config.yaml); give the folder of one run.")
+    if not (directory / "run.json").exists():
+        runs = sorted(p.parent.name for p in directory.glob("*/run.json"))
+        some = f" It is a comparison; give one of its runs, e.g. {directory / runs[0]}." if runs else ""
+        raise UserError(f"export: {directory} holds no run.{some}")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"to: {to} is not an empty folder; choose another.")
+    found = checkpoint.load_latest(directory / "checkpoints")
+    if found is None:
+        raise UserError(f"export: {directory} has no checkpoint yet; go on with the run first (--resume).")
+    engine = build(configs.load(RunConfig, directory / "config.yaml"))
+    with contextlib.closing(engine):
+        engine.restore(*found)
+        with _disk(to):
+            engine.save_adapter(to, agent)
+    if merge:
+        _merge(engine.task, to)
+    return to
+
+
+def _merge(task: Any, to: Path) -> None:
+    from peft import PeftModel
+
+    # A copy: the task's model may serve other runs of this process.
+    merged = PeftModel.from_pretrained(copy.deepcopy(task.model), str(to)).merge_and_unload()
+    with _disk(to):
+        for path in to.iterdir():
+            path.unlink()
+        merged.save_pretrained(to)
+        tokenizer = getattr(task, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(to)

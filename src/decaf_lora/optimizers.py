@@ -1,0 +1,97 @@
+"""How does one optimizer step many agents at once?
+
+The trained tensors of n agents are the rows of one flat matrix (n, P), so a step is a dozen operations
+however many layers and agents there are. Every row is a separate optimizer: its own step count, its own
+moments; rows that have finished their local steps stand still.
+
+    AdamW (Loshchilov & Hutter, arXiv 1711.05101)         SGD with momentum
+    m <- b1 m + (1 - b1) g                                g <- g + wd x
+    v <- b2 v + (1 - b2) g^2                              m <- mu m + g
+    x <- x - lr wd x                                      x <- x - lr m
+    x <- x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from decaf_lora.config import TrainingConfig
+
+
+@dataclass
+class Moments:
+    """Optimizer state of one group of tensors: first and second moment (n, P), steps taken (n,) int64."""
+
+    first: Tensor
+    second: Tensor
+    steps: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @staticmethod
+    def zeros(x: Tensor, config: TrainingConfig) -> Moments:
+        """Fresh moments for x (n, P); SGD needs no second one."""
+        second = torch.zeros_like(x) if config.optimizer == "adamw" else x.new_zeros((x.shape[0], 0))
+        return Moments(torch.zeros_like(x), second, torch.zeros(x.shape[0], dtype=torch.long, device=x.device))
+
+
+def step(
+    x: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    config: TrainingConfig,
+    learning_rate: float,
+    active: Tensor,
+) -> None:
+    """One step in place on x (n, P), for the rows where `active` (n,) is true."""
+    if not bool(active.all()):
+        rows = active.nonzero(as_tuple=True)[0]
+        some = Moments(moments.first[rows], moments.second[rows], moments.steps[rows])
+        values = x[rows]
+        step(values, gradient[rows], some, config, learning_rate, torch.ones_like(rows, dtype=torch.bool))
+        x[rows], moments.first[rows], moments.second[rows], moments.steps[rows] = (
+            values,
+            some.first,
+            some.second,
+            some.steps,
+        )
+        return
+    moments.steps += 1
+    if config.optimizer == "sgd":
+        if config.weight_decay:
+            gradient = gradient + config.weight_decay * x
+        moments.first.mul_(config.momentum).add_(gradient)
+        x.sub_(moments.first, alpha=learning_rate)
+        return
+    beta1, beta2 = config.betas
+    moments.first.lerp_(gradient, 1 - beta1)
+    moments.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    count = moments.steps.double()[:, None]
+    correction1 = (1 - beta1**count).to(x.dtype)
+    correction2 = (1 - beta2**count).sqrt().to(x.dtype)
+    x.mul_(1 - learning_rate * config.weight_decay)
+    x.sub_(moments.first / (correction1 / learning_rate) / (moments.second.sqrt() / correction2 + config.eps))
+
+
+def learning_rate(config: TrainingConfig, progress: float) -> float:
+    """The learning rate at `progress` in [0, 1] of the whole run: linear warm-up, then the schedule."""
+    import math
+
+    if progress < config.warmup:
+        return config.learning_rate * progress / config.warmup
+    t = (progress - config.warmup) / (1 - config.warmup)
+    peak, final = config.learning_rate, config.final_learning_rate
+    if config.schedule == "linear":
+        return final + (peak - final) * (1 - t)
+    if config.schedule == "cosine":
+        return final + (peak - final) * (1 + math.cos(math.pi * t)) / 2
+    return peak
+
+
+def clip_(gradients: list[Tensor], max_norm: float) -> None:
+    """Scales every agent's gradient, rows of several (n, P) matrices, to a norm of at most `max_norm`."""
+    norms = torch.sqrt(sum((g.square().sum(1) for g in gradients), torch.zeros_like(gradients[0][:, 0])))
+    factor = (max_norm / (norms + 1e-6)).clamp_max(1.0)
+    for g in gradients:
+        g.mul_(factor[:, None])

@@ -1,0 +1,326 @@
+"""The local steps of the agents that this process holds, and the evaluation of their models.
+
+All agents train at once: the batches of a pass go through the one base model together, agent after agent,
+and one optimizer steps the stacked adapters. `agents_per_pass` bounds memory by splitting the forward and
+backward into passes; the result does not change. Batches are a pure function of (seed, agent, step number),
+so nothing random has to be saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decaf_lora import optimizers
+from decaf_lora.adapters import Attached, DropoutMasks
+from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
+from decaf_lora.config import TrainingConfig
+from decaf_lora.errors import UserError
+from decaf_lora.randomness import derive_seed, numpy_generator
+from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
+
+GROUPS: tuple[Factor, ...] = ("A", "B", "extras")
+
+
+class TrainingError(UserError):
+    """Training went wrong (for instance a loss that is not finite); names the agent and the round."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where a tensor lies in its flat group: its name and its shape without the agent axis."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class FlatGroup:
+    """The tensors of one kind (all A, all B, or all extras) of n agents as one matrix (n, P)."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.shapes = [Shape(name, tuple(t.shape[1:])) for name, t in tensors.items()]
+        self.sizes = [int(np.prod(s.shape)) for s in self.shapes]
+
+    def pack(self, tensors: Tensors) -> Tensor:
+        """name -> (n, ...) to a new matrix (n, P)."""
+        return torch.cat([tensors[s.name].flatten(1) for s in self.shapes], 1)
+
+    def unpack(self, matrix: Tensor) -> Tensors:
+        """(n, P) to views name -> (n, ...), differentiable in one operation."""
+        parts = matrix.split(self.sizes, 1)
+        return {s.name: part.unflatten(1, s.shape) for s, part in zip(self.shapes, parts, strict=True)}
+
+
+class BatchStream:
+    """The example indices that an agent sees: its shard shuffled anew every epoch, cut into batches.
+
+    Shards smaller than a batch are gone through as often as a batch needs.
+    """
+
+    def __init__(self, shard: np.ndarray, batch_size: int, seed: int, agent: int) -> None:
+        self.shard, self.batch_size, self.seed, self.agent = shard, batch_size, seed, agent
+        self._epoch = functools.lru_cache(maxsize=4)(self._shuffled)
+
+    def batch(self, step: int) -> np.ndarray:
+        """(batch_size,) indices into the task's training examples of the agent's step number `step`."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(positions, len(self.shard))
+        out = np.empty(self.batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            out[chosen] = self._epoch(int(epoch))[offsets[chosen]]
+        return out
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self.seed, "batches", self.agent, epoch).permutation(self.shard)
+
+
+class Trainer:
+    """Trains and evaluates the agents of this process.
+
+    `agents` are their numbers in the run and `shards` their examples, in the same order.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        attached: Attached,
+        config: TrainingConfig,
+        agents: Sequence[int],
+        shards: Sequence[np.ndarray],
+        seed: int,
+        eval_batch_size: int = 256,
+    ) -> None:
+        self.task, self.attached, self.config = task, attached, config
+        self.agents, self.seed, self.eval_batch_size = list(agents), seed, eval_batch_size
+        self.streams = [BatchStream(s, config.batch_size, seed, a) for a, s in zip(agents, shards, strict=True)]
+        if config.epochs is None:
+            self.local_steps = np.full(len(self.streams), config.steps)
+        else:
+            self.local_steps = np.array(
+                [max(1, int(np.ceil(config.epochs * len(s) / config.batch_size))) for s in shards]
+            )
+        self.steps_taken = np.zeros(len(self.streams), dtype=np.int64)
+        self.moments: dict[str, optimizers.Moments] = {}
+        self.agents_per_pass = 0 if config.agents_per_pass == "auto" else int(config.agents_per_pass)
+        self._layouts: dict[str, FlatGroup] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.attached.device
+
+    def prepare(self, adapter: Adapter) -> None:
+        """Allocates the optimizer's state and, for `auto`, measures the best number of agents a pass."""
+        for group in GROUPS:
+            tensors = getattr(adapter, group)
+            if tensors:
+                self._layouts[group] = FlatGroup(tensors)
+                flat = self._layouts[group].pack(tensors)
+                self.moments[group] = optimizers.Moments.zeros(flat, self.config)
+        if not self.agents_per_pass:
+            self.agents_per_pass = self._calibrate(adapter)
+
+    def train_round(
+        self,
+        adapter: Adapter,
+        algorithm: Algorithm,
+        state: State,
+        round_: int,
+        rounds: int,
+        first_step: int = 0,
+        losses: Tensor | None = None,
+        on_step: Callable[[int, Tensor], bool] | None = None,
+    ) -> tuple[Adapter, State, Tensor]:
+        """The local steps of round `round_` (1-based) of `rounds`, from step `first_step` of the round on.
+
+        Returns the adapter, the state and the sums of losses (n,) over the round's steps, which go on from
+        `losses`. `on_step` is called after every step with (steps done, losses); true ends the round early.
+        Raises TrainingError when a loss is not finite.
+        """
+        trains = algorithm.trains(round_)
+        flats = {g: layout.pack(getattr(adapter, g)) for g, layout in self._layouts.items()}
+        trained: list[str] = [g for g in flats if g in trains]
+        losses = torch.zeros(adapter.num_agents, device=self.device) if losses is None else losses
+        total = int(self.local_steps.max())
+
+        def current() -> Adapter:
+            return Adapter(
+                self._unpack("A", flats),
+                self._unpack("B", flats),
+                adapter.scale,
+                self._unpack("extras", flats),
+            )
+
+        for step in range(first_step, total):
+            active = self.local_steps > step
+            batches = [s.batch(int(t)) for s, t in zip(self.streams, self.steps_taken, strict=True)]
+            gradients, step_losses = self._gradients(flats, adapter, trained, batches, active, round_)
+            if not bool(torch.isfinite(step_losses).all()):
+                bad = self.agents[int((~torch.isfinite(step_losses)).nonzero()[0])]
+                raise TrainingError(
+                    f"training: the loss of agent {bad} is not finite in round {round_}, step {step + 1}; lower "
+                    "training.learning_rate or set training.clip_norm. The last good checkpoint is kept."
+                )
+            losses = losses + step_losses
+            gradients, state = self._steer(algorithm, state, gradients, round_)
+            if self.config.clip_norm is not None:
+                optimizers.clip_([gradients[g] for g in trained], self.config.clip_norm)
+            lr = optimizers.learning_rate(self.config, (round_ - 1 + step / total) / rounds)
+            mask = torch.from_numpy(active).to(self.device)
+            for group in trained:
+                optimizers.step(flats[group], gradients[group], self.moments[group], self.config, lr, mask)
+            self.steps_taken[active] += 1
+            if on_step is not None and on_step(step + 1, losses):
+                break
+        parts = {g: self._unpack(g, flats) for g in GROUPS}
+        return Adapter(parts["A"], parts["B"], adapter.scale, parts["extras"]), state, losses
+
+    def moments_after(self, algorithm: Algorithm, state: State) -> None:
+        """Lets the algorithm carry the optimizer's moments into the frame that `combine` has chosen."""
+        firsts: Tensors = {}
+        seconds: Tensors = {}
+        for group, moments in self.moments.items():
+            layout = self._layouts[group]
+            firsts |= {f"{group}/{k}": t for k, t in layout.unpack(moments.first).items()}
+            if moments.second.shape[1]:
+                seconds |= {f"{group}/{k}": t for k, t in layout.unpack(moments.second).items()}
+        new_firsts, new_seconds = algorithm.moments(state, firsts, seconds)
+        if new_firsts is firsts and new_seconds is seconds:
+            return
+        for group, moments in self.moments.items():
+            names = [s.name for s in self._layouts[group].shapes]
+            moments.first = self._layouts[group].pack({k: new_firsts[f"{group}/{k}"] for k in names})
+            if moments.second.shape[1]:
+                moments.second = self._layouts[group].pack({k: new_seconds[f"{group}/{k}"] for k in names})
+
+    @torch.no_grad()
+    def evaluate(self, adapter: Adapter) -> Tensor:
+        """(n,) scores of the adapters on the whole test set, in float64 on the CPU."""
+        n, totals = adapter.num_agents, None
+        per_pass = max(1, self.agents_per_pass or n)
+        for start in range(0, self.task.num_test, self.eval_batch_size):
+            indices = np.arange(start, min(start + self.eval_batch_size, self.task.num_test))
+            batch = self._to_device(self.task.test_batch(indices))
+            parts = []
+            for low in range(0, n, per_pass):
+                some = adapter.select(slice(low, min(low + per_pass, n)))
+                with self.attached.bind(some), self._autocast():
+                    tiled = repeat_for_agents(batch, some.num_agents)
+                    parts.append(self.task.statistics(tiled, some.num_agents).double().cpu())
+            both = torch.cat(parts)
+            totals = both if totals is None else totals + both
+        if totals is None:
+            raise UserError("task: the test set is empty; give at least one test example.")
+        return self.task.score(totals)
+
+    # One step's gradients
+
+    def _unpack(self, group: str, flats: dict[str, Tensor]) -> Tensors:
+        return self._layouts[group].unpack(flats[group]) if group in flats else {}
+
+    def _gradients(
+        self,
+        flats: dict[str, Tensor],
+        adapter: Adapter,
+        trained: list[str],
+        batches: list[np.ndarray],
+        active: np.ndarray,
+        round_: int,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients group -> (n, P) and losses (n,) of one step; zero for agents that are not active."""
+        gradients = {g: torch.zeros_like(flats[g]) for g in trained}
+        losses = torch.zeros(len(batches), device=self.device)
+        for rows in self._passes(active):
+            k = len(rows)
+            index: slice | Tensor = torch.from_numpy(rows)
+            if rows[-1] - rows[0] + 1 == k:
+                index = slice(int(rows[0]), int(rows[-1]) + 1)
+            leaves = {g: flats[g][index].detach().requires_grad_(g in trained) for g in flats}
+            bound = Adapter(
+                self._unpack("A", leaves),
+                self._unpack("B", leaves),
+                {name: s[index] for name, s in adapter.scale.items()},
+                self._unpack("extras", leaves),
+            )
+            batch = self._to_device(self.task.train_batch(np.concatenate([batches[i] for i in rows])))
+            with self.attached.bind(bound, self._masks(rows)):
+                with self._autocast():
+                    loss = self.task.losses(batch, k)
+                grads = torch.autograd.grad(loss.float().sum(), [leaves[g] for g in trained], allow_unused=True)
+            losses[index] = loss.detach().float()
+            for group, grad in zip(trained, grads, strict=True):
+                if grad is not None:
+                    gradients[group][index] = grad
+        return gradients, losses
+
+    def _passes(self, active: np.ndarray) -> Iterator[np.ndarray]:
+        rows = np.flatnonzero(active)
+        for low in range(0, len(rows), self.agents_per_pass):
+            yield rows[low : low + self.agents_per_pass]
+
+    def _steer(
+        self, algorithm: Algorithm, state: State, gradients: dict[str, Tensor], round_: int
+    ) -> tuple[dict[str, Tensor], State]:
+        named = {f"{g}/{name}": t for g, flat in gradients.items() for name, t in self._layouts[g].unpack(flat).items()}
+        steered, state = algorithm.steer(state, named, round_)
+        if steered is named:
+            return gradients, state
+        return {
+            g: self._layouts[g].pack({s.name: steered[f"{g}/{s.name}"] for s in self._layouts[g].shapes})
+            for g in gradients
+        }, state
+
+    def _masks(self, rows: np.ndarray) -> DropoutMasks | None:
+        """Dropout masks drawn per (agent, step, layer): the same for every size of a pass, and when a
+        checkpointed segment is computed again."""
+        p = float(self.attached.config.lora_dropout)
+        if not p:
+            return None
+        keys = [(self.agents[i], int(self.steps_taken[i])) for i in rows]
+
+        def masks(layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+            parts = []
+            for agent, taken in keys:
+                seed = derive_seed(self.seed, "dropout", agent, taken, layer)
+                generator = torch.Generator(device=device).manual_seed(seed)
+                parts.append(torch.empty(shape[1:], device=device).bernoulli_(1 - p, generator=generator))
+            return torch.stack(parts).div_(1 - p)
+
+        return masks
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
+
+    def _calibrate(self, adapter: Adapter) -> int:
+        """The number of agents a pass with the shortest time for one step of all agents (best of two)."""
+        n = len(self.streams)
+        candidates = sorted({1, 2, 5, 10, 20, 50, n} & set(range(1, n + 1)))
+        if len(candidates) == 1:
+            return 1
+        flats = {g: layout.pack(getattr(adapter, g)) for g, layout in self._layouts.items()}
+        batches = [s.batch(0) for s in self.streams]
+        active = np.ones(n, dtype=bool)
+        best, best_seconds = 1, float("inf")
+        for candidate in candidates:
+            self.agents_per_pass = candidate
+            seconds = float("inf")
+            for repeat in range(3):
+                start = time.perf_counter()
+                self._gradients(flats, adapter, list(flats), batches, active, 0)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat:  # the first call warms up
+                    seconds = min(seconds, time.perf_counter() - start)
+            if seconds < best_seconds:
+                best, best_seconds = candidate, seconds
+        return best

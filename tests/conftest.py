@@ -1,0 +1,21 @@
+"""Shared pieces of the tests."""
+
+import os
+
+# One thread a process: the suite runs in parallel processes, and more threads than cores spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits_task():
+    """The demo task, loaded once; runs attach and detach."""
+    from decaf_lora import tasks
+
+    return tasks.digits()

@@ -1,0 +1,258 @@
+"""One contract suite over every algorithm, then each rule against a hand-computed truth."""
+
+import numpy as np
+import pytest
+import torch
+
+from decaf_lora import algorithms, graphs, lowrank
+from decaf_lora.algorithms.base import Adapter, Inbox, concatenate
+from decaf_lora.algorithms.decaf import GAUGES
+from decaf_lora.errors import UserError
+
+NAMES = list(algorithms.ALGORITHMS)
+LAYERS = {"x": (2, 6, 5), "y": (2, 6, 5), "z": (3, 4, 8)}  # r, d_in, d_out
+
+
+def make_adapter(n, seed=0, common_a=False):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def draw_a(r, d):
+        return draw(1, r, d).repeat(n, 1, 1) if common_a else draw(n, r, d)
+
+    return Adapter(
+        A={k: draw_a(r, i) for k, (r, i, _) in LAYERS.items()},
+        B={k: draw(n, o, r) for k, (r, _, o) in LAYERS.items()},
+        scale={k: torch.full((n,), 2.0, dtype=torch.float64) for k in LAYERS},
+        extras={"head.weight": draw(n, 3, 4)},
+    )
+
+
+def one_round(algorithm, adapter, graph, round_=1, state=None):
+    state = algorithm.init(adapter) if state is None else state
+    message = algorithm.message(adapter, state, round_)
+    n = adapter.num_agents
+    return algorithm.combine(adapter, state, Inbox.from_weights(message, graph.weights, range(n), range(n)), round_)
+
+
+def products(adapter, layer):
+    return adapter.scale[layer][:, None, None] * (adapter.B[layer] @ adapter.A[layer])
+
+
+def graph_for(algorithm, n):
+    if algorithm.topology == "server":
+        return graphs.Graph.server(np.arange(1, n + 1))
+    return graphs.ring(n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    def test_shapes_types_and_purity(self, name, n):
+        algorithm = algorithms.make(name)
+        adapter = make_adapter(n)
+        before = {k: t.clone() for k, t in adapter.tensors().items()}
+        out, state = one_round(algorithm, adapter, graph_for(algorithm, n))
+        assert {k: (t.shape, t.dtype) for k, t in out.tensors().items()} == {
+            k: (t.shape, t.dtype) for k, t in before.items()
+        }
+        assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items())  # inputs untouched
+        assert all(t.shape[0] == n for t in state.values())
+        assert all(torch.isfinite(t).all() for t in out.tensors().values())
+
+    def test_trained_factors_are_named(self, name, n):
+        trains = algorithms.make(name).trains(1)
+        assert trains <= {"A", "B", "extras"}
+        assert "B" in trains
+
+    def test_message_has_the_agent_axis(self, name, n):
+        algorithm = algorithms.make(name)
+        adapter = make_adapter(n)
+        message = algorithm.message(adapter, algorithm.init(adapter), 1)
+        assert all(t.shape[0] == n for t in message.values())
+        assert bool(message) == (algorithm.topology in ("graph", "server"))
+
+    def test_agents_that_agree_stay_where_they_are(self, name, n):
+        algorithm = algorithms.make(name)
+        adapter = make_adapter(1).select([0] * n)
+        out, _ = one_round(algorithm, adapter, graph_for(algorithm, n))
+        for layer in LAYERS:
+            torch.testing.assert_close(products(out, layer), products(adapter, layer), rtol=1e-9, atol=1e-9)
+
+    def test_split_over_processes_changes_nothing(self, name, n):
+        """Every agent on its own process, with only the messages that reach it, gets the same bits."""
+        algorithm = algorithms.make(name)
+        adapter = make_adapter(n)
+        graph = graph_for(algorithm, n)
+        together, _ = one_round(algorithm, adapter, graph)
+        message = algorithm.message(adapter, algorithm.init(adapter), 1)
+        alone = []
+        for agent in range(n):
+            senders = [int(j) for j in np.flatnonzero(graph.weights[agent])]
+            received = {k: t[senders] for k, t in message.items()}
+            inbox = Inbox.from_weights(received, graph.weights, senders, [agent])
+            own = adapter.select([agent])
+            alone.append(algorithm.combine(own, algorithm.init(own), inbox, 1)[0])
+        joined = concatenate(alone)
+        for key, tensor in together.tensors().items():
+            torch.testing.assert_close(joined.tensors()[key], tensor, rtol=1e-12, atol=1e-12)
+
+    def test_state_is_checkpointable_and_moments_keep_their_names(self, name, n):
+        algorithm = algorithms.make(name)
+        adapter = make_adapter(n)
+        _, state = one_round(algorithm, adapter, graph_for(algorithm, n))
+        first = {k: torch.ones_like(t) for k, t in adapter.tensors().items()}
+        second = {k: torch.ones_like(t) for k, t in adapter.tensors().items()}
+        new_first, new_second = algorithm.moments(state, first, second)
+        assert {k: t.shape for k, t in new_first.items()} == {k: t.shape for k, t in first.items()}
+        assert all((t >= 0).all() for t in new_second.values())
+        assert algorithm.moments(state, first, {})[1] == {}  # SGD has no second moment
+
+
+def test_dlora_averages_each_factor_by_hand():
+    adapter, graph = make_adapter(5), graphs.ring(5)
+    out, _ = one_round(algorithms.dlora(), adapter, graph)
+    weights = torch.from_numpy(graph.weights)
+    for layer in LAYERS:
+        torch.testing.assert_close(out.A[layer], torch.einsum("ij,jab->iab", weights, adapter.A[layer]))
+        torch.testing.assert_close(out.B[layer], torch.einsum("ij,jab->iab", weights, adapter.B[layer]))
+    expected = torch.einsum("ij,jab->iab", weights, adapter.extras["head.weight"])
+    torch.testing.assert_close(out.extras["head.weight"], expected)
+
+
+def test_dlora_fa_keeps_a_and_sends_half():
+    algorithm, adapter = algorithms.dlora_fa(), make_adapter(5, common_a=True)
+    message = algorithm.message(adapter, {}, 1)
+    assert not any(key.startswith("A/") for key in message)
+    assert algorithm.trains(1) == {"B", "extras"}
+    out, _ = one_round(algorithm, adapter, graphs.ring(5))
+    weights = torch.from_numpy(graphs.ring(5).weights)
+    for layer in LAYERS:
+        assert torch.equal(out.A[layer], adapter.A[layer])
+        mixed = torch.einsum("ij,jab->iab", weights, products(adapter, layer))
+        torch.testing.assert_close(products(out, layer), mixed)  # exactly linear in the product
+
+
+def dense_truth(adapter, graph, layer, rank):
+    z = np.einsum("ij,jab->iab", graph.weights, products(adapter, layer).numpy())
+    u, s, vh = np.linalg.svd(z)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+@pytest.mark.parametrize("gauge", [*GAUGES, "rotated"])
+@pytest.mark.parametrize("kind", ["ring", "complete", "star", "line"])
+def test_decaf_is_the_truncated_svd_of_the_mixed_products(gauge, kind):
+    adapter, graph = make_adapter(6), graphs.parse(kind, 6, 0)
+    out, _ = one_round(algorithms.decaf(gauge=gauge), adapter, graph)
+    for layer, (rank, _, _) in LAYERS.items():
+        expected = dense_truth(adapter, graph, layer, rank)
+        torch.testing.assert_close(products(out, layer), torch.from_numpy(expected), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+def test_decaf_never_kills_a_fresh_adapter(gauge):
+    """B starts at 0, so the first product is 0; A must stay alive or both gradients are 0 for ever."""
+    adapter = make_adapter(4, common_a=True)
+    adapter = adapter.with_tensors({f"B/{k}": torch.zeros_like(b) for k, b in adapter.B.items()})
+    out, _ = one_round(algorithms.decaf(gauge=gauge), adapter, graphs.ring(4))
+    for layer in LAYERS:
+        assert out.A[layer].norm(dim=-1).min() > 0.1 * adapter.A[layer].norm(dim=-1).mean()
+        assert not out.B[layer].any()
+
+
+@pytest.mark.parametrize("gauge", ["balanced-rotated", "orthonormal-rotated"])
+def test_decaf_own_frame_stays_near_the_agents_own_factors(gauge):
+    adapter = make_adapter(5)
+    own, _ = one_round(algorithms.decaf(gauge=gauge, reference="own"), adapter, graphs.ring(5))
+    average, _ = one_round(algorithms.decaf(gauge=gauge), adapter, graphs.ring(5))
+    for layer in LAYERS:
+        torch.testing.assert_close(products(own, layer), products(average, layer), rtol=1e-7, atol=1e-7)
+    distance_own = sum((own.A[k] - adapter.A[k]).norm() for k in LAYERS)
+    distance_average = sum((average.A[k] - adapter.A[k]).norm() for k in LAYERS)
+    assert distance_own < distance_average
+
+
+def test_decaf_moments_are_transported_with_the_frame():
+    """A rotation of the factors rotates the first moment; resetting zeroes LoRA's moments only."""
+    algorithm, adapter = algorithms.decaf(gauge="balanced", moments="transport"), make_adapter(3)
+    out, state = one_round(algorithm, adapter, graphs.complete(3))
+    first = dict(adapter.tensors())  # moments that equal the old factors must follow the factors' frame
+    turned, _ = algorithm.moments(state, first, {})
+    for layer in LAYERS:
+        frame = lowrank.frame_change(adapter.A[layer], adapter.B[layer], out.A[layer], out.B[layer])
+        torch.testing.assert_close(turned[f"A/{layer}"], frame @ adapter.A[layer])
+        torch.testing.assert_close(turned[f"B/{layer}"], adapter.B[layer] @ frame.mT)
+        # The product of the transported pair is the old product: the frame change is orthogonal.
+        torch.testing.assert_close(turned[f"B/{layer}"] @ turned[f"A/{layer}"], adapter.B[layer] @ adapter.A[layer])
+    reset = algorithms.decaf(moments="reset")
+    _, state = one_round(reset, adapter, graphs.complete(3))
+    zeroed, _ = reset.moments(state, first, {})
+    assert not zeroed["A/x"].any()
+    assert torch.equal(zeroed["extras/head.weight"], first["extras/head.weight"])
+
+
+def test_fedavg_is_dlora_on_a_complete_graph_with_equal_sizes():
+    adapter = make_adapter(6)
+    server, _ = one_round(algorithms.fedavg(), adapter, graphs.Graph.server([7] * 6))
+    gossip, _ = one_round(algorithms.dlora(), adapter, graphs.complete(6))
+    for key, tensor in server.tensors().items():
+        assert torch.equal(tensor, gossip.tensors()[key])
+
+
+def test_fedavg_weighs_by_sample_size():
+    adapter = make_adapter(3)
+    out, _ = one_round(algorithms.fedavg(), adapter, graphs.Graph.server([1, 2, 5]))
+    expected = (adapter.A["x"] * torch.tensor([1 / 8, 2 / 8, 5 / 8])[:, None, None].double()).sum(0)
+    torch.testing.assert_close(out.A["x"], expected.expand(3, -1, -1))
+
+
+def test_equal_rows_are_computed_once_and_unequal_degrees_apart():
+    message = {"t": torch.arange(5.0)[:, None]}
+    complete = Inbox.from_weights(message, graphs.complete(5).weights, range(5), range(5))
+    assert [g.senders.shape for g in complete.groups] == [(1, 5)]
+    star = Inbox.from_weights(message, graphs.star(5).weights, range(5), range(5))
+    assert sorted(tuple(g.senders.shape) for g in star.groups) == [(1, 5), (4, 2)]
+    expected = torch.from_numpy(graphs.star(5).weights).float() @ message["t"]
+    torch.testing.assert_close(star.average("t"), expected)
+
+
+def test_disagreement_on_a_ring_shrinks_by_sigma_2_and_the_mean_stays():
+    """Gossip theory: the worst disagreement contracts by exactly sigma_2 a round."""
+    graph = graphs.ring(8)
+    values, vectors = np.linalg.eigh(graph.weights)
+    worst = vectors[:, np.argsort(-np.abs(values))[1]]
+    adapter = make_adapter(8)
+    start = torch.from_numpy(worst)[:, None, None] * torch.ones_like(adapter.A["x"])
+    adapter = adapter.with_tensors({"A/x": start + 1})
+    out, _ = one_round(algorithms.dlora(), adapter, graph)
+    torch.testing.assert_close(out.A["x"] - 1, graph.sigma_2 * start)
+    torch.testing.assert_close(out.A["x"].mean(0), adapter.A["x"].mean(0))
+
+
+def test_interference_is_what_separates_factor_from_product_mixing():
+    adapter, graph = make_adapter(5), graphs.ring(5)
+    out, _ = one_round(algorithms.dlora(), adapter, graph)
+    weights = torch.from_numpy(graph.weights)
+    for layer in LAYERS:
+        mixed = torch.einsum("ij,jab->iab", weights, products(adapter, layer))
+        gap = (mixed - products(out, layer)).flatten(1).norm(dim=1)
+        rows = [np.flatnonzero(graph.weights[i]) for i in range(5)]
+        closed = [
+            lowrank.interference(adapter.A[layer][j], adapter.B[layer][j], weights[i, j]) * 2.0
+            for i, j in enumerate(rows)
+        ]
+        torch.testing.assert_close(gap, torch.stack(closed))
+
+
+def test_unknown_names_and_options_are_refused_with_a_hint():
+    with pytest.raises(UserError, match="Did you mean 'decaf'"):
+        algorithms.make("decav")
+    with pytest.raises(UserError, match=r"algorithm\.gauge: dlora does not take this option; it belongs to decaf"):
+        algorithms.make("dlora", gauge="balanced")
+    with pytest.raises(UserError, match=r"algorithm\.gauge: 'balance' is not known\. Did you mean 'balanced'"):
+        algorithms.make("decaf", gauge="balance")
+    with pytest.raises(UserError, match=r"algorithm\.moments"):
+        algorithms.make("decaf", moments="kept")
+    assert algorithms.make("dlora-fa").name == "dlora_fa"

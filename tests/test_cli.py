@@ -1,0 +1,351 @@
+"""The command as users and scripts call it: results on disk, and one line and exit code 2 for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from decaf_lora import checkpoint
+from decaf_lora.cli import main
+
+TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
+SMALL = [
+    *("--task", TOY, "--agents", "3", "--rounds", "3", "--training.steps", "2", "--training.batch-size", "4"),
+    *("--training.agents-per-pass", "3", "--partition", "iid", "--lora.lora-alpha", "4"),
+]
+
+
+def decaf(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def fails(capsys, *arguments):
+    """The one line that a mistake prints; asserts exit code 2, one line, no traceback."""
+    capsys.readouterr()
+    assert decaf(*arguments) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert lines[0].startswith("decaf: ")
+    return lines[0]
+
+
+@pytest.fixture
+def finished(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert decaf("run", "digits", *SMALL, "--out", out) == 0
+    capsys.readouterr()
+    return out
+
+
+def test_a_run_leaves_its_folder(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "run.json",
+        "records.jsonl",
+        "checkpoints",
+        "summary.json",
+        "report.html",
+    }
+    (row,) = json.loads((finished / "summary.json").read_text())
+    assert list(row) == [
+        *("algorithm", "graph", "partition", "seed", "mean_score", "worst_score", "std_score"),
+        *("averaged_score", "bytes_sent", "seconds"),
+    ]
+    assert row["algorithm"] == "decaf"
+    assert row["graph"] == "ring"
+    saved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert saved["training"]["steps"] == 2
+    assert saved["agents"] == 3
+
+
+def test_comparison_writes_summary_tables_and_report(tmp_path, capsys):
+    out = tmp_path / "cmp"
+    arguments = ["compare", "digits", *SMALL, "--seeds", "0", "1", "--algorithms", "local", "decaf", "fedavg"]
+    assert decaf(*arguments, "--jobs", "1", "--out", out) == 0
+    assert "decaf" in capsys.readouterr().out
+    rows = json.loads((out / "summary.json").read_text())
+    assert [(r["algorithm"], r["seed"]) for r in rows] == [(a, s) for s in (0, 1) for a in ("local", "decaf", "fedavg")]
+    assert all((out / name).stat().st_size for name in ("report.html", "table.md", "table.csv", "table.tex"))
+    before = (out / "summary.json").read_text()
+    (out / "decaf-ring-iid-seed1" / "summary.json").unlink()  # as if it had been interrupted there
+    assert decaf(*arguments, "--jobs", "2", "--out", out, "--resume", "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [r["mean_score"] for r in again] == [r["mean_score"] for r in json.loads(before)]
+
+
+def test_json_prints_rows(tmp_path, capsys):
+    assert decaf("run", "digits", *SMALL, "--out", tmp_path / "r", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["bytes_sent"] > 0
+
+
+def test_a_yaml_file_is_a_recipe(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"task": {"name": TOY}, "agents": 2, "rounds": 1, "partition": "iid"}))
+    assert decaf("run", path, "--training.agents_per_pass", 1, "--out", tmp_path / "r", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["partition"] == "iid"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_scripts_rely_on(tmp_path, capsys):
+    out, adapter, merged = tmp_path / "r", tmp_path / "a", tmp_path / "m"
+    assert decaf("run", "digits", "--agents", 3, "--rounds", 2, "--training.agents_per_pass", 1, "--out", out) == 0
+    assert decaf("export", out, "--agent", 1, "--to", adapter) == 0
+    assert {p.name for p in adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert decaf("export", out, "--agent", "averaged", "--merge", "--to", merged) == 0
+    from transformers import CLIPModel
+
+    CLIPModel.from_pretrained(merged)
+    assert "agent: 7 is not in this run; use 0 to 2" in fails(
+        capsys, "export", out, "--agent", 7, "--to", tmp_path / "x"
+    )
+    assert "not an empty folder" in fails(capsys, "export", out, "--agent", 1, "--to", adapter)
+    assert "neither a number" in fails(capsys, "export", out, "--agent", "one", "--to", tmp_path / "y")
+    assert "holds no run" in fails(capsys, "export", tmp_path, "--to", tmp_path / "z")
+
+
+def test_merged_export_gives_the_agents_logits(tmp_path, capsys, digits_task):
+    """The merged model without PEFT against the agent's adapter through PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import CLIPModel
+
+    from decaf_lora.tasks import digits_data
+
+    out = tmp_path / "r"
+    small = ["--agents", 2, "--rounds", 2, "--training.agents_per_pass", 1, "--lr", 0.05]
+    assert decaf("run", "digits", *small, "--out", out) == 0
+    assert decaf("export", out, "--agent", 1, "--to", tmp_path / "a") == 0
+    assert decaf("export", out, "--agent", 1, "--merge", "--to", tmp_path / "m") == 0
+    base = CLIPModel.from_pretrained(digits_data.MODEL_DIR)
+    with torch.no_grad():
+        pixels = digits_task.test_batch(np.arange(8))["pixel_values"]
+        plain = base.get_image_features(pixel_values=pixels).pooler_output
+        adapted = PeftModel.from_pretrained(base, tmp_path / "a").get_image_features(pixel_values=pixels)
+        merged = CLIPModel.from_pretrained(tmp_path / "m").get_image_features(pixel_values=pixels)
+    torch.testing.assert_close(merged.pooler_output, adapted.pooler_output, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, merged.pooler_output, atol=1e-3)
+
+
+# Mistakes
+
+
+def test_unknown_names_suggest_the_nearest(capsys):
+    assert "Did you mean 'digits'" in fails(capsys, "run", "digit")
+    assert "Did you mean 'compare'" in fails(capsys, "compar", "digits")
+    assert "Did you mean --algorithm.gauge" in fails(capsys, "run", "digits", "--gauge", "balanced")
+    assert "Did you mean --training.steps" in fails(capsys, "run", "digits", "--training.step", 3)
+    assert "Did you mean 'ring'" in fails(capsys, "run", "digits", "--graph", "rin")
+    assert "Did you mean 'dirichlet:0.1'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
+    assert "Did you mean 'decaf'" in fails(capsys, "run", "digits", "--algorithm", "decav")
+    assert "Did you mean 'digits'" in fails(capsys, "run", "digits", "--task", "digit")
+    assert "name a recipe" in fails(capsys, "run", "--agents", 3)
+
+
+BAD_VALUES = {
+    "--agents 0": "agents: ",
+    "--agents x": "agents",
+    "--training.steps 0": "training.steps: ",
+    "--training.learning_rate -1": "training.learning_rate: ",
+    "--training.agents_per_pass 0": "agents_per_pass must be at least 1",
+    "--training.schedule cos": "training.schedule",
+    "--rounds 0": "rounds: ",
+    "--lora.r 0": "lora.r: ",
+    "--lora.lora_dropout 1": "lora.lora_dropout: ",
+    "--partition dirichlet:0": "alpha",
+    "--partition dirichlet:-1": "alpha",
+    "--agents 1": "agents: decaf needs at least 2 agents",
+    "--agents 900 --partition iid": "900 agents but only",
+    "--algorithm dlora --algorithm.gauge balanced": "algorithm.gauge: dlora does not take this option",
+    "--algorithm.gauge balance": "algorithm.gauge: 'balance' is not known. Did you mean 'balanced'",
+    "--lora.r 65": "lora.r: rank 65 is larger than",
+    "--lora.target_modules q_projj": "lora.target_modules: q_projj matches no linear layer",
+    "--graph torus:2x3": "graph: ",
+    "--graph nowhere.npy": "nowhere.npy",
+    "--device cuda:9": "device: 'cuda:9' cannot be used here",
+    "--task nowhere.py:make": "nowhere.py does not exist",
+    "--task nomodule:make": "cannot import 'nomodule'",
+    "--task json:loads2": "has no function 'loads2'",
+}
+
+
+@pytest.mark.parametrize("arguments", list(BAD_VALUES))
+def test_bad_values_name_the_field_and_write_nothing(capsys, tmp_path, arguments):
+    out = tmp_path / "run"
+    line = fails(capsys, "run", "digits", *arguments.split(), "--out", out)
+    assert BAD_VALUES[arguments] in line
+    assert not out.exists()
+
+
+def test_bad_matrices_name_the_row(capsys, tmp_path):
+    weights = np.full((3, 3), 1 / 3)
+    weights[1, 2] = 0.5
+    np.save(tmp_path / "w.npy", weights)
+    assert "row 1" in fails(capsys, "run", "digits", *SMALL, "--graph", tmp_path / "w.npy")
+    apart = np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1.0]])
+    np.savetxt(tmp_path / "w.csv", apart, delimiter=",")
+    line = fails(capsys, "run", "digits", *SMALL, "--graph", tmp_path / "w.csv")
+    assert "connected" in line
+    assert "2" in line
+
+
+def test_bad_files(capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    assert "cannot read" in fails(capsys, "run", path)
+    path.write_text("a: [1")
+    assert "is not YAML" in fails(capsys, "run", path)
+    path.write_text("training: {step: 3}")
+    assert "training.step: unknown field. Did you mean training.steps?" in fails(capsys, "run", path)
+    path.write_text("agents: many")
+    assert "agents: " in fails(capsys, "run", path)
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="recipe"):
+        decaf("run", "digit", "--debug")
+
+
+def test_an_existing_run_is_not_overwritten(capsys, finished):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert "already holds a run; pass --resume" in fails(capsys, "run", "digits", *SMALL, "--out", finished)
+    line = fails(capsys, "run", "digits", *SMALL, "--out", finished, "--resume", "--seed", 5, "--lr", 0.1)
+    assert "training.learning_rate: 0.01 -> 0.1" in line.replace("0.02 ->", "0.01 ->")
+    assert "seed: 0 -> 5" in line
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+    (finished.parent / "full").mkdir()
+    (finished.parent / "full" / "thesis.txt").write_text("x")
+    assert "is not empty" in fails(capsys, "run", "digits", *SMALL, "--out", finished.parent / "full")
+    assert "holds no run" in fails(capsys, "run", "digits", *SMALL, "--out", finished.parent / "new", "--resume")
+    assert "is a file" in fails(capsys, "run", "digits", *SMALL, "--out", finished / "config.yaml")
+
+
+def test_nan_loss_stops_and_keeps_the_checkpoint(capsys, tmp_path):
+    """A learning rate that blows up: agent and round are named, what was saved stays readable."""
+    out = tmp_path / "r"
+    line = fails(
+        capsys,
+        *("run", "digits", *SMALL, "--rounds", 200, "--checkpoint-every", 1, "--out", out),
+        *("--training.optimizer", "sgd", "--lr", "1e6", "--training.schedule", "constant"),
+    )
+    assert "is not finite in round" in line
+    assert "loss of agent" in line
+    found = checkpoint.load_latest(out / "checkpoints")
+    assert found is None or found[1]["round"] >= 1
+    assert (out / "config.yaml").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self/mounts").exists(), reason="needs a read-only place")
+def test_a_place_that_cannot_be_written(capsys):
+    line = fails(capsys, "run", "digits", *SMALL, "--out", "/proc/decaf-run")
+    assert "out: cannot write in /proc/decaf-run" in line
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
+    """A real file size limit (as a full disk: the write fails) in a child process."""
+    out = tmp_path / "r"
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from decaf_lora.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["run", "digits", *SMALL, "--rounds", "9", "--checkpoint-every", "1", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("decaf: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1
+    assert "cannot write" in lines[0]
+    assert "kept" in lines[0]
+    assert "Traceback" not in done.stderr
+    resumed = subprocess.run(
+        [sys.executable, "-m", "decaf_lora", *arguments, "--resume"], capture_output=True, text=True, timeout=120
+    )
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
+    """A real SIGINT to a real process, in mid-run."""
+    arguments = ["run", "digits", *SMALL, "--rounds", "400", "--checkpoint-every", "50", "--evaluate-every", "400"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, "-m", "decaf_lora", *arguments]
+    process = subprocess.Popen([*command, "--out", str(cut)], stderr=subprocess.PIPE, text=True)
+    records = cut / "records.jsonl"
+    for _ in range(600):
+        if records.exists() and len(records.read_text().splitlines()) > 5:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Go on with: decaf run digits" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    done = json.loads(records.read_text().splitlines()[-1])["round"]
+    assert 0 < done < 400
+    for extra in (["--out", str(cut), "--resume"], ["--out", str(whole)]):
+        finished = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=120)
+        assert finished.returncode == 0, finished.stderr
+
+    def tensors(out):
+        return checkpoint.load_latest(out / "checkpoints")[0]
+
+    ours, theirs = tensors(cut), tensors(whole)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[k] == theirs[k]).all() for k in ours)
+
+    def lines(out):
+        rows = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert lines(cut) == lines(whole)
+
+
+# graph, recipes, help
+
+
+def test_graph_shows_and_draws(capsys, tmp_path):
+    assert decaf("graph", "ring", "-n", 10, "--save", tmp_path / "g.png") == 0
+    out = capsys.readouterr().out
+    assert "sigma 2: 0.872678" in out
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    assert decaf("graph", "bipartite:8+2", "-n", 10, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["sigma_2"] == pytest.approx(0.78, abs=1e-9)
+    assert len(facts["weights"]) == 10
+    assert "graph: " in fails(capsys, "graph", "hypercube", "-n", 10)
+    assert "save: " in fails(capsys, "graph", "ring", "--save", tmp_path / "no" / "g.png")
+
+
+def test_help_and_recipes(capsys):
+    assert decaf() == 0
+    assert "decaf compare" in capsys.readouterr().out
+    assert decaf("recipes", "--json") == 0
+    assert "digits" in json.loads(capsys.readouterr().out)
+    for command in ("run", "compare"):
+        with pytest.raises(SystemExit) as stop:
+            decaf(command, "digits", "--help")
+        assert stop.value.code == 0
+        assert "--training.learning-rate" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        decaf("graph", "--help")
+    assert "erdos-renyi:0.4" in capsys.readouterr().out
+    assert decaf("--version") == 0
+
+
+@pytest.mark.parametrize("name", ["digits"])
+def test_every_recipe_is_a_full_config_that_round_trips(name, tmp_path):
+    from decaf_lora import config, recipes
+
+    made = recipes.get(name)
+    (tmp_path / "c.yaml").write_text(config.dump(made))
+    assert config.load(config.CompareConfig, tmp_path / "c.yaml") == made
+    assert config.differences(made, made) == []

@@ -1,0 +1,228 @@
+"""The round loop: records, bytes, orders, resume bit for bit at every point, and the methods' order of merit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
+from decaf_lora.config import TrainingConfig
+from decaf_lora.errors import UserError
+from decaf_lora.run import Run
+from toy import Toy
+
+CONFIG = TrainingConfig(steps=3, batch_size=5, learning_rate=0.02, agents_per_pass=2)
+
+
+def make_run(algorithm="decaf", n=4, rounds=4, graph=None, task=None, training=CONFIG, **options):
+    task = task or Toy(extras=True)
+    names = {k: options.pop(k) for k in ("gauge", "order", "moments", "reference") if k in options}
+    shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
+    return Run(
+        task,
+        algorithms.make(algorithm, **names),
+        graph or graphs.ring(n),
+        shards,
+        training,
+        rounds=rounds,
+        evaluate_every=2,
+        **options,
+    )
+
+
+def same(a, b):
+    assert a.tensors().keys() == b.tensors().keys()
+    for key, tensor in a.tensors().items():
+        assert torch.equal(tensor, b.tensors()[key]), key
+
+
+@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("n", [2, 3])
+def test_every_algorithm_runs_and_records(algorithm, n):
+    run = make_run(algorithm, n)
+    records = list(run.train())
+    assert [r.round for r in records] == [0, 1, 2, 3, 4]
+    agents = 1 if algorithm == "centralized" else n
+    assert [len(r.scores) if r.scores else 0 for r in records] == [agents, 0, agents, 0, agents]
+    assert all(len(r.losses) == agents and np.isfinite(r.losses).all() for r in records[1:])
+    assert records[0].losses is None
+    assert records[-1].averaged_score is not None
+
+
+def test_one_agent_trains_alone_and_talking_needs_two():
+    run = make_run("local", 1)
+    assert [r.consensus_distance for r in run.train()] == [0.0] * 5
+    for algorithm in ("dlora", "decaf", "dlora_fa", "fedavg"):
+        with pytest.raises(UserError, match=f"agents: {algorithm} needs at least 2 agents"):
+            make_run(algorithm, 1)
+
+
+def test_a_graph_of_another_size_is_refused():
+    with pytest.raises(UserError, match="joins 5 agents but the partition has 4 shards"):
+        make_run("dlora", 4, graph=graphs.ring(5))
+
+
+def test_bytes_are_what_the_messages_hold():
+    adapter_bytes = {}
+    for algorithm in ("dlora", "decaf", "dlora_fa", "fedavg", "local"):
+        run = make_run(algorithm, 4)
+        *_, last = run.train()
+        adapter_bytes[algorithm] = last.bytes_sent
+    a = 4 * (2 * 12 + 2 * 10)  # two layers, rank 2, float32
+    b = 4 * (10 * 2 + 10 * 2)
+    head = 4 * (4 * 10 + 4)
+    assert adapter_bytes["dlora"] == adapter_bytes["decaf"] == 2 * (a + b + head)  # two neighbours
+    assert adapter_bytes["dlora_fa"] == 2 * (b + head)
+    assert adapter_bytes["fedavg"] == a + b + head  # once, to the server
+    assert adapter_bytes["local"] == 0
+
+
+@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("stop", ["after a round", "within a round", "between start and round 1"])
+def test_resumed_equals_uninterrupted_bit_for_bit(algorithm, stop, tmp_path):
+    options = {"moments": "transport"} if algorithm == "decaf" else {}
+    lora = dataclasses.replace(Toy(extras=True).default_lora(), lora_dropout=0.3)
+    training = CONFIG.model_copy(update={"epochs": 0.7, "clip_norm": 0.5})
+    options |= {"lora": lora, "training": training}
+    whole = make_run(algorithm, **options)
+    expected = list(whole.train())
+
+    first = make_run(algorithm, **options)
+    if stop == "within a round":
+        first.on_step = lambda round_, done, steps, losses: first.stop() if (round_, done) == (3, 1) else None
+        got = list(first.train())
+        assert first.step_in_round == 1
+    else:
+        until = 2 if stop == "after a round" else 0
+        got = []
+        for record in first.train():
+            got.append(record)
+            if record.round == until:
+                break
+    checkpoint.save(tmp_path, *first.snapshot())
+
+    second = make_run(algorithm, **options)
+    second.restore(*checkpoint.load_latest(tmp_path))
+    for record in second.train():
+        if record.round > got[-1].round:
+            got.append(record)
+    same(whole.adapter, second.adapter)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert dataclasses.replace(ours, seconds={}) == dataclasses.replace(theirs, seconds={})
+    for group, moments in whole.trainer.moments.items():
+        assert torch.equal(moments.first, second.trainer.moments[group].first)
+        assert torch.equal(moments.second, second.trainer.moments[group].second)
+
+
+@pytest.mark.parametrize("order", ["adapt-combine", "combine-adapt"])
+@pytest.mark.parametrize("algorithm", ["dlora", "decaf", "dlora_fa"])
+def test_orders_are_the_same_steps_shifted(algorithm, order, tmp_path):
+    run = make_run(algorithm, order=order, rounds=3)
+    records = list(run.train())
+    assert all(r.bytes_sent > 0 for r in records[1:])
+    if order == "combine-adapt":  # agents have drifted since the last mixing
+        mixed = list(make_run(algorithm, order="adapt-combine", rounds=3).train())
+        assert records[-1].consensus_distance > mixed[-1].consensus_distance
+        first = make_run(algorithm, order=order, rounds=3)
+        first.on_step = lambda round_, done, steps, losses: first.stop() if (round_, done) == (2, 2) else None
+        list(first.train())
+        checkpoint.save(tmp_path, *first.snapshot())
+        second = make_run(algorithm, order=order, rounds=3)
+        second.restore(*checkpoint.load_latest(tmp_path))
+        *_, last = second.train()
+        same(run.adapter, second.adapter)
+        assert last.interference == records[-1].interference
+
+
+def test_fedavg_equals_dlora_on_a_complete_graph_with_equal_sizes():
+    task = Toy()
+    shards = partition.Partition(tuple(np.arange(i * 30, (i + 1) * 30) for i in range(4)), task.labels)
+    runs = [
+        Run(Toy(), algorithms.make(name), graphs.complete(4), shards, CONFIG, rounds=3) for name in ("fedavg", "dlora")
+    ]
+    for run in runs:
+        list(run.train())
+    same(runs[0].adapter, runs[1].adapter)
+
+
+def test_decaf_stays_near_dlora_on_a_complete_graph():
+    """Common start, frequent mixing: interference is second order, so the products agree closely."""
+    runs = {name: make_run(name, graph=graphs.complete(4), rounds=1) for name in ("dlora", "decaf")}
+    for run in runs.values():
+        *_, last = run.train()
+    dlora, decaf = (runs[k].adapter for k in ("dlora", "decaf"))
+    for layer in dlora.layers:
+        a, b = dlora.B[layer] @ dlora.A[layer], decaf.B[layer] @ decaf.A[layer]
+        assert (a - b).norm() < 0.05 * a.norm()
+    assert last.interference > 0
+
+
+def test_consensus_distance_against_dense_products():
+    run = make_run("local", 4)
+    list(run.train())
+    adapter = run.adapter
+    dense = [
+        adapter.scale[k][:, None, None].double() * (adapter.B[k].double() @ adapter.A[k].double())
+        for k in adapter.layers
+    ]
+    squares = sum((z - z.mean(0)).flatten(1).square().sum(1) for z in dense)
+    assert consensus.distance(adapter) == pytest.approx(float(squares.mean().sqrt()), rel=1e-6)
+    agreed = adapter.select([0, 0, 0])
+    assert consensus.distance(agreed) == pytest.approx(0, abs=1e-9)
+    nearly = agreed.with_tensors({"B/first": agreed.B["first"] + torch.tensor([0, 0, 1e-6])[:, None, None]})
+    assert 0 < consensus.distance(nearly) < 1e-4
+
+
+def test_averaged_model_is_the_best_rank_r_mean_of_products():
+    run = make_run("local", 4)
+    list(run.train())
+    adapter, mean = run.adapter, consensus.averaged(run.adapter)
+    for layer in adapter.layers:
+        dense = (adapter.B[layer].double() @ adapter.A[layer].double()).mean(0).numpy()
+        u, s, vh = np.linalg.svd(dense)
+        expected = torch.from_numpy((u[:, :2] * s[:2]) @ vh[:2]).float()
+        torch.testing.assert_close((mean.B[layer] @ mean.A[layer])[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean.extras["head.bias"][0], adapter.extras["head.bias"].mean(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saved_adapters_of_a_run_load_in_peft(digits_task, tmp_path):
+    from transformers import CLIPModel
+
+    from decaf_lora.tasks import digits_data
+
+    training = TrainingConfig(steps=2, batch_size=4, learning_rate=0.02, agents_per_pass=3)
+    shards = partition.iid(digits_task.labels, 3, seed=0)
+    run = Run(digits_task, algorithms.decaf(), graphs.ring(3), shards, training, rounds=2)
+    list(run.train())
+    indices = np.arange(6)
+    pixels = digits_task.test_batch(indices)["pixel_values"]
+    for agent in (1, "averaged"):
+        run.save_adapter(tmp_path / str(agent), agent)
+        which = consensus.averaged(run.adapter) if agent == "averaged" else run.adapter.select([agent])
+        with torch.no_grad(), run.attached.bind(which):
+            ours = digits_task.logits(pixels, 1)
+        base = CLIPModel.from_pretrained(digits_data.MODEL_DIR, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, tmp_path / str(agent)).eval()
+        with torch.no_grad():
+            theirs = model(pixel_values=pixels, **digits_task._tokens).logits_per_image
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # logits are scaled by about 50
+    with pytest.raises(UserError, match="agent: 3 is not in this run; use 0 to 2"):
+        run.save_adapter(tmp_path / "x", 3)
+    run.close()
+
+
+def test_torn_checkpoints_are_passed_over(tmp_path):
+    run = make_run()
+    for record in run.train():
+        if record.round in (1, 2, 3):
+            checkpoint.save(tmp_path, *run.snapshot())
+    kept = checkpoint.all_of(tmp_path)
+    assert [p.name for p in kept] == ["round-000002", "round-000003"]
+    torn = kept[-1] / "tensors.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    _, values = checkpoint.load_latest(tmp_path)
+    assert values["round"] == 2
+    assert checkpoint.load_latest(tmp_path / "none") is None

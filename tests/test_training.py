@@ -1,0 +1,251 @@
+"""Local steps: against torch's own optimizers, stacked against one by one, batches, schedules, clipping."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decaf_lora import algorithms, optimizers
+from decaf_lora.adapters import attach
+from decaf_lora.config import TrainingConfig
+from decaf_lora.training import BatchStream, FlatGroup, Trainer, TrainingError
+from toy import Toy
+
+
+def trained(task, config, agents, shards, rounds=1, algorithm=None, seed=0, lora=None, common=True):
+    """Adapter and trainer after `rounds` rounds of local steps without exchange."""
+    attached = attach(task.model, lora or task.default_lora())
+    try:
+        trainer = Trainer(task, attached, config, agents, shards, seed)
+        adapter = attached.init(agents, seed, common)
+        trainer.prepare(adapter)
+        losses = None
+        for round_ in range(1, rounds + 1):
+            adapter, _, losses = trainer.train_round(adapter, algorithm or algorithms.local(), {}, round_, rounds)
+        return dataclasses.replace(adapter), trainer, losses
+    finally:
+        attached.detach()
+
+
+def shards_of(n, size=20):
+    return [np.arange(i * size, (i + 1) * size) for i in range(n)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["float32"])
+def test_stacked_equals_one_by_one_after_20_steps(optimizer, precision):
+    config = TrainingConfig(
+        steps=20,
+        batch_size=5,
+        learning_rate=0.02,
+        optimizer=optimizer,
+        agents_per_pass=6,
+        precision=precision,
+    )
+    together, _, _ = trained(Toy(extras=True), config, range(6), shards_of(6))
+    for agents_per_pass in (1, 4):
+        passes, _, _ = trained(
+            Toy(extras=True),
+            config.model_copy(update={"agents_per_pass": agents_per_pass}),
+            range(6),
+            shards_of(6),
+        )
+        for key, tensor in together.tensors().items():
+            torch.testing.assert_close(passes.tensors()[key], tensor, rtol=1e-5, atol=1e-5)
+    for agent in range(6):
+        alone, _, _ = trained(Toy(extras=True), config, [agent], [shards_of(6)[agent]])
+        for key, tensor in together.tensors().items():
+            torch.testing.assert_close(alone.tensors()[key][0], tensor[agent], rtol=1e-5, atol=1e-5)
+
+
+def test_the_demo_model_stacked_equals_one_by_one(digits_task):
+    config = TrainingConfig(steps=20, batch_size=4, learning_rate=0.005, agents_per_pass=3)
+    shards = shards_of(3, 40)
+    together, _, _ = trained(digits_task, config, range(3), shards)
+    one, _, _ = trained(digits_task, config.model_copy(update={"agents_per_pass": 1}), range(3), shards)
+    for key, tensor in together.tensors().items():
+        torch.testing.assert_close(one.tensors()[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_single_agent_trains_as_with_peft_and_torch(optimizer):
+    """The whole local step against PEFT's LoRA layers and torch.optim on the same batches."""
+    import copy
+
+    from peft import get_peft_model
+
+    task = Toy()
+    config = TrainingConfig(
+        steps=12,
+        batch_size=6,
+        learning_rate=0.03,
+        optimizer=optimizer,
+        weight_decay=0.05,
+        clip_norm=0.5,
+        schedule="linear",
+        warmup=0.25,
+    )
+    shard = np.arange(40)
+    plain = copy.deepcopy(task.model)
+    start = attach(task.model, task.default_lora())
+    initial = start.init([0], 0)
+    start.detach()
+    adapter, _, losses = trained(task, config, [0], [shard])
+
+    peft = get_peft_model(plain, task.default_lora())
+    layers = {name: peft.base_model.model.get_submodule(name) for name in initial.layers}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A["default"].weight.copy_(initial.A[name][0])
+            layer.lora_B["default"].weight.copy_(initial.B[name][0])
+    parameters = [p for p in peft.parameters() if p.requires_grad]
+    kinds = {
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.05),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=0.05),
+    }
+    theirs = kinds[optimizer]()
+    stream, total = BatchStream(shard, 6, 0, 0), 0.0
+    for step in range(12):
+        batch = stream.batch(step)
+        loss = torch.nn.functional.cross_entropy(peft(task.x[batch]), task.y[batch])
+        total += float(loss.detach())
+        theirs.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        theirs.param_groups[0]["lr"] = optimizers.learning_rate(config, step / 12)
+        theirs.step()
+    assert float(losses[0]) == pytest.approx(total, rel=1e-5)
+    for name, layer in layers.items():
+        torch.testing.assert_close(adapter.A[name][0], layer.lora_A["default"].weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(adapter.B[name][0], layer.lora_B["default"].weight, rtol=1e-4, atol=1e-6)
+
+
+def test_agents_with_fewer_local_steps_stand_still():
+    """With whole epochs, shards of unequal size take unequal numbers of steps; each as if alone."""
+    shards = [np.arange(10), np.arange(20, 50), np.arange(60, 65)]
+    config = TrainingConfig(epochs=2, batch_size=5, learning_rate=0.05, agents_per_pass=3)
+    together, trainer, _ = trained(Toy(), config, range(3), shards, rounds=2)
+    assert trainer.local_steps.tolist() == [4, 12, 2]
+    assert trainer.steps_taken.tolist() == [8, 24, 4]
+    assert trainer.moments["A"].steps.tolist() == [8, 24, 4]
+    # Progress of the learning rate follows the round, so a constant one lets agents be compared alone.
+    constant = config.model_copy(update={"schedule": "constant"})
+    together, _, _ = trained(Toy(), constant, range(3), shards, rounds=2)
+    for agent in range(3):
+        alone, _, _ = trained(Toy(), constant, [agent], [shards[agent]], rounds=2)
+        for key, tensor in together.tensors().items():
+            torch.testing.assert_close(alone.tensors()[key][0], tensor[agent], rtol=1e-5, atol=1e-6)
+
+
+@given(size=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 5), agent=st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_every_epoch_shows_every_example_once(size, batch, seed, agent):
+    shard = np.arange(100, 100 + size)
+    stream = BatchStream(shard, batch, seed, agent)
+    steps = math.ceil(3 * size / batch)
+    seen = np.concatenate([stream.batch(s) for s in range(steps)])
+    for epoch in range(3):
+        assert sorted(seen[epoch * size : (epoch + 1) * size]) == shard.tolist()
+    fresh = BatchStream(shard, batch, seed, agent)
+    assert np.array_equal(fresh.batch(steps - 1), stream.batch(steps - 1))  # no hidden state
+
+
+def test_only_the_factors_that_the_algorithm_trains_change():
+    config = TrainingConfig(steps=4, batch_size=5, agents_per_pass=2)
+    task = Toy(extras=True)
+    attached = attach(task.model, task.default_lora())
+    start = attached.init(range(2), 0)
+    attached.detach()
+    adapter, _, _ = trained(task, config, range(2), shards_of(2), algorithm=algorithms.dlora_fa())
+    for name in adapter.layers:
+        assert torch.equal(adapter.A[name], start.A[name])
+        assert adapter.B[name].abs().max() > 0
+    assert not torch.equal(adapter.extras["head.weight"], start.extras["head.weight"])
+
+
+def test_clipping_is_per_agent():
+    gradients = [torch.tensor([[3.0, 0.0], [0.3, 0.0]]), torch.tensor([[4.0], [0.4]])]
+    optimizers.clip_(gradients, 1.0)
+    norms = torch.sqrt(gradients[0].square().sum(1) + gradients[1].square().sum(1))
+    torch.testing.assert_close(norms, torch.tensor([1.0, 0.5]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0, 0.5, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.55, 0.1]), ("cosine", [0, 0.5, 1, 0.55, 0.1])],
+)
+def test_schedules_by_hand(schedule, expected):
+    config = TrainingConfig(learning_rate=1.0, final_learning_rate=0.1, warmup=0.2, schedule=schedule)
+    got = [optimizers.learning_rate(config, t) for t in (0, 0.1, 0.2, 0.6, 1.0)]
+    assert got == pytest.approx(expected)
+
+
+def test_dropout_masks_do_not_depend_on_the_pass_and_do_drop():
+    lora = dataclasses.replace(Toy().default_lora(), lora_dropout=0.5)
+    config = TrainingConfig(steps=6, batch_size=5, learning_rate=0.02, agents_per_pass=3)
+    together, _, _ = trained(Toy(), config, range(3), shards_of(3), lora=lora)
+    one, _, _ = trained(Toy(), config.model_copy(update={"agents_per_pass": 1}), range(3), shards_of(3), lora=lora)
+    none, _, _ = trained(Toy(), config, range(3), shards_of(3))
+    for key, tensor in together.tensors().items():
+        torch.testing.assert_close(one.tensors()[key], tensor, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(together.B["first"], none.B["first"], atol=1e-4)
+
+
+def test_bfloat16_autocast_trains_in_float32_and_stays_near():
+    config = TrainingConfig(steps=5, batch_size=10, learning_rate=0.01, agents_per_pass=2)
+    exact, _, _ = trained(Toy(), config, range(2), shards_of(2))
+    half, _, losses = trained(Toy(), config.model_copy(update={"precision": "bfloat16"}), range(2), shards_of(2))
+    assert all(t.dtype == torch.float32 for t in half.tensors().values())
+    assert losses.dtype == torch.float32
+    assert not torch.equal(half.B["second"], exact.B["second"])  # autocast was really on
+    cosine = torch.nn.functional.cosine_similarity(half.B["second"].flatten(), exact.B["second"].flatten(), dim=0)
+    assert cosine > 0.95
+
+
+def test_a_loss_that_is_not_finite_names_agent_and_round():
+    task = Toy()
+    task.x[20] = float("nan")
+    shards = [np.arange(10), np.array([20, 21])]
+    attached = attach(task.model, task.default_lora())
+    trainer = Trainer(task, attached, TrainingConfig(steps=3, batch_size=2), [4, 7], shards, 0)
+    adapter = attached.init([4, 7], 0)
+    trainer.prepare(adapter)
+    with pytest.raises(TrainingError, match=r"loss of agent 7 is not finite in round 2, step \d"):
+        trainer.train_round(adapter, algorithms.local(), {}, 2, 3)
+
+
+def test_auto_agents_per_pass_is_calibrated_without_leaving_a_trace():
+    config = TrainingConfig(steps=3, batch_size=5)
+    adapter, trainer, _ = trained(Toy(), config, range(4), shards_of(4))
+    assert trainer.agents_per_pass in (1, 2, 4)
+    explicit, _, _ = trained(
+        Toy(), config.model_copy(update={"agents_per_pass": trainer.agents_per_pass}), range(4), shards_of(4)
+    )
+    for key, tensor in adapter.tensors().items():
+        assert torch.equal(explicit.tensors()[key], tensor)
+
+
+def test_evaluation_counts_every_test_example_once():
+    task = Toy(tests=37)
+    attached = attach(task.model, task.default_lora())
+    trainer = Trainer(task, attached, TrainingConfig(agents_per_pass=2), range(3), shards_of(3), 0, 10)
+    adapter = attached.init(range(3), 0)
+    scores = trainer.evaluate(adapter)
+    attached.detach()
+    with torch.no_grad():
+        expected = (task.model(task.test_x).argmax(1) == task.test_y).double().mean()
+    torch.testing.assert_close(scores, expected.expand(3))
+
+
+def test_flat_groups_are_views():
+    tensors = {"a": torch.arange(12.0).view(2, 2, 3), "b": torch.arange(8.0).view(2, 4)}
+    group = FlatGroup(tensors)
+    flat = group.pack(tensors)
+    views = group.unpack(flat)
+    flat += 1
+    assert torch.equal(views["a"], tensors["a"] + 1)
+    assert torch.equal(views["b"], tensors["b"] + 1)
