@@ -3,8 +3,9 @@
     python benchmarks/lowrank.py [--threads N] [--repeats N] [--json FILE]
 
 Every case runs its methods in turn, again and again, so that a busy machine slows all of them alike; the table
-shows medians. The methods are in the gauge "balanced", the other gauges by "auto"; "dense" is torch.linalg.svd of the float32 matrix. Errors are those of the product,
-||B A - Z_r||_F / ||Z_r||_F, against ARPACK on the dense float64 matrix.
+shows medians. "dense" is torch.linalg.svd of the float32 matrix; the methods run in the gauge "balanced", the other
+gauges by "auto". Errors are those of the product, ||B A - Z_r||_F / ||Z_r||_F, against ARPACK on the dense float64
+matrix.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    console = Console()
+    console = Console(width=100)
     host = machine()
     console.print(", ".join(f"{key} {value}" for key, value in host.items()))
     table = Table("case", "method or gauge", "median ms", "dense / this", "bar", "error")

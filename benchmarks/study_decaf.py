@@ -36,12 +36,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         for g in ("balanced-rotated", "orthonormal-rotated")
         for m in ("reset", "transport")
     },
-    "decaf congruent": ("decaf", {"gauge": "congruent"}),
-    "decaf congruent, own frame": ("decaf", {"gauge": "congruent", "reference": "own"}),
-    "decaf congruent, own frame, moments transport": (
-        "decaf",
-        {"gauge": "congruent", "reference": "own", "moments": "transport"},
-    ),
     "decaf balanced, moments transport": ("decaf", {"gauge": "balanced", "moments": "transport"}),
     "decaf orthonormal-rotated, own frame": ("decaf", {"gauge": "orthonormal-rotated", "reference": "own"}),
     "decaf balanced-rotated, own frame": ("decaf", {"gauge": "balanced-rotated", "reference": "own"}),

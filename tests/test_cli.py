@@ -309,6 +309,29 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     assert lines(cut) == lines(whole)
 
 
+def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
+    """SIGINT to the whole process group, as a terminal sends it; then resume ends with every row."""
+    out = tmp_path / "cmp"
+    arguments = ["compare", "digits", *SMALL, "--rounds", "300", "--evaluate-every", "300", "--seeds", "0", "1"]
+    arguments += ["--algorithms", "decaf", "dlora", "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "decaf_lora", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(1200):
+        if any(len(p.read_text().splitlines()) > 3 for p in out.glob("*/records.jsonl")):
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "Go on with: decaf compare digits" in err
+    assert not (out / "summary.json").exists()
+    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads((out / "summary.json").read_text())
+    assert [(r["algorithm"], r["seed"]) for r in rows] == [("decaf", 0), ("dlora", 0), ("decaf", 1), ("dlora", 1)]
+
+
 # graph, recipes, help
 
 

@@ -42,6 +42,9 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         super().__init__(f"stopped in round {round_}; go on with --out {directory} --resume")
         self.directory, self.round = directory, round_
 
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels from worker processes
+        return type(self), (self.directory, self.round)
+
 
 class Event(NamedTuple):
     """Where a run stands: for progress displays."""
@@ -373,6 +376,8 @@ _events: Any = None
 def _start_worker(events: Any, threads: int) -> None:
     global _events
     _events = events
+    # Ctrl-C reaches every process of the terminal; one that is between two runs has nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(threads)

@@ -275,7 +275,7 @@ def frame_change(A_old: Tensor, B_old: Tensor, A_new: Tensor, B_new: Tensor) -> 
 def _faster(A: Tensor, B: Tensor) -> Method:
     """The rule measured on one core of an AMD EPYC, d 768 and 4096, m r 4 to 80, batches of 1 to 120.
 
-    "gram" has more calls to pay for, and is up to 4 times faster once there is work to do; "qr" leads by up
+    "gram" has more calls to pay for, and is up to 2.6 times faster once there is work to do; "qr" leads by up
     to a third on a single small pair. For GPUs, where QR is a long chain of small kernels, "gram" is a guess.
     """
     if torch.float64 in (A.dtype, B.dtype):

@@ -31,9 +31,8 @@ GAUGES: tuple[str, ...] = (
     "orthonormal",
     "orthonormal-rotated",
     "anchored",
-    "congruent",
 )
-DEFAULT_GAUGE = "orthonormal-rotated"
+DEFAULT_GAUGE = "balanced-rotated"
 
 
 def decaf(
@@ -116,18 +115,6 @@ def _mix(
         expand = torch.arange(len(group.receivers))
     else:
         a_scale = a_scale[:, :1].expand(-1, a.shape[1])
-    if gauge == "congruent":
-        r = a.shape[-2]
-        out = lowrank.mix_truncate(a, b, weights, r, gauge="orthonormal", reference=own, a_scale=1.0)
-        V, US = out.A.double(), out.B.double()
-        A_ref = (own[0] if own is not None else (a * weights[..., None, None]).sum(-3)).double()
-        lam, E = torch.linalg.eigh(A_ref @ A_ref.mT)
-        lam = lam.clamp_min(1e-6 * lam[..., -1:])
-        H = (E * lam.sqrt()[..., None, :]) @ E.mT
-        Hinv = (E / lam.sqrt()[..., None, :]) @ E.mT
-        Q = lowrank.polar(H @ A_ref @ V.mT)
-        A_new, B_new = (H @ Q @ V).to(a), (US @ Q.mT @ Hinv).to(a)
-        return A_new[:, expand], B_new[:, expand]
     out = lowrank.mix_truncate(
         a, b, weights, a.shape[-2], gauge=cast(lowrank.Gauge, gauge.replace("-", "_")), reference=own, a_scale=a_scale
     )
