@@ -33,16 +33,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"decaf {g}": ("decaf", {"gauge": g}) for g in GAUGES},
     **{
         f"decaf {g}, moments {m}": ("decaf", {"gauge": g, "moments": m})
-        for g in ("balanced-rotated", "orthonormal-rotated")
+        for g in ("balanced-rotated",)
         for m in ("reset", "transport")
     },
-    "decaf balanced, moments transport": ("decaf", {"gauge": "balanced", "moments": "transport"}),
-    "decaf orthonormal-rotated, own frame": ("decaf", {"gauge": "orthonormal-rotated", "reference": "own"}),
     "decaf balanced-rotated, own frame": ("decaf", {"gauge": "balanced-rotated", "reference": "own"}),
-    "decaf orthonormal-rotated, combine-adapt": (
-        "decaf",
-        {"gauge": "orthonormal-rotated", "order": "combine-adapt"},
-    ),
+    "decaf balanced-rotated, combine-adapt": ("decaf", {"gauge": "balanced-rotated", "order": "combine-adapt"}),
+    "dlora, moments reset": ("dlora", {"moments": "reset"}),
     "dlora combine-adapt": ("dlora", {"order": "combine-adapt"}),
 }
 

@@ -246,6 +246,17 @@ def test_interference_is_what_separates_factor_from_product_mixing():
         torch.testing.assert_close(gap, torch.stack(closed))
 
 
+@pytest.mark.parametrize("name", ["dlora", "dlora_fa", "decaf"])
+def test_moments_reset_empties_those_of_the_factors_only(name):
+    algorithm, adapter = algorithms.make(name, moments="reset"), make_adapter(3, common_a=True)
+    _, state = one_round(algorithm, adapter, graphs.ring(3))
+    ones = {k: torch.ones_like(t) for k, t in adapter.tensors().items()}
+    for moments in algorithm.moments(state, ones, ones):
+        assert not any(moments[k].any() for k in moments if not k.startswith("extras/"))
+        assert all(moments[k].all() for k in moments if k.startswith("extras/"))
+    assert algorithm.name == name
+
+
 def test_unknown_names_and_options_are_refused_with_a_hint():
     with pytest.raises(UserError, match="Did you mean 'decaf'"):
         algorithms.make("decav")
@@ -255,4 +266,6 @@ def test_unknown_names_and_options_are_refused_with_a_hint():
         algorithms.make("decaf", gauge="balance")
     with pytest.raises(UserError, match=r"algorithm\.moments"):
         algorithms.make("decaf", moments="kept")
+    with pytest.raises(UserError, match=r"algorithm\.moments: dlora takes keep or reset, not 'transport'"):
+        algorithms.make("dlora", moments="transport")
     assert algorithms.make("dlora-fa").name == "dlora_fa"

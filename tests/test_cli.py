@@ -172,6 +172,12 @@ BAD_VALUES = {
     "--lora.target_modules q_projj": "lora.target_modules: q_projj matches no linear layer",
     "--graph torus:2x3": "graph: ",
     "--graph nowhere.npy": "nowhere.npy",
+    "--graph one-peer-hypercube --agents 10": "use 8 or 16 agents",
+    "--gossip-steps 0": "gossip_steps: must be at least 1, or period",
+    "--gossip-steps period --graph random-matching": "gossip_steps: random-matching never starts again",
+    "--algorithm.tracking_gamma 0": "algorithm.tracking_gamma: ",
+    "--algorithm fedavg --algorithm.tracking True": "algorithm.tracking: fedavg does not take this option",
+    "--algorithm.relay_rank 0": "algorithm.relay_rank: ",
     "--device cuda:9": "device: 'cuda:9' cannot be used here",
     "--task nowhere.py:make": "nowhere.py does not exist",
     "--task nomodule:make": "cannot import 'nomodule'",
@@ -344,6 +350,10 @@ def test_graph_shows_and_draws(capsys, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["sigma_2"] == pytest.approx(0.78, abs=1e-9)
     assert len(facts["weights"]) == 10
+    assert decaf("graph", "base:3", "-n", 10) == 0
+    out = capsys.readouterr().out
+    for line in ("period: 4", "exact after: 4", "messages per round: 11.5", "round 3: 0-5 1-6 2-7 3-8 4-9"):
+        assert line in out
     assert "graph: " in fails(capsys, "graph", "hypercube", "-n", 10)
     assert "save: " in fails(capsys, "graph", "ring", "--save", tmp_path / "no" / "g.png")
 
@@ -372,3 +382,11 @@ def test_every_recipe_is_a_full_config_that_round_trips(name, tmp_path):
     (tmp_path / "c.yaml").write_text(config.dump(made))
     assert config.load(config.CompareConfig, tmp_path / "c.yaml") == made
     assert config.differences(made, made) == []
+
+
+def test_report_writes_its_figures(finished, tmp_path, capsys):
+    assert decaf("report", finished, "--figures", tmp_path / "figures") == 0
+    names = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert {"score-by-round.png", "training-loss-by-round.png", "who-holds-what.png"} <= names
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "figures").iterdir())
+    assert "nowhere" in fails(capsys, "report", tmp_path / "nowhere")

@@ -1,5 +1,6 @@
 """Graphs against networkx, closed forms and the definition of a doubly stochastic matrix."""
 
+import functools
 import itertools
 import json
 import math
@@ -24,7 +25,16 @@ FITS = {
     "hypercube": lambda n: n in (1, 2, 4, 8, 16),
     "random-regular:4": lambda n: n >= 5,
 }
-SPECS = [kind.example if kind.required else name for name, kind in graphs.KINDS.items()]
+ALL_SPECS = [kind.example if kind.required else name for name, kind in graphs.KINDS.items()]
+OVER_TIME = [
+    "one-peer-exponential",
+    "one-peer-hypercube",
+    "base",
+    "random-matching",
+    "random-edges:0.2",
+    "failing:0.1:ring",
+]
+SPECS = [spec for spec in ALL_SPECS if spec not in OVER_TIME]
 quick = settings(max_examples=60, deadline=None)
 
 
@@ -384,11 +394,8 @@ def test_server_rows_must_be_equal():
 
 def one_peer_hypercube(dimensions: int) -> list[Graph]:
     """Round d pairs the agents whose numbers differ in bit d: exact averaging in `dimensions` rounds."""
-    eye = np.eye(2**dimensions)
-    return [
-        Graph((eye + eye[np.arange(len(eye)) ^ (1 << bit)]) / 2, f"bit {bit}", connected=False)
-        for bit in range(dimensions)
-    ]
+    schedule = graphs.one_peer_hypercube(2**dimensions)
+    return [schedule.at(round) for round in range(dimensions)]
 
 
 def test_a_constant_schedule_is_its_graph():
@@ -412,6 +419,132 @@ def test_rounds_that_average_exactly_together(dimensions):
     assert [schedule.at(t) for t in range(2 * dimensions)] == rounds * 2
     np.testing.assert_allclose(schedule.weights_of_period(), np.full((n, n), 1 / n))
     assert schedule.sigma_2 == pytest.approx(0, abs=1e-12)
+
+
+def assert_doubly_stochastic(W: np.ndarray) -> None:
+    assert (W >= 0).all()
+    np.testing.assert_allclose(W.sum(axis=0), 1, atol=1e-12)
+    np.testing.assert_allclose(W.sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_base_averages_any_number_of_agents_exactly(k):
+    """Independent of the construction: degree, double stochasticity and the product of one period."""
+    periods = {}
+    for n in range(1, 65):
+        schedule = graphs.base(n, k)
+        product = np.eye(n)
+        for round in range(schedule.period):
+            W = schedule.at(round).weights
+            assert_doubly_stochastic(W)
+            np.testing.assert_array_equal(W, W.T)
+            assert (np.count_nonzero(W, axis=1) - (W.diagonal() > 0) <= k).all()
+            product = W @ product
+        np.testing.assert_allclose(product, np.full((n, n), 1 / n), rtol=0, atol=1e-12)
+        assert schedule.exact_after == schedule.period
+        assert schedule.period <= max(1, 2 * math.log(n, k + 1) + 2)  # the paper's theorem 1
+        periods[n] = schedule.period
+    assert periods[10] == {1: 6, 2: 4, 3: 4}[k]  # ALGORITHMS.md, section 6; at k = 3 2 x (1 + 1 + 1) and 1 across
+    assert [periods[(k + 1) ** power] for power in (1, 2, 3)] == [1, 2, 3]  # hyper-hypercubes
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 12, 16])
+def test_one_peer_exponential_is_exact_for_powers_of_two_only(n):
+    schedule = graphs.one_peer_exponential(n)
+    assert schedule.period == max(1, math.ceil(math.log2(n)))
+    for round in range(schedule.period):
+        graph = schedule.at(round)
+        assert_doubly_stochastic(graph.weights)
+        assert graph.degrees.tolist() == [int(n > 1)] * n
+        for agent in range(n):
+            assert graph.neighbours(agent) == ([(agent + 2**round) % n] if n > 1 else [])
+    exact = np.allclose(schedule.weights_of_period(), 1 / n, rtol=0, atol=1e-12)
+    assert exact == (n & (n - 1) == 0)
+    assert schedule.exact_after == (schedule.period if exact else None)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 11])
+def test_random_schedules_are_pure_functions_of_seed_and_round(n):
+    for spec in ("random-matching", "random-edges:0.3", "failing:0.3:ring", "failing:0.3:base:3"):
+        one, two, other = parse(spec, n, 5), parse(spec, n, 5), parse(spec, n, 6)
+        assert one.name == spec
+        assert one.period is None
+        weights = [one.at(round).weights for round in range(12)]
+        for round in reversed(range(12)):
+            np.testing.assert_array_equal(two.at(round).weights, weights[round])
+            assert_doubly_stochastic(weights[round])
+            np.testing.assert_array_equal(weights[round], weights[round].T)
+        if n > 2:
+            assert any((other.at(round).weights != weights[round]).any() for round in range(12))
+        product = functools.reduce(np.matmul, (one.at(round).weights for round in range(200)))
+        np.testing.assert_allclose(product, 1 / n, atol=1e-3)  # together they agree
+
+
+def test_random_matchings_pair_everybody_uniformly():
+    schedule, counts = graphs.random_matching(7, 0), np.zeros((7, 7))
+    for round in range(2100):
+        W = schedule.at(round).weights
+        assert sorted(np.count_nonzero(W, axis=1)) == [1] + [2] * 6  # one of seven is left alone
+        counts += W > 0
+    off = counts[~np.eye(7, dtype=bool)]
+    # Every pair meets with probability 1/7: 300 times, standard deviation 16.
+    assert off.min() > 230
+    assert off.max() < 370
+
+
+def test_random_edges_are_drawn_with_their_probability_each_round():
+    schedule = graphs.random_edges(30, 0.2, 0)
+    shares = [len(schedule.at(round).edges) / 435 for round in range(40)]
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.01)
+    for i, j in schedule.at(3).edges:
+        degrees = schedule.at(3).degrees
+        assert schedule.at(3).weights[i, j] == 1 / (1 + max(degrees[i], degrees[j]))
+
+
+def test_failed_links_give_their_weight_to_both_ends():
+    base = graphs.erdos_renyi(12, 0.5, 1)
+    schedule = graphs.failing(base, 0.25, 0)
+    failed = 0
+    for round in range(200):
+        W = schedule.at(round).weights
+        lost = base.weights - np.where(np.eye(12, dtype=bool), base.weights, W)
+        gone = lost > 0
+        np.testing.assert_array_equal(W[gone], 0)  # a link carries its weight or nothing
+        np.testing.assert_allclose(W.diagonal() - base.weights.diagonal(), lost.sum(axis=1), atol=1e-15)
+        failed += gone.sum() / 2
+    assert failed / (200 * len(base.edges)) == pytest.approx(0.25, abs=0.015)
+    none = graphs.failing(graphs.ring(5), 0.0, 0)
+    np.testing.assert_array_equal(none.at(9).weights, graphs.ring(5).weights)
+
+
+def test_composed_graphs_do_what_their_hops_do_in_a_row():
+    schedule = Schedule.cycle([graphs.star(4), graphs.line(4)], "two")
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    window = schedule.window(1, 3)  # line, star, line
+    hop_by_hop = x
+    for hop in window.hops:
+        hop_by_hop = hop.weights @ hop_by_hop
+    np.testing.assert_allclose(window.weights @ x, hop_by_hop)
+    assert [hop.name for hop in window.hops] == ["line", "star", "line"]
+    assert schedule.window(5, 1) is schedule.at(5)
+    cube = graphs.one_peer_hypercube(8)
+    # Exact but for rounding is made exact, so that all rows are equal bit by bit.
+    assert (graphs.base(10, 2).window(0, 4).weights == graphs.complete(10).weights).all()
+    assert (cube.window(3, 3).weights == 1 / 8).all()
+
+
+def test_pace_is_the_rounds_until_everybody_was_heard():
+    assert graphs.as_schedule(graphs.ring(9)).pace == 1
+    assert graphs.base(10, 2).pace == 4
+    matching = graphs.random_matching(8, 0)
+    product = np.eye(8)
+    for round in range(matching.pace):
+        assert not (product > 0).all()
+        product = matching.at(round).weights @ product
+    assert (product > 0).all()
+    apart = Schedule("apart", 2, lambda round: Graph(np.eye(2), connected=False))
+    with pytest.raises(UserError, match="1000 rounds of apart do not connect all 2 agents"):
+        _ = apart.pace
 
 
 def test_the_period_multiplies_later_rounds_from_the_left():
@@ -463,6 +596,14 @@ def test_a_random_schedule_has_no_period():
         ("complete-bipartite:2+5", 7, "complete-bipartite:2+5"),
         ("ERDOS_RENYI:0.50", 8, "erdos-renyi:0.5"),
         ("random-regular:3", 8, "random-regular:3"),
+        ("one_peer_exponential", 7, "one-peer-exponential"),
+        ("one-peer-hypercube", 8, "one-peer-hypercube"),
+        ("base", 7, "base:2"),
+        ("Base:4", 7, "base:4"),
+        ("random-matching", 7, "random-matching"),
+        ("random-edges:0.30", 7, "random-edges:0.3"),
+        ("failing:0.1", 7, "failing:0.1:ring"),
+        ("failing:.1:Torus:2X3", 6, "failing:0.1:torus:2x3"),
     ],
 )
 def test_names(spec, n, name):
@@ -497,6 +638,17 @@ def test_names(spec, n, name):
         ("complete-bipartite:5+0", 5, r"complete-bipartite:5\+0 has an empty side"),
         ("complete-bipartite:5+5", 11, r"complete-bipartite:5\+5 has 10 agents but the run has 11"),
         ("complete-bipartite", 1, "1 agents cannot form a complete-bipartite graph; use at least 2"),
+        ("one-peer-hypercube", 10, "10 agents cannot form a one-peer-hypercube .*power of 2.*; use 8 or 16 agents"),
+        ("base:1", 5, "base:1 has no links; the base must be at least 2"),
+        ("base:x", 5, "base:x is not readable; write it as base:3"),
+        ("random-edges", 5, r"needs an argument, for example random-edges:0\.2"),
+        ("random-edges:1.5", 5, r"edge probability is 1\.5; .*above 0 and at most 1"),
+        ("failing:1:ring", 5, "failure probability is 1; .*below 1"),
+        ("failing:x:ring", 5, "failing:x is not readable; write it as failing:0.1:ring"),
+        ("failing:0.1:rinf", 5, "graph: 'rinf' is not known"),
+        ("failing:0.1:nowhere.npy", 5, r"there is no file nowhere\.npy"),
+        ("failing:0.1:one-peer-exponential", 6, "one-peer-exponential is directed"),
+        ("failing:0.1:hypercube", 6, "use 4 or 8 agents"),
         ("nowhere.npy", 5, r"there is no file nowhere\.npy"),
     ],
 )
@@ -574,6 +726,13 @@ def test_describe_is_json():
     assert json.loads(json.dumps(schedule))["period"] == 2
     assert [round["name"] for round in schedule["rounds"]] == ["bit 0", "bit 1"]
     assert schedule["spectral_gap"] == pytest.approx(1)
+    assert schedule["exact_after"] == 2
+    assert schedule["messages_per_round"] == 4
+    base = graphs.describe(graphs.base(5, 1))  # 4 + 1 agents: two rounds of two pairs, one pair, two rounds
+    assert [round["messages_per_round"] for round in base["rounds"]] == [4, 4, 2, 4, 4]
+    assert base["messages_per_round"] == pytest.approx(3.6)
+    assert graphs.describe(graphs.one_peer_exponential(6))["exact_after"] is None
+    assert graphs.describe(graphs.random_matching(8, 0))["messages_per_round"] == 8
     endless = graphs.describe(Schedule("endless", 3, lambda round: graphs.ring(3)))
     assert json.loads(json.dumps(endless))["sigma_2"] is None
 

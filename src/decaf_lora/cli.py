@@ -13,10 +13,11 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import BaseModel
@@ -46,6 +47,14 @@ class Output:
     """Print the result rows as JSON instead of a table."""
     jobs: int = 0
     """compare: runs at a time, each in its own process; 0 takes one a core, at most the number of runs."""
+    engine: Literal["simulate", "torchrun"] = "simulate"
+    """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
+    backend: str = "auto"
+    """torchrun: what moves messages, gloo or nccl; auto takes nccl where every process has its own GPU."""
+    wire: Literal["exact", "bfloat16", "int8"] = "exact"
+    """torchrun: number format of messages between processes."""
+    timeout: float = 600.0
+    """torchrun: seconds to wait for a process that does not come, or falls silent."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Our own progress display replaces the libraries' bars.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "RANK" in os.environ:  # a lost process is one line of ours, not pages of torch's C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    warnings.showwarning = _warn
     try:
         return _dispatch(args)
     except UserError as error:
         if debug:
             raise
-        console.print(f"decaf: {error}", markup=False, soft_wrap=True)
+        if not error.quiet:
+            console.print(f"decaf: {error}", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -71,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the code; libraries' deprecations are not the user's concern."""
+    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        text = " ".join(str(message).split())
+        Console(stderr=True, highlight=False).print(f"decaf: warning: {text}", markup=False, soft_wrap=True)
 
 
 def _dispatch(args: list[str]) -> int:
@@ -112,6 +132,9 @@ def _run(args: list[str]) -> int:
     from decaf_lora.progress import display
 
     config, output, name = _configured(RunConfig, "run", args)
+    if output.engine == "torchrun":
+        return _run_split(config, output, name, args)
+    _refuse_launcher(output)
     out = output.out or _default_out(name)
     err = Console(stderr=True, highlight=False)
     try:
@@ -123,12 +146,52 @@ def _run(args: list[str]) -> int:
     return 0
 
 
+def _run_split(config: RunConfig, output: Output, name: str, args: list[str]) -> int:
+    """`run` in one of the processes of torchrun; the main one prints."""
+    from decaf_lora import execute
+    from decaf_lora.engines import connect
+    from decaf_lora.progress import display
+
+    err = Console(stderr=True, highlight=False)
+    with connect(output.backend, config.device, output.timeout) as processes:
+        with processes.together():
+            if output.out is None and processes.launch.max_restarts:
+                raise UserError("out: give a folder with --max-restarts, so that a restarted run finds its checkpoint.")
+        out = Path(processes.share("out", str(output.out or _default_out(name)))[0])
+        try:
+            with display(1, err) if processes.is_main else contextlib.nullcontext(execute.nobody) as watch:
+                row = execute.run_split(config, out, processes, wire=output.wire, resume=output.resume, watch=watch)
+        except execute.Interrupted as stop:
+            if not processes.is_main:
+                return 130
+            return _stopped(err, stop, f"torchrun ... -m decaf_lora run {_recipe_argument(args)} --engine torchrun")
+    if row is not None:
+        _results([row], out, output.json)
+    return 0
+
+
+def _refuse_launcher(output: Output) -> None:
+    """Several processes that each simulate all agents would write into one folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1":
+        error = UserError(
+            f"engine: torchrun has started {count} processes; `decaf run` shares them with --engine torchrun."
+        )
+        error.quiet = os.environ.get("RANK") != "0"
+        raise error
+
+
 def _compare(args: list[str]) -> int:
     from decaf_lora import execute
     from decaf_lora.progress import display
 
     config, output, name = _configured(CompareConfig, "compare", args)
     assert isinstance(config, CompareConfig)
+    if output.engine != "simulate":
+        raise UserError(
+            "engine: compare simulates its runs, several at a time with --jobs; torchrun is for `decaf run`."
+        )
+    _refuse_launcher(output)
     if output.jobs < 0:
         raise UserError("jobs: must be 0 (one a core) or more.")
     jobs = output.jobs or (os.cpu_count() or 1)
@@ -203,7 +266,7 @@ def _configured(kind: type[RunConfig], command: str, args: list[str]) -> tuple[R
 
 def _parse(kind: type[RunConfig], base: RunConfig, prog: str, args: list[str]) -> tuple[RunConfig, Output]:
     args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
-    _check_options(args, [*fields(kind), "out", "resume", "json", "jobs", "help"])
+    _check_options(args, [*fields(kind), *(f.name for f in dataclasses.fields(Output)), "help"])
 
     def both(config: Any, output: Output) -> tuple[Any, Output]:
         return config, output
@@ -353,7 +416,15 @@ def _show_graph(facts: dict[str, Any], weights: Any) -> None:
         console.print(table)
         console.print()
     for key, value in facts.items():
-        if key in ("weights",):
+        if key == "weights":
+            continue
+        if key == "rounds":  # of a schedule; the matrix above is the first one's
+            for number, round_ in enumerate(value):
+                edges = round_["edges"]
+                shown = " ".join(f"{i}-{j}" for i, j in edges[:30])
+                console.print(
+                    f"round {number}: {shown}{' ...' if len(edges) > 30 else ''}", markup=False, soft_wrap=True
+                )
             continue
         if isinstance(value, float):
             value = f"{value:.6g}"
@@ -411,18 +482,22 @@ def _export(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    from decaf_lora.report import write_report
+    from decaf_lora.report import write_figures, write_report
 
-    def report(run: Positional[Path]) -> Path:
+    def report(run: Positional[Path], figures: Path | None = None) -> tuple[Path, Path | None]:
         """Writes report.html of a run or a comparison anew.
 
         Args:
             run: folder of the run or comparison.
+            figures: folder to write every figure to, as a PNG file of its own.
         """
-        return run
+        return run, figures
 
-    _check_options(args, ["help"])
-    print(write_report(_tyro(report, "decaf report", args)))
+    _check_options(args, ["figures", "help"])
+    run, figures = _tyro(report, "decaf report", args)
+    print(write_report(run))
+    if figures is not None:
+        print(*write_figures(run, figures), sep="\n")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from decaf_lora.errors import UserError, nearest
 
@@ -128,16 +128,25 @@ class AlgorithmConfig(_Frozen):
     """What agents send and how they combine it. Unset options take the algorithm's own default."""
 
     name: str = "decaf"
-    """local, dlora, dlora_fa, decaf, fedavg or centralized."""
+    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg or centralized."""
     gauge: str | None = None
     """decaf: how the singular values are split: balanced, orthonormal, anchored, balanced-rotated,
     orthonormal-rotated, or rotated for the default rotated one."""
     order: Literal["adapt-combine", "combine-adapt"] | None = None
     """dlora, dlora_fa, decaf: local steps before or after mixing."""
     moments: Literal["keep", "reset", "transport"] | None = None
-    """decaf: what becomes of Adam's moments after refactorization."""
+    """What becomes of Adam's moments after mixing: keep or reset (dlora, dlora_fa, decaf), or transport, which turns
+    them along with the factors (decaf)."""
     reference: Literal["average", "own"] | None = None
     """decaf: the frame that rotated gauges turn to."""
+    relay_rank: int | None = Field(None, ge=1)
+    """decaf: with several exchanges in a round (gossip_steps), the rank to which stacked products are cut between
+    them; unset forwards them whole."""
+    tracking: bool | None = None
+    """dlora, dlora_fa, decaf: correct the drift of the local steps by gradient tracking, at twice the bytes;
+    `decaf_tracked` is decaf with it."""
+    tracking_gamma: float | None = Field(None, gt=0, le=1)
+    """How far a correction moves at each update: 1 is plain gradient tracking, less damps it."""
 
     def options(self) -> dict[str, Any]:
         """The options that were set."""
@@ -199,6 +208,9 @@ class RunConfig(_Frozen):
     graph: str = "ring"
     """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ... or a file
     with a matrix; `decaf graph --help` lists them."""
+    gossip_steps: int | Literal["period"] = 1
+    """Exchanges in a round, each on the next graph of a schedule; `period` takes a whole period of it, after
+    which an exact schedule (base:3, one-peer-hypercube) has averaged as the complete graph does."""
     partition: str = "dirichlet:0.1"
     """Who holds what: iid, shots:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
     start: Literal["common", "independent"] = "common"
@@ -213,6 +225,13 @@ class RunConfig(_Frozen):
     """Rounds between checkpoints."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
+
+    @field_validator("gossip_steps")
+    @classmethod
+    def _check_gossip(cls, value: int | Literal["period"]) -> int | Literal["period"]:
+        if value != "period" and value < 1:
+            raise ValueError("must be at least 1, or period")
+        return value
 
 
 class CompareConfig(RunConfig):
@@ -280,14 +299,20 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flat(config: BaseModel) -> dict[str, Any]:
+    """Dotted name of every field -> its value, in JSON's types."""
+
+    def walk(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        out = {}
+        for key, value in values.items():
+            out.update(walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        return out
+
+    return walk(config.model_dump(mode="json"), "")
+
+
 def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
     """Fields in which two configurations differ, as `field: ours -> theirs`."""
 
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out = {}
-        for key, value in values.items():
-            out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return out
-
-    a, b = flat(ours.model_dump(mode="json")), flat(theirs.model_dump(mode="json"))
+    a, b = flat(ours), flat(theirs)
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]

@@ -17,6 +17,9 @@ def distance(adapter: Adapter) -> float:
     """Root mean square over agents of the distance of an agent's product to the mean product, all layers."""
     n, total = adapter.num_agents, 0.0
     for layers in adapter.shape_groups():
+        if 2 * n * adapter.A[layers[0]].shape[1] > sum(_dimensions(adapter, layers[0])):
+            total += sum(_dense_squares(adapter, layer) for layer in layers)
+            continue
         a = torch.stack([adapter.A[k] for k in layers]).double()
         b = torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]).double()
         # Products are compared to the first agent's: the shift takes the part that all share out of the
@@ -25,6 +28,20 @@ def distance(adapter: Adapter) -> float:
         trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
         total += float((trace - inner.sum((-2, -1)) / n).clamp_min(0).sum())
     return (total / n) ** 0.5
+
+
+def _dimensions(adapter: Adapter, layer: str) -> tuple[int, int]:
+    return adapter.B[layer].shape[1], adapter.A[layer].shape[2]
+
+
+def _dense_squares(adapter: Adapter, layer: str) -> float:
+    """Sum of the squared distances of n products to their mean, by the dense mean.
+
+    For many agents: the Gram matrix of their factors, (2 n r)^2 numbers, would be larger than the layer.
+    """
+    a, b = adapter.A[layer].double(), (adapter.B[layer] * adapter.scale[layer][:, None, None]).double()
+    mean = torch.einsum("nor,nri->oi", b, a) / len(a)
+    return sum(float((b[i] @ a[i] - mean).square().sum()) for i in range(len(a)))
 
 
 def _centred_gram(a: Tensor, b: Tensor) -> Tensor:
@@ -78,7 +95,7 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
             a = inbox.stacked([f"A/{k}" for k in layers], group)
             b = inbox.stacked([f"B/{k}" for k in layers], group)
             weights = group.weights.to(a)
-            tail = lowrank.mix_truncate(a, b, weights, a.shape[-2]).tail
+            tail = lowrank.mix_truncate(a, b, weights, adapter.A[layers[0]].shape[-2]).tail
             both = torch.stack([lowrank.interference(a, b, weights), tail]).double()[:, :, group.expand]
             squares[:, group.receivers] += (both * scale[:, group.receivers]).square().sum(1)
     interference, tail = squares.sqrt().cpu()

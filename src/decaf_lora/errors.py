@@ -11,6 +11,9 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in the input that the user can mend; the message says which field and how."""
 
+    quiet = False
+    """Whether to end without a line: another process of the same run prints the message."""
+
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """The names of `known` that look most like `name` (for "did you mean"), best first."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import hashlib
 import multiprocessing
 import os
 import queue as queues
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig, TaskConfig
@@ -33,6 +35,10 @@ from decaf_lora.records import (
     summarise,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from decaf_lora.engines import Engine, Processes
+    from decaf_lora.engines.torchrun import Wire
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -62,46 +68,131 @@ class Event(NamedTuple):
 Watch = Callable[[Event], None]
 
 
-def _nobody(event: Event) -> None:
-    pass
+def nobody(event: Event) -> None:
+    """Watches nothing."""
 
 
 # One run
 
 
-def run(config: RunConfig, out: Path, *, resume: bool = False, watch: Watch = _nobody) -> SummaryRow:
+def run(config: RunConfig, out: Path, *, resume: bool = False, watch: Watch = nobody) -> SummaryRow:
     """Runs `config` into the folder `out`, or goes on there with `resume`; returns its summary row.
 
     Raises UserError for any mistake before anything is written, Interrupted after Ctrl-C.
     """
+    _check_folder(config, out, resume)
+    engine = build(config)
+    with contextlib.closing(engine):
+        found = _found(out) if resume else None
+        if found is not None:
+            engine.restore(*found)
+        return _write(config, out, engine, found is not None, watch)
+
+
+def run_split(
+    config: RunConfig,
+    out: Path,
+    processes: Processes,
+    *,
+    wire: Wire = "exact",
+    resume: bool = False,
+    watch: Watch = nobody,
+) -> SummaryRow | None:
+    """The same with the agents split over `processes`, all of which call this; the row is the main one's.
+
+    The main process alone reads and writes `out`. After a restart by the launcher the run goes on by itself.
+
+    Raises UserError in all processes if one of them meets a mistake, or is lost; Interrupted after Ctrl-C.
+    """
+    import torch
+
+    from decaf_lora import __version__
+    from decaf_lora.engines import Torchrun
+
+    device = processes.device.partition(":")[0]
+    setting = {"decaf-lora": __version__, "torch": torch.__version__, "wire": wire, "backend": processes.backend}
+    processes.agree({**configs.flat(config), "device": device, **setting}, "config")
+    resume = processes.share("resume", resume or (processes.launch.restarts > 0 and _started(out)))[0]
+    with processes.together():
+        if processes.is_main:
+            _check_folder(config, out, resume)
+        engine = build(config, functools.partial(Torchrun, processes=processes, wire=wire), processes.device)
+    with contextlib.closing(engine):
+        processes.agree(_data_seen(engine), "data")
+        found = _found(out) if resume and processes.is_main else None
+        values = processes.share("checkpoint", None if found is None else found[1])[0]
+        if values is not None:
+            engine.restore({} if found is None else found[0], values)
+        if processes.is_main:
+            return _write(config, out, engine, values is not None, watch, launched=True)
+        _follow(config, out, engine)
+        return None
+
+
+def _started(out: Path) -> bool:
+    return (out / "config.yaml").exists()
+
+
+def _found(out: Path) -> tuple[Any, dict[str, Any]] | None:
+    """The newest checkpoint of the run in `out`, if it has one."""
+    from decaf_lora import checkpoint
+
+    return checkpoint.load_latest(out / "checkpoints") if (out / "records.jsonl").exists() else None
+
+
+def _data_seen(engine: Any) -> dict[str, Any]:
+    """What all processes must have read alike: each reads model and data from its own machine."""
+    labels = hashlib.blake2b(str(engine.task.labels.tolist()).encode(), digest_size=8).hexdigest()
+    facts = {
+        "labels (hash)": labels,
+        "training examples": len(engine.task.labels),
+        "test examples": engine.task.num_test,
+    }
+    return {**facts, "adapted layers": len(engine.attached.sites)}
+
+
+def _due(config: RunConfig, round_: int) -> bool:
+    return round_ > 0 and round_ % config.checkpoint_every == 0 and round_ < config.rounds
+
+
+def _follow(config: RunConfig, out: Path, engine: Any) -> None:
+    """What `_write` does, in a process that writes nothing."""
+    with _ctrl_c(engine.stop, launched=True):
+        for record in engine.train():
+            if _due(config, record.round):
+                engine.snapshot()
+        engine.snapshot()
+    if engine.round < config.rounds:
+        raise Interrupted(out, engine.round + 1)
+
+
+def _write(
+    config: RunConfig, out: Path, engine: Any, resumed: bool, watch: Watch, launched: bool = False
+) -> SummaryRow:
+    """Trains, and writes the folder of the run."""
     from decaf_lora import checkpoint
     from decaf_lora.report import write_report
 
-    _check_folder(config, out, resume)
-    engine = build(config)
-    records_path = out / "records.jsonl"
-    with _disk(out), contextlib.closing(engine):
+    with _disk(out):
         out.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.load_latest(out / "checkpoints") if resume and records_path.exists() else None
-        if found is not None:
-            engine.restore(*found)
-        if found is None or not (out / "run.json").exists():
+        if not resumed or not (out / "run.json").exists():
             replace_text(out / "config.yaml", configs.dump(config))
             write_json(out / "environment.json", environment(str(engine.trainer.device)))
             write_json(out / "run.json", _facts(config, engine))
-        last = engine.round if found is not None else None
+        last = engine.round if resumed else None
         score: float | None = None
-        with RecordWriter(records_path, last) as writer, _ctrl_c(engine.stop):
+        with RecordWriter(out / "records.jsonl", last) as writer, _ctrl_c(engine.stop, launched):
 
             def on_step(round_: int, done: int, steps: int, losses: Any) -> None:
                 fraction = (round_ - 1 + done / steps) / config.rounds
                 watch(Event(out.name, round_, config.rounds, fraction, float(losses.mean()) / done, score))
 
             engine.on_step = on_step
+            watch(Event(out.name, engine.round + 1, config.rounds, engine.round / config.rounds, None, None))
             for record in engine.train():
                 writer.write(record)
                 score = mean_score(record) if record.scores else score
-                if record.round and record.round % config.checkpoint_every == 0 and record.round < config.rounds:
+                if _due(config, record.round):
                     checkpoint.save(out / "checkpoints", *engine.snapshot())
             checkpoint.save(out / "checkpoints", *engine.snapshot())
         if engine.round < config.rounds:
@@ -113,14 +204,14 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, watch: Watch = _n
     return row
 
 
-def build(config: RunConfig) -> Any:
-    """The `Run` that a configuration describes."""
+def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, device: str | None = None) -> Any:
+    """The `Run` that a configuration describes; `device` goes before the configuration's."""
     from decaf_lora import algorithms, graphs, partition
     from decaf_lora.run import Run
 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
-    task = _task(config.task, config.device)
+    task = _task(config.task, device or config.device)
     shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
     return Run(
         task,
@@ -132,8 +223,10 @@ def build(config: RunConfig) -> Any:
         rounds=config.rounds,
         seed=config.seed,
         common_start=config.start == "common",
+        gossip_steps=config.gossip_steps,
         evaluate_every=config.evaluate_every,
         eval_batch_size=config.task.eval_batch_size,
+        **({} if engine is None else {"engine": engine}),
     )
 
 
@@ -146,6 +239,7 @@ def lora_config(config: RunConfig, default: Any) -> Any:
     for field in ("target_modules", "modules_to_save"):
         if values[field] is None:
             values[field] = getattr(default, field)
+    values["fan_in_fan_out"] = values["fan_in_fan_out"] or default.fan_in_fan_out
     return LoraConfig(**values, task_type=default.task_type)
 
 
@@ -184,21 +278,24 @@ def mean_score(record: Record) -> float | None:
 
 def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
     """What run.json says: the static facts of a run that its report needs."""
-    graph = engine.schedule.at(0)
-    by_graph = engine.algorithm.topology == "graph"
+    from decaf_lora import graphs
+
+    # The graph that was asked for, also of algorithms that do not use it: a comparison shows one.
+    schedule = graphs.as_schedule(graphs.parse(config.graph, config.agents, config.seed))
     partition = engine.partition
-    classes = getattr(engine.task, "classes", None) or [str(c) for c in partition.classes]
+    names = getattr(engine.task, "classes", None)
+    classes = [names[c] if names else str(c) for c in partition.classes]
     return {
         "algorithm": engine.algorithm.name,
         "graph": {
             "name": config.graph,
-            "weights": graph.weights.tolist(),
-            "sigma_2": engine.schedule.sigma_2 if by_graph else graph.sigma_2,
+            "weights": schedule.at(0).weights.tolist(),
+            "sigma_2": None if schedule.period is None else schedule.sigma_2,
         },
         "partition": {
             "name": config.partition,
             "label_table": partition.label_table().tolist(),
-            "classes": list(classes),
+            "classes": classes,
         },
         "agents": config.agents,
         "rounds": config.rounds,
@@ -244,15 +341,19 @@ def _disk(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) calls `stop`, a second one interrupts at once."""
+def _ctrl_c(stop: Callable[[], None], launched: bool = False) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) calls `stop`, a second one interrupts at once.
+
+    Not where a launcher passes signals on: processes then get the first one several times.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handler(number: int, frame: Any) -> None:
         stop()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not launched:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -299,7 +400,7 @@ def cells(config: CompareConfig) -> list[Cell]:
 
 
 def compare(
-    config: CompareConfig, out: Path, *, resume: bool = False, jobs: int = 1, watch: Watch = _nobody
+    config: CompareConfig, out: Path, *, resume: bool = False, jobs: int = 1, watch: Watch = nobody
 ) -> list[SummaryRow]:
     """Runs every cell of a comparison below `out`, `jobs` at a time; finished ones are kept with `resume`.
 

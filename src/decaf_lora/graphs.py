@@ -2,7 +2,7 @@
 
 A `Graph` is a mixing matrix `weights (N, N)`: in one exchange agent i replaces x_i by
 `sum_j weights[i, j] x_j`. It is checked when made, and everything else (neighbours, edges, messages) is
-read from it. A `Schedule` gives the graph of every round.
+read from it. A `Schedule` gives the graph of every round, `compose` the graph of several exchanges in a row.
 
 Unless a constructor says otherwise its weights are Metropolis-Hastings weights,
 `1 / (1 + max(degree_i, degree_j))` on every edge and the remainder on oneself: symmetric and doubly
@@ -13,9 +13,9 @@ least-mean-square deviation", JPDC 2007). `parse` reads the names of the command
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import ParseError
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9  # on row sums, column sums and symmetry
 ROUNDING = 1e-6  # what a float32 or a printed matrix may miss; `from_matrix` mends it
-DRAWS = 1000  # of a random graph, until one is connected
+DRAWS = 1000  # of a random graph, until one is connected; rounds of a random schedule, likewise
+EXACT = 1e-12  # a product of mixing matrices this near to 1/N everywhere is the average
+SAMPLE = 100  # rounds of a random schedule that `describe` counts messages over
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Graph:
         require_symmetric: False accepts a directed matrix, which must still be doubly stochastic.
         connected: False accepts a matrix that does not connect all agents: one round of a schedule.
         is_server: the average a server would make; see `Graph.server`.
+        hops: the graphs that `compose` joined, first to last; () for a single exchange.
 
     Raises:
         UserError: names the row, column or agents at fault and the remedy.
@@ -55,6 +58,7 @@ class Graph:
     require_symmetric: bool = True
     connected: bool = True
     is_server: bool = False
+    hops: tuple["Graph", ...] = ()
 
     def __post_init__(self) -> None:
         weights = np.array(self.weights, dtype=np.float64)  # a copy: the caller's stays writeable
@@ -219,10 +223,59 @@ class Schedule:
         """The second largest singular value of a whole period: 0 where the period averages exactly."""
         return _sigma_2(self.weights_of_period())
 
+    @cached_property
+    def exact_after(self) -> int | None:
+        """After how many rounds from the start of a period all agents hold the exact average; None: not in one."""
+        product = np.eye(self.num_agents)
+        for round in range(self.period or 0):
+            product = self.at(round).weights @ product
+            if _is_average(product):
+                return round + 1
+        return None
+
+    @cached_property
+    def pace(self) -> int:
+        """Rounds until what every agent sends has reached all others: the period, or counted if there is none.
+
+        Raises:
+            UserError: a random schedule does not get there in 1000 rounds.
+        """
+        if self.period is not None:
+            return self.period
+        heard = np.eye(self.num_agents, dtype=bool)
+        for round in range(DRAWS):
+            heard = (self.at(round).weights > 0) @ heard
+            if heard.all():
+                return round + 1
+        raise UserError(
+            f"schedule: {DRAWS} rounds of {self.name} do not connect all {self.num_agents} agents; give it more links."
+        )
+
+    def window(self, round: int, exchanges: int) -> Graph:
+        """The graph of `exchanges` in a row from `round` on; that of the round itself for 1."""
+        graphs = [self.at(round + hop) for hop in range(exchanges)]
+        return graphs[0] if exchanges == 1 else compose(graphs)
+
 
 def as_schedule(graph: Graph | Schedule) -> Schedule:
     """A graph as the schedule that repeats it; a schedule as it is."""
     return graph if isinstance(graph, Schedule) else Schedule.constant(graph)
+
+
+def compose(graphs: Sequence[Graph]) -> Graph:
+    """Several exchanges as one: weights `W[m-1] @ ... @ W[0]`, and the graphs as `hops`.
+
+    Sending a message along the hops and mixing at each (or forwarding it whole) gives what one exchange with
+    the composed weights gives. A product that is the average but for rounding is made so exactly: its rows are
+    then equal bit by bit, as those of `complete`.
+    """
+    product = np.eye(graphs[0].num_agents)
+    for graph in graphs:
+        product = graph.weights @ product
+    if _is_average(product):
+        product = np.full_like(product, 1 / len(product))
+    name = " * ".join(dict.fromkeys(graph.name for graph in graphs))
+    return Graph(product, name, require_symmetric=False, connected=False, hops=tuple(graphs))
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -231,6 +284,11 @@ def as_schedule(graph: Graph | Schedule) -> Schedule:
 def _check_count(n: int) -> None:
     if n < 1:
         raise UserError(f"graph: {n} agents cannot form a graph; use at least 1.")
+
+
+def _check_probability(p: float, of: str) -> None:
+    if not 0 < p <= 1:
+        raise UserError(f"graph: the {of} probability is {p:g}; it must be above 0 and at most 1.")
 
 
 def _check_rows(weights: NDArray[np.float64]) -> None:
@@ -312,6 +370,10 @@ def _sigma_2(weights: NDArray[np.float64]) -> float:
     return float(np.linalg.svd(weights, compute_uv=False)[1]) if len(weights) > 1 else 0.0
 
 
+def _is_average(weights: NDArray[np.float64]) -> bool:
+    return bool(np.abs(weights - 1 / len(weights)).max() <= EXACT)
+
+
 def _misfit(kind: str, n: int, why: str, fits: Callable[[int], bool]) -> UserError:
     """The error for a kind of graph that `n` agents cannot form; names the nearest numbers that can."""
     below = next(((m,) for m in range(n - 1, 0, -1) if fits(m)), ())
@@ -323,11 +385,12 @@ def _misfit(kind: str, n: int, why: str, fits: Callable[[int], bool]) -> UserErr
 # --- any graph ----------------------------------------------------------------------------------------------
 
 
-def metropolis(adjacency: ArrayLike, name: str = "metropolis") -> Graph:
+def metropolis(adjacency: ArrayLike, name: str = "metropolis", *, connected: bool = True) -> Graph:
     """Metropolis-Hastings weights on an undirected graph.
 
     Args:
         adjacency: (N, N) symmetric, non-zero where two agents are linked; the diagonal is ignored.
+        connected: False accepts a graph that does not connect all agents: one round of a schedule.
     """
     links = np.asarray(adjacency) != 0
     if links.ndim != 2 or links.shape[0] != links.shape[1]:
@@ -343,7 +406,7 @@ def metropolis(adjacency: ArrayLike, name: str = "metropolis") -> Graph:
     # bit, and one computation serves all its agents.
     highest = np.where(links, degrees, 0).max(axis=1, initial=0)
     np.fill_diagonal(weights, np.where(highest <= degrees, 1 / (1 + degrees), own))
-    return Graph(weights, name)
+    return Graph(weights, name, connected=connected)
 
 
 def from_networkx(graph: nx.Graph, name: str = "networkx") -> Graph:
@@ -467,8 +530,7 @@ def erdos_renyi(n: int, p: float, seed: int) -> Graph:
         UserError: `p` is not in (0, 1], or none of 1000 draws was connected.
     """
     _check_count(n)
-    if not 0 < p <= 1:
-        raise UserError(f"graph: the edge probability is {p:g}; it must be above 0 and at most 1.")
+    _check_probability(p, "edge")
     generator = numpy_generator(seed, "graph", "erdos-renyi")
     for _ in range(DRAWS):
         upper = np.triu(generator.random((n, n)) < p, k=1)
@@ -510,6 +572,188 @@ def random_regular(n: int, degree: int, seed: int) -> Graph:
     raise UserError(f"graph: none of {DRAWS} random {degree}-regular graphs was connected; raise the degree.")
 
 
+# --- graphs over time ---------------------------------------------------------------------------------------
+
+
+def one_peer_exponential(n: int) -> Schedule:
+    """In round t every agent averages with the one 2^t further round the circle: one message each way out.
+
+    The weights are doubly stochastic but directed. A period of ceil(log2 n) rounds averages exactly if n is a
+    power of 2 (Ying, Yuan, Chen, Hu, Pan and Yin, "Exponential Graph is Provably Efficient for Decentralized
+    Deep Training", NeurIPS 2021, arXiv 2110.13363).
+    """
+    _check_count(n)
+    eye = np.eye(n)
+    hops = [2**t for t in range(max(1, math.ceil(math.log2(n))))]
+    graphs = [
+        Graph((eye + np.roll(eye, hop, axis=1)) / 2, f"+{hop}", require_symmetric=False, connected=False)
+        for hop in hops
+    ]
+    return Schedule.cycle(graphs, "one-peer-exponential")
+
+
+def one_peer_hypercube(n: int) -> Schedule:
+    """n = 2^d agents; in round t those whose numbers differ in bit t average in pairs. d rounds are exact."""
+    _check_count(n)
+    if n & (n - 1):
+        raise _misfit("one-peer-hypercube", n, "it needs a power of 2", lambda m: m & (m - 1) == 0)
+    eye, agents = np.eye(n), np.arange(n)
+    bits = range((n - 1).bit_length() or 1)
+    graphs = [Graph((eye + eye[agents ^ (1 << bit) % n]) / 2, f"bit {bit}", connected=False) for bit in bits]
+    return Schedule.cycle(graphs, "one-peer-hypercube")
+
+
+def base(n: int, k: int) -> Schedule:
+    """The Base-(k+1) graph: any n agents, at most k neighbours a round, the exact average in few rounds.
+
+    With b = k + 1 (Takezawa, Sato, Bao, Niwa and Yamada, "Beyond Exponential Graph", NeurIPS 2023, arXiv
+    2305.11420; theirs take at most 2 log_b(n) + 2 rounds):
+
+    - hyper-hypercube: if n is a product of factors up to b, the agents fill a grid with these sides, and each
+      round averages along one axis.
+    - simple: else n = a_1 b^p_1 + a_2 b^p_2 + ... (base-b digits, falling) splits the agents into parts of as
+      many blocks of b^p. Every part averages itself; then, part after part, all later agents take the weight
+      b^p / (agents of this and all later parts) from one agent in each of its blocks, distinct ones, after
+      which the later agents' mean is everybody's; and every block averages itself again.
+    - or, if shorter, with n = p q and q without factors up to b: p groups do the simple one at a time, then
+      p agents, one a group, the hyper-hypercube.
+    """
+    _check_count(n)
+    if k < 1:
+        raise UserError(f"graph: base:{k + 1} has no links; the base must be at least 2, for 1 neighbour a round.")
+    agents = list(range(n))
+    rounds = _simple_base(agents, k)
+    q = n
+    for factor in range(2, k + 2):
+        while q % factor == 0:
+            q //= factor
+    if 1 < q < n:
+        groups = [agents[start : start + q] for start in range(0, n, q)]
+        split = _merge(_simple_base(group, k) for group in groups)
+        split += _merge(_hyper_hypercube([group[place] for group in groups], k) or [] for place in range(q))
+        rounds = min(rounds, split, key=len)
+    graphs = []
+    for number, links in enumerate(rounds or [[]]):
+        weights = np.zeros((n, n))
+        for i, j, weight in links:
+            weights[i, j] = weights[j, i] = weight
+        np.fill_diagonal(weights, np.maximum(1 - weights.sum(axis=1), 0))
+        graphs.append(Graph(weights, f"round {number}", connected=False))
+    return Schedule.cycle(graphs, f"base:{k + 1}")
+
+
+_Round = list[tuple[int, int, float]]
+"""The links of a round, (agent, agent, weight)."""
+
+
+def _hyper_hypercube(agents: Sequence[int], k: int) -> list[_Round] | None:
+    """Rounds that average `agents` exactly, in groups of at most k + 1; None where their number has a larger prime."""
+    sides = _sides(len(agents), k + 1)
+    if sides is None:
+        return None
+    grid = np.reshape(agents, sides)
+    rounds = []
+    for axis, side in enumerate(sides):
+        groups = np.moveaxis(grid, axis, -1).reshape(-1, side).tolist()
+        rounds.append([(i, j, 1 / side) for group in groups for i, j in itertools.combinations(group, 2)])
+    return rounds
+
+
+def _simple_base(agents: Sequence[int], k: int) -> list[_Round]:
+    """Rounds of the simple Base-(k+1) graph on `agents`."""
+    exact = _hyper_hypercube(agents, k)
+    if exact is not None:
+        return exact
+    parts: list[list[Sequence[int]]] = []  # of blocks
+    left = agents
+    while left:
+        size = 1
+        while size * (k + 1) <= len(left):
+            size *= k + 1
+        end = len(left) // size * size
+        parts.append([left[start : start + size] for start in range(0, end, size)])
+        left = left[end:]
+    own = [_hyper_hypercube([agent for block in part for agent in block], k) or [] for part in parts]
+    start = max(map(len, own))
+    strands = [*own]
+    left = agents
+    for stage, blocks in enumerate(parts[:-1]):
+        total, size = len(left), len(blocks[0])
+        left = left[len(blocks) * size :]
+        take = [(agent, block[place], size / total) for place, agent in enumerate(left) for block in blocks]
+        again = _merge(_hyper_hypercube(block, k) or [] for block in blocks)
+        strands.append([[]] * (start + stage) + [take, *again])
+    return _merge(strands)
+
+
+def _merge(strands: Iterable[list[_Round]]) -> list[_Round]:
+    """Rounds of disjoint agents, side by side."""
+    return [list(itertools.chain(*links)) for links in itertools.zip_longest(*strands, fillvalue=[])]
+
+
+@cache
+def _sides(n: int, largest: int) -> tuple[int, ...] | None:
+    """The fewest factors of n, each from 2 to `largest`; None if there are none."""
+    if n == 1:
+        return ()
+    found = [
+        (side, *rest)
+        for side in range(min(n, largest), 1, -1)
+        if n % side == 0 and (rest := _sides(n // side, largest)) is not None
+    ]
+    return min(found, key=len, default=None)
+
+
+def random_matching(n: int, seed: int) -> Schedule:
+    """Every round the agents average in pairs, matched anew at random; of an odd number one stays alone."""
+    _check_count(n)
+
+    def at(round: int) -> Graph:
+        order = numpy_generator(seed, "graph", "random-matching", round).permutation(n)
+        weights = np.eye(n)
+        for i, j in zip(order[0::2], order[1::2], strict=False):
+            weights[[i, i, j, j], [i, j, i, j]] = 0.5
+        return Graph(weights, "random-matching", connected=False)
+
+    return Schedule("random-matching", n, at)
+
+
+def random_edges(n: int, p: float, seed: int) -> Schedule:
+    """Every round each pair is linked with probability `p`, drawn anew (Erdos-Renyi), Metropolis weights."""
+    _check_count(n)
+    _check_probability(p, "edge")
+
+    def at(round: int) -> Graph:
+        upper = np.triu(numpy_generator(seed, "graph", "random-edges", round).random((n, n)) < p, k=1)
+        return metropolis(upper | upper.T, "random-edges", connected=False)
+
+    return Schedule(f"random-edges:{p:g}", n, at)
+
+
+def failing(graph: Graph | Schedule, p: float, seed: int) -> Schedule:
+    """`graph` with links that fail in a round with probability `p`: both ends give its weight to themselves.
+
+    The weights stay symmetric and doubly stochastic. A directed graph cannot be mended so and is refused.
+    """
+    schedule = as_schedule(graph)
+    n = schedule.num_agents
+    if not 0 <= p < 1:
+        raise UserError(f"graph: the failure probability is {p:g}; it must be at least 0 and below 1.")
+
+    def at(round: int) -> Graph:
+        weights = schedule.at(round).weights
+        upper = np.triu(numpy_generator(seed, "graph", "failing", round).random((n, n)) < p, k=1)
+        lost = np.where(upper | upper.T, weights, 0)
+        return Graph(weights - lost + np.diag(lost.sum(axis=1)), "failing", connected=False)
+
+    if (schedule.at(0).weights != schedule.at(0).weights.T).any():
+        raise UserError(
+            f"graph: {schedule.name} is directed, so a failed link would not leave it doubly stochastic; "
+            "take a symmetric graph."
+        )
+    return Schedule(f"failing:{p:g}:{schedule.name}", n, at)
+
+
 # --- the names of the command line --------------------------------------------------------------------------
 
 
@@ -532,7 +776,7 @@ class Kind:
 
 def _two(spec: str, argument: str, separator: str, example: str) -> tuple[int, int]:
     """The two sizes of "2x5" or "8+2"."""
-    first, _, second = argument.partition(separator)
+    first, _, second = argument.lower().partition(separator)
     if not (first.isdecimal() and second.isdecimal()):
         raise UserError(f"graph: {spec}:{argument} is not readable; write it as {example}.")
     return int(first), int(second)
@@ -587,6 +831,19 @@ def _build_random_regular(n: int, argument: str, seed: int) -> Graph:
     return random_regular(n, _number("random-regular", argument, int, "random-regular:4"), seed)
 
 
+def _build_base(n: int, argument: str, seed: int) -> Schedule:
+    return base(n, _number("base", argument or "2", int, "base:3") - 1)
+
+
+def _build_random_edges(n: int, argument: str, seed: int) -> Schedule:
+    return random_edges(n, _number("random-edges", argument, float, "random-edges:0.2"), seed)
+
+
+def _build_failing(n: int, argument: str, seed: int) -> Schedule:
+    p, _, spec = argument.partition(":")
+    return failing(parse(spec or "ring", n, seed), _number("failing", p, float, "failing:0.1:ring"), seed)
+
+
 KINDS: dict[str, Kind] = {
     "ring": Kind(lambda n, argument, seed: ring(n), "two neighbours, 1/3 each"),
     "complete": Kind(lambda n, argument, seed: complete(n), "everybody with everybody, 1/N each"),
@@ -604,6 +861,16 @@ KINDS: dict[str, Kind] = {
         _build_erdos_renyi, "each pair with this probability, drawn until connected", "erdos-renyi:0.4", True
     ),
     "random-regular": Kind(_build_random_regular, "this many random neighbours", "random-regular:4", True),
+    "one-peer-exponential": Kind(
+        lambda n, argument, seed: one_peer_exponential(n), "over time: the agent 2^t further; exact for N = 2^d"
+    ),
+    "one-peer-hypercube": Kind(
+        lambda n, argument, seed: one_peer_hypercube(n), "over time: one bit a round, in pairs; N = 2^d, exact"
+    ),
+    "base": Kind(_build_base, "over time: Base-(k+1), k neighbours, any N, exact", "base:3"),
+    "random-matching": Kind(lambda n, argument, seed: random_matching(n, seed), "over time: random pairs"),
+    "random-edges": Kind(_build_random_edges, "over time: each pair with this probability", "random-edges:0.2", True),
+    "failing": Kind(_build_failing, "any graph whose links fail with this probability", "failing:0.1:ring", True),
 }
 
 FILES = (".npy", ".csv", ".txt", ".edgelist", ".graphml")
@@ -615,7 +882,8 @@ def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
     Args:
         spec: a name of `KINDS`, with its argument after a colon ("ring", "torus:2x5", "erdos-renyi:0.4"; "_"
             reads as "-"), or a file: a mixing matrix (.npy, .csv with commas, .txt with spaces) or an
-            undirected graph that gets Metropolis weights (.edgelist, .graphml).
+            undirected graph that gets Metropolis weights (.edgelist, .graphml). "failing:0.1:" goes before
+            any of them.
         num_agents: N; what the name or the file says must agree.
         seed: of random graphs.
 
@@ -624,10 +892,10 @@ def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
     """
     _check_count(num_agents)
     spec = spec.strip()
-    if spec.lower().endswith(FILES):
+    name, _, argument = (part.strip() for part in spec.partition(":"))
+    name = name.lower().replace("_", "-")
+    if name != "failing" and spec.lower().endswith(FILES):
         return _fit(_read(Path(spec)), num_agents)
-    name, _, argument = (part.strip() for part in spec.lower().partition(":"))
-    name = name.replace("_", "-")
     if name not in KINDS:
         error = unknown("graph", name, KINDS)
         raise UserError(f"{error} Or give a file: {', '.join(FILES)}.")
@@ -664,16 +932,23 @@ def _read(path: Path) -> Graph:
 
 
 def describe(graph: Graph | Schedule) -> dict[str, Any]:
-    """What `decaf graph --json` prints: numbers, strings, lists and dicts only."""
+    """What `decaf graph --json` prints: numbers, strings, lists and dicts only.
+
+    Of a schedule: the period, after how many of its rounds the average is exact (None: it is not), the sigma_2
+    of a whole period, and the mean number of messages a round (of a random one over its first 100).
+    """
     if isinstance(graph, Schedule):
         rounds = [describe(graph.at(round)) for round in range(graph.period or 0)]
         sigma_2 = graph.sigma_2 if graph.period else None
+        messages = [graph.at(round).messages_per_round for round in range(graph.period or SAMPLE)]
         return {
             "name": graph.name,
             "num_agents": graph.num_agents,
             "period": graph.period,
+            "exact_after": graph.exact_after,
             "sigma_2": sigma_2,
             "spectral_gap": None if sigma_2 is None else 1 - sigma_2,
+            "messages_per_round": sum(messages) / len(messages),
             "rounds": rounds,
         }
     degrees = graph.degrees

@@ -41,7 +41,9 @@ class Record:
     consensus_distance: float | None = None
     interference: float | None = None
     tail: float | None = None
+    recompression: float | None = None  # what cutting stacks between the exchanges of the round has left out
     bytes_sent: float  # by one agent in this round, mean over agents
+    wire_bytes: float | None = None  # of them between processes, as written there; None in one process
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
 

@@ -172,6 +172,21 @@ def write_report(directory: Path | str) -> Path:
     return path
 
 
+def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
+    """Write every figure of the report as a file of its own (.png, .svg or .pdf), on white, into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
+        sections = _sections(_read(Path(directory)))
+        for (graph, partition), members in sections.items():
+            for plot in _plots(_by_algorithm(members)):
+                words = [plot.title] if len(sections) == 1 else [graph, partition, plot.title]
+                paths.append(folder / (re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()) + suffix))
+                plot.figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 

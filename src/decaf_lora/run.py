@@ -6,10 +6,11 @@ where agents live and how messages travel.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from decaf_lora import consensus
 from decaf_lora.adapters import attach, save_peft
-from decaf_lora.algorithms.base import Adapter, Algorithm, State, Tensors
+from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Engine, Simulate
 from decaf_lora.errors import UserError
@@ -27,7 +28,7 @@ from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Partition
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
-from decaf_lora.training import Trainer
+from decaf_lora.training import Trainer, local_steps
 
 AVERAGED = "averaged"
 
@@ -36,7 +37,8 @@ class Run:
     """Agents that train together.
 
     `graph` is a graph or a schedule of graphs over as many agents as `partition` has shards; algorithms
-    without one (local, centralized, fedavg) ignore it. `lora` is a `peft.LoraConfig`, the task's default if
+    without one (local, centralized, fedavg) ignore it. A round takes `gossip_steps` exchanges, each on the next
+    graph of the schedule, or a whole "period" of it. `lora` is a `peft.LoraConfig`, the task's default if
     None. With `common_start` all agents draw the same A_0. Every `evaluate_every` rounds, and in the last,
     all agents' models and the averaged model are scored on the test set.
     """
@@ -53,6 +55,7 @@ class Run:
         rounds: int = 30,
         seed: int = 0,
         common_start: bool = True,
+        gossip_steps: int | Literal["period"] = 1,
         evaluate_every: int = 5,
         eval_batch_size: int = 256,
         engine: Callable[[int], Engine] = Simulate,
@@ -76,6 +79,9 @@ class Run:
             schedule = as_schedule(Graph.server([len(s) for s in shards]))
         elif algorithm.topology != "graph":
             schedule = as_schedule(complete(len(shards)))
+        self.gossip_steps = _exchanges(schedule, gossip_steps) if algorithm.topology == "graph" else 1
+        if algorithm.paced is not None:
+            algorithm = algorithm.paced(_rounds_to_reach_all(schedule, self.gossip_steps))
         self.task, self.algorithm, self.schedule, self.partition = task, algorithm, schedule, partition
         self.training, self.rounds, self.seed, self.evaluate_every = training, rounds, seed, evaluate_every
         self.engine = engine(len(shards))
@@ -89,6 +95,7 @@ class Run:
             [shards[i] for i in self.engine.agents],
             seed,
             eval_batch_size,
+            steps_in_round=int(local_steps(training, shards).max()),
         )
         self.adapter: Adapter = self.attached.init(self.engine.agents, seed, common_start)
         self.state: State = algorithm.init(self.adapter)
@@ -102,7 +109,9 @@ class Run:
         """Called after every local step with (round, step, steps of the round, sums of losses (n,))."""
         self._losses: Tensor | None = None
         self._seconds: dict[str, float] = {}
-        self._measures: tuple[Tensor, Tensor] | None = None
+        self._measures: Tensors = {}
+        self._bytes_sent = 0.0
+        self._wire_bytes: float | None = None
 
     def close(self) -> None:
         """Takes the adapters out of the task's model, which can then serve another run."""
@@ -113,10 +122,16 @@ class Run:
         self.stop_requested = True
 
     def train(self) -> Iterator[Record]:
-        """The rounds that are left, one record each; the first record (round 0) is of the start."""
+        """The rounds that are left, one record each; the first record (round 0) is of the start.
+
+        Under an engine of several processes only the main one's records are whole.
+        """
+        # Each process may have calibrated another number of agents a pass: all take the main one's.
+        passes = self.engine.gather({"passes": torch.full((len(self.engine.agents),), self.trainer.agents_per_pass)})
+        self.trainer.agents_per_pass = int(passes["passes"][0])
         if self.round == 0 and self.step_in_round == 0:
             yield self._start()
-        while self.round < self.rounds and not self.stop_requested:
+        while self.round < self.rounds and not self.engine.any(self.stop_requested):
             record = self._one_round()
             if record is not None:
                 yield record
@@ -138,20 +153,18 @@ class Run:
         """The next round; None if it was stopped within its local steps."""
         number, algorithm = self.round + 1, self.algorithm
         if self.step_in_round == 0:
-            self._seconds, self._losses, self._measures = {}, None, None
-        bytes_sent = 0.0
+            self._seconds, self._losses, self._measures = {}, None, {}
+            self._bytes_sent, self._wire_bytes = 0.0, None
         if algorithm.order == "combine-adapt" and self.step_in_round == 0:
-            bytes_sent = self._mix(number)
+            self._mix(number)
         if not self._local_steps(number):
             return None
         if algorithm.order == "adapt-combine":
-            bytes_sent = self._mix(number)
-        elif self._talks:
-            bytes_sent = self._bytes_sent(algorithm.message(self.adapter, self.state, number), number)
+            self._mix(number)
         self.round, self.step_in_round = number, 0
         assert self._losses is not None
         mean_losses = self._losses.cpu() / torch.from_numpy(self.trainer.local_steps)
-        gathered = self.engine.gather({"losses": mean_losses, **self._measured()})
+        gathered = self.engine.gather({"losses": mean_losses, **self._measures})
         scores = averaged = None
         if number % self.evaluate_every == 0 or number == self.rounds:
             scores, averaged = self._evaluate()
@@ -163,7 +176,9 @@ class Run:
             consensus_distance=self._consensus_distance(),
             interference=_rms(gathered.get("interference")),
             tail=_rms(gathered.get("tail")),
-            bytes_sent=bytes_sent,
+            recompression=_rms(gathered.get("recompression")),
+            bytes_sent=self._bytes_sent,
+            wire_bytes=self._wire_bytes,
             learning_rate=learning_rate(self.training, (number - 1) / self.rounds),
             seconds=dict(self._seconds),
         )
@@ -174,13 +189,13 @@ class Run:
 
     def _local_steps(self, number: int) -> bool:
         """The round's local steps that are left; false if a stop was asked for before the last."""
-        total = int(self.trainer.local_steps.max())
+        total = self.trainer.steps_in_round
 
         def on_step(done: int, losses: Tensor) -> bool:
             self.step_in_round = done
             if self.on_step is not None:
                 self.on_step(number, done, total, losses)
-            return self.stop_requested and done < total
+            return done < total and self.engine.any(self.stop_requested)
 
         started = time.perf_counter()
         self.adapter, self.state, self._losses = self.trainer.train_round(
@@ -196,47 +211,73 @@ class Run:
         self._add_seconds("train", started)
         return self.step_in_round >= total
 
-    def _mix(self, number: int) -> float:
-        """Message, exchange, combine; returns the bytes an agent sent (mean over agents)."""
+    def _mix(self, number: int) -> None:
+        """Message, exchange (several where an algorithm relays), combine."""
         if not self._talks:
-            return 0.0
+            return
         started = time.perf_counter()
+        relay = self.algorithm.relay
+        graph = self.schedule.window((number - 1) * self.gossip_steps, self.gossip_steps)
+        *first, last = graph.hops if graph.hops and relay is not None else (graph,)
         message = self.algorithm.message(self.adapter, self.state, number)
-        inbox = self.engine.exchange(message, self.schedule.at(number - 1), number)
+        for hop in first:
+            inbox = self._exchange(message, hop, number)
+            assert relay is not None
+            message, cut = relay(self.adapter, inbox, number)
+            self._measures["recompression"] = self._measures.get("recompression", torch.zeros(())).hypot(cut)
+        inbox = self._exchange(message, last, number)
         started = self._add_seconds("exchange", started)
-        self._measures = consensus.interference_and_tail(self.adapter, inbox)
+        measured = consensus.interference_and_tail(self.adapter, inbox)
+        if measured is not None:
+            self._measures["interference"], self._measures["tail"] = measured
         started = self._add_seconds("measure", started)
         self.adapter, self.state = self.algorithm.combine(self.adapter, self.state, inbox, number)
         self.trainer.moments_after(self.algorithm, self.state)
         self._add_seconds("combine", started)
-        return self._bytes_sent(message, number)
 
-    def _bytes_sent(self, message: Tensors, number: int) -> float:
-        """Bytes of one agent's message times its receivers, mean over agents; to a server it goes once."""
-        each = sum(t[0].numel() * t.element_size() for t in message.values())
-        graph = self.schedule.at(number - 1)
-        return each * (1.0 if graph.is_server else float(np.mean(graph.degrees)))
+    def _exchange(self, message: Tensors, graph: Graph, number: int) -> Inbox:
+        self._bytes_sent += self._bytes_of(message, graph)
+        wire = self.engine.wire_bytes(message, graph)
+        if wire is not None:
+            self._wire_bytes = (self._wire_bytes or 0.0) + wire
+        return self.engine.exchange(message, graph, number)
 
-    def _measured(self) -> Tensors:
-        if self._measures is None:
-            return {}
-        return {"interference": self._measures[0], "tail": self._measures[1]}
+    def _bytes_of(self, message: Tensors, graph: Graph) -> float:
+        """Bytes an agent sends in an exchange, mean over agents; to a server a message goes once.
+
+        Of a composed exchange: what is averaged goes to all receivers in each hop; what is stacked is forwarded
+        whole, and since all know the schedule everybody's reaches each agent once.
+        """
+        whole = averaged = 0
+        for name, tensor in message.items():
+            size = tensor[0].numel() * tensor.element_size()
+            if name.split("/", 1)[0] in self.algorithm.stacks:
+                whole += size
+            else:
+                averaged += size
+        if graph.is_server:
+            return float(whole + averaged)
+        receivers = float(np.mean(graph.degrees))
+        hops = sum(float(np.mean(hop.degrees)) for hop in graph.hops) if graph.hops else receivers
+        return whole * receivers + averaged * hops
 
     def _consensus_distance(self) -> float | None:
         if self.engine.num_agents == 1:
             return 0.0
         started = time.perf_counter()
-        result = consensus.distance(self.all_adapters())
+        adapters = self.all_adapters()
+        result = consensus.distance(adapters) if adapters is not None else None
         self._add_seconds("measure", started)
         return result
 
-    def _evaluate(self) -> tuple[list[float | None], float]:
+    def _evaluate(self) -> tuple[list[float | None], float | None]:
         """Scores of all agents, and of the averaged model."""
         started = time.perf_counter()
         scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
         averaged = scores[0]
         if self.engine.num_agents > 1:
-            averaged = float(self.trainer.evaluate(consensus.averaged(self.all_adapters()))[0])
+            adapters = self.all_adapters()
+            averaged = float(self.trainer.evaluate(consensus.averaged(adapters))[0]) if adapters is not None else None
         self._add_seconds("evaluate", started)
         return scores, averaged
 
@@ -249,11 +290,13 @@ class Run:
 
     # What a run leaves behind
 
-    def all_adapters(self) -> Adapter:
-        """The adapters of all N agents of the run."""
+    def all_adapters(self) -> Adapter | None:
+        """The adapters of all N agents of the run, in the main process; None in others."""
         gathered = self.engine.gather(
-            {**self.adapter.tensors(), **{f"scale/{k}": s for k, s in self.adapter.scale.items()}}
+            {**self.adapter.tensors(), **{f"scale/{k}": s for k, s in self.adapter.scale.items()}}, everywhere=False
         )
+        if not gathered:
+            return None
         parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}}
         for key, tensor in gathered.items():
             group, name = key.split("/", 1)
@@ -262,19 +305,22 @@ class Run:
 
     def save_adapter(self, directory: str | Path, agent: int | str = AVERAGED) -> None:
         """Writes one agent's adapter, or the averaged model, as a PEFT directory."""
+        last = self.engine.num_agents - 1
+        if agent != AVERAGED and not (isinstance(agent, int) and 0 <= agent <= last):
+            raise UserError(f"agent: {agent!r} is not in this run; use 0 to {last} or '{AVERAGED}'.")
         adapters = self.all_adapters()
-        if agent == AVERAGED:
-            adapters, index = consensus.averaged(adapters), 0
-        elif isinstance(agent, int) and 0 <= agent < adapters.num_agents:
-            index = agent
-        else:
-            raise UserError(f"agent: {agent!r} is not in this run; use 0 to {adapters.num_agents - 1} or '{AVERAGED}'.")
-        if self.engine.is_main:
+        if adapters is not None:
+            index = agent if isinstance(agent, int) else 0
+            if agent == AVERAGED:
+                adapters = consensus.averaged(adapters)
             name = getattr(getattr(self.task.model, "config", None), "_name_or_path", None)
             save_peft(adapters, index, self.attached.config, Path(directory), name)
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
-        """All that is needed to go on: named tensors with the agents on the leading axis, and plain values."""
+        """All that is needed to go on: named tensors with all N agents on the leading axis, and plain values.
+
+        The tensors are for the main process, which writes them; others get none.
+        """
         tensors = {f"adapter/{k}": t for k, t in self.adapter.tensors().items()}
         tensors |= {f"state/{k}": t for k, t in self.state.items()}
         for group, moments in self.trainer.moments.items():
@@ -284,21 +330,24 @@ class Run:
         tensors["steps_taken"] = torch.from_numpy(self.trainer.steps_taken.copy())
         if self.step_in_round and self._losses is not None:
             tensors["losses"] = self._losses
-            if self._measures is not None:
-                tensors |= {f"measures/{k}": t for k, t in self._measured().items()}
+            tensors |= {f"measures/{k}": t for k, t in self._measures.items()}
         values = {
             "round": self.round,
             "step_in_round": self.step_in_round,
             "seconds": self._seconds if self.step_in_round else {},
+            "bytes_sent": self._bytes_sent if self.step_in_round else 0.0,
+            "wire_bytes": self._wire_bytes if self.step_in_round else None,
             "agents_per_pass": self.trainer.agents_per_pass,
         }
-        return self.engine.gather(tensors), values
+        return self.engine.gather({k: t.cpu() for k, t in tensors.items()}, everywhere=False), values
 
     def restore(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Goes back to a snapshot of a run with the same configuration; the rest is then bit-equal."""
-        rows = torch.tensor(self.engine.agents)
+        """Goes back to a snapshot of a run with the same configuration; the rest is then bit-equal.
+
+        Every process passes the values, the main one the tensors; they need not have been as many at the snapshot.
+        """
         device = self.trainer.device
-        mine = {k: t[rows].to(device) for k, t in tensors.items()}
+        mine = {k: t.to(device, copy=True) for k, t in self.engine.scatter(tensors).items()}
 
         def part(prefix: str) -> Tensors:
             return {k.removeprefix(prefix): t for k, t in mine.items() if k.startswith(prefix)}
@@ -311,11 +360,26 @@ class Run:
             moments.steps = mine[f"moments/{group}/steps"]
         self.trainer.steps_taken = mine["steps_taken"].cpu().numpy().copy()
         self._losses = mine.get("losses")
-        measures = part("measures/")
-        self._measures = (measures["interference"].cpu(), measures["tail"].cpu()) if measures else None
+        self._measures = {k: t.cpu() for k, t in part("measures/").items()}
         self.round, self.step_in_round = int(values["round"]), int(values["step_in_round"])
         self._seconds = dict(values["seconds"])
+        self._bytes_sent, self._wire_bytes = float(values.get("bytes_sent", 0.0)), values.get("wire_bytes")
         self.trainer.agents_per_pass = int(values["agents_per_pass"])
+
+
+def _exchanges(schedule: Schedule, gossip_steps: int | Literal["period"]) -> int:
+    if gossip_steps != "period":
+        return gossip_steps
+    if schedule.period is None:
+        raise UserError(f"gossip_steps: {schedule.name} never starts again, so it has no period; give a number.")
+    return schedule.period
+
+
+def _rounds_to_reach_all(schedule: Schedule, gossip_steps: int) -> int:
+    """Rounds until everybody has heard of everybody; of a periodic schedule, until it starts again with a round."""
+    if schedule.period is not None:
+        return math.lcm(schedule.period, gossip_steps) // gossip_steps
+    return math.ceil(schedule.pace / gossip_steps)
 
 
 def _rms(values: Tensor | None) -> float | None:

@@ -81,10 +81,18 @@ class BatchStream:
         return numpy_generator(self.seed, "batches", self.agent, epoch).permutation(self.shard)
 
 
+def local_steps(config: TrainingConfig, shards: Sequence[np.ndarray]) -> np.ndarray:
+    """(n,) optimizer steps that the agents with these shards take in a round."""
+    if config.epochs is None:
+        return np.full(len(shards), config.steps)
+    return np.array([max(1, int(np.ceil(config.epochs * len(s) / config.batch_size))) for s in shards])
+
+
 class Trainer:
     """Trains and evaluates the agents of this process.
 
-    `agents` are their numbers in the run and `shards` their examples, in the same order.
+    `agents` are their numbers in the run and `shards` their examples, in the same order. `steps_in_round` is the
+    largest number of local steps over all agents of the run, where other processes hold some; else over these.
     """
 
     def __init__(
@@ -96,16 +104,13 @@ class Trainer:
         shards: Sequence[np.ndarray],
         seed: int,
         eval_batch_size: int = 256,
+        steps_in_round: int | None = None,
     ) -> None:
         self.task, self.attached, self.config = task, attached, config
         self.agents, self.seed, self.eval_batch_size = list(agents), seed, eval_batch_size
         self.streams = [BatchStream(s, config.batch_size, seed, a) for a, s in zip(agents, shards, strict=True)]
-        if config.epochs is None:
-            self.local_steps = np.full(len(self.streams), config.steps)
-        else:
-            self.local_steps = np.array(
-                [max(1, int(np.ceil(config.epochs * len(s) / config.batch_size))) for s in shards]
-            )
+        self.local_steps = local_steps(config, shards)
+        self.steps_in_round = int(self.local_steps.max()) if steps_in_round is None else steps_in_round
         self.steps_taken = np.zeros(len(self.streams), dtype=np.int64)
         self.moments: dict[str, optimizers.Moments] = {}
         self.agents_per_pass = 0 if config.agents_per_pass == "auto" else int(config.agents_per_pass)
@@ -148,7 +153,7 @@ class Trainer:
         flats = {g: layout.pack(getattr(adapter, g)) for g, layout in self._layouts.items()}
         trained: list[str] = [g for g in flats if g in trains]
         losses = torch.zeros(adapter.num_agents, device=self.device) if losses is None else losses
-        total = int(self.local_steps.max())
+        total = self.steps_in_round
 
         def current() -> Adapter:
             return Adapter(

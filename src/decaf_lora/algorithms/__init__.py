@@ -6,11 +6,12 @@ from typing import Any
 
 from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox
 from decaf_lora.algorithms.centralized import centralized
-from decaf_lora.algorithms.decaf import decaf
+from decaf_lora.algorithms.decaf import decaf, decaf_tracked
 from decaf_lora.algorithms.dlora import dlora
 from decaf_lora.algorithms.dlora_fa import dlora_fa
 from decaf_lora.algorithms.fedavg import fedavg
 from decaf_lora.algorithms.local import local
+from decaf_lora.algorithms.tracking import tracked
 from decaf_lora.errors import UserError, unknown
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "accepted",
     "centralized",
     "decaf",
+    "decaf_tracked",
     "dlora",
     "dlora_fa",
     "fedavg",
     "local",
     "make",
+    "tracked",
 ]
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -33,6 +36,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "dlora": dlora,
     "dlora_fa": dlora_fa,
     "decaf": decaf,
+    "decaf_tracked": decaf_tracked,
     "fedavg": fedavg,
     "centralized": centralized,
 }

@@ -192,6 +192,15 @@ def _keep_moments(state: State, first: Tensors, second: Tensors) -> tuple[Tensor
     return first, second
 
 
+def reset_moments(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
+    """The moments of A and B start at 0 again after every mixing; the optimizer's step count goes on."""
+
+    def zeros(moments: Tensors) -> Tensors:
+        return {k: t if k.startswith("extras/") else torch.zeros_like(t) for k, t in moments.items()}
+
+    return zeros(first), zeros(second)
+
+
 class Algorithm(NamedTuple):
     """A decentralized LoRA algorithm as pure functions (in the manner of optax).
 
@@ -216,3 +225,14 @@ class Algorithm(NamedTuple):
     moments: Callable[[State, Tensors, Tensors], tuple[Tensors, Tensors]] = _keep_moments
     """(state, first, second) -> what becomes of the optimizer's moments after `combine`; names as in
     `Adapter.tensors()`; SGD passes its momentum as `first` and an empty `second`."""
+    stacks: frozenset[Factor] = frozenset()
+    """What `combine` needs from every sender apart, not only as the weighted average: with several exchanges
+    in a round it is forwarded whole, while the rest of a message is averaged on the way."""
+    relay: Callable[[Adapter, Inbox, int], tuple[Tensors, Tensor]] | None = None
+    """(adapter, inbox, round) -> the message of the next of several exchanges in a round, and (n,) the norm of
+    what it leaves out. None: nothing is left out, and the exchanges are done as one (`graphs.compose`)."""
+    turn: Callable[[Adapter, Inbox, Adapter], Tensors] | None = None
+    """(old adapter, inbox, new adapter) -> layer -> (n, r, r) the orthogonal P that takes the frame of the plain
+    factor average to that of the new factors, A' ~ P A, B' ~ B P^T. None: the frame is that of the average."""
+    paced: Callable[[int], Algorithm] | None = None
+    """rounds -> the same algorithm on a schedule that takes as many rounds to reach everybody."""

@@ -11,6 +11,11 @@ the training after it is not, since Adam works per coordinate. `gauge` selects (
 the default is the choice that our study supports (docs/study-decaf.md), and differs from the literal
 balanced reading of the paper. `moments` says what becomes of Adam's moments, which live in the old frame:
 kept, reset, or rotated along with the factors.
+
+With several exchanges in a round the factors are stacked and forwarded, and truncated once, at the end:
+Z_i = sum_j (W_m .. W_1)_ij s_j B_j A_j. `relay_rank` R bounds the stack: between exchanges it is cut to rank R,
+
+    (A_i, B_i) <- TSVD_R(sum_j (W_t)_ij B_j A_j),    what is cut off is recorded as `recompression`.
 """
 
 from __future__ import annotations
@@ -21,9 +26,19 @@ import torch
 from torch import Tensor
 
 from decaf_lora import lowrank
-from decaf_lora.algorithms.base import Adapter, Algorithm, Group, Inbox, State, Tensors, average_all
+from decaf_lora.algorithms.base import (
+    Adapter,
+    Algorithm,
+    Group,
+    Inbox,
+    State,
+    Tensors,
+    average_all,
+    reset_moments,
+)
 from decaf_lora.algorithms.dlora import send_factors
-from decaf_lora.errors import unknown
+from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.errors import UserError, unknown
 
 GAUGES: tuple[str, ...] = (
     "balanced",
@@ -40,12 +55,17 @@ def decaf(
     order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
     moments: Literal["keep", "reset", "transport"] = "keep",
     reference: Literal["average", "own"] = "average",
+    relay_rank: int | None = None,
+    tracking: bool = False,
+    tracking_gamma: float = 1.0,
 ) -> Algorithm:
     """Product gossip with truncation.
 
     gauge: one of `GAUGES`, or "rotated", the default rotated one. order: train then mix, or mix then train.
     moments: what becomes of Adam's moments after the factors changed frame. reference: the frame that rotated
     gauges turn to, the neighbourhood's plain factor average or the agent's own factors before mixing.
+    relay_rank: with several exchanges in a round, the rank (at least r) to which stacks are cut between them;
+    None forwards them whole. tracking: see tracking.py.
     """
     if gauge == "rotated":
         gauge = DEFAULT_GAUGE
@@ -53,6 +73,8 @@ def decaf(
         raise unknown("algorithm.gauge", gauge, (*GAUGES, "rotated"))
     if moments not in ("keep", "reset", "transport"):
         raise unknown("algorithm.moments", moments, ("keep", "reset", "transport"))
+    if relay_rank is not None and relay_rank < 1:
+        raise UserError(f"algorithm.relay_rank: {relay_rank} is below 1; give a rank, or leave it unset.")
 
     def init(adapter: Adapter) -> State:
         # A's scale is a constant of the run: averages of unrelated frames shrink, and a scale taken from
@@ -73,7 +95,7 @@ def decaf(
             for group in inbox.groups:
                 own = (old_a[:, group.receivers], old_b[:, group.receivers]) if reference == "own" else None
                 mixed_a[:, group.receivers], mixed_b[:, group.receivers] = _mix(
-                    inbox, group, layers, gauge, own, a_scale[:, group.receivers]
+                    inbox, group, layers, gauge, old_a.shape[-2], own, a_scale[:, group.receivers]
                 )
             for index, layer in enumerate(layers):
                 new_a[layer], new_b[layer] = mixed_a[index], mixed_b[index]
@@ -86,15 +108,35 @@ def decaf(
     def transport(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
         return _rotate(state, first, power=1), _rotate(state, second, power=2)
 
-    def reset(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-        def zeros(moments: Tensors) -> Tensors:
-            return {k: t if k.startswith("extras/") else torch.zeros_like(t) for k, t in moments.items()}
+    def relay(adapter: Adapter, inbox: Inbox, round_: int) -> tuple[Tensors, Tensor]:
+        return _recompress(adapter, inbox, relay_rank or 1)
 
-        return zeros(first), zeros(second)
+    algorithm = Algorithm(
+        name="decaf",
+        order=order,
+        init=init,
+        message=send_factors,
+        combine=combine,
+        stacks=frozenset({"A", "B"}),
+        relay=None if relay_rank is None else relay,
+        # The other gauges are turned onto the plain factor average already.
+        turn=_turn if reference == "own" or gauge in ("balanced", "orthonormal") else None,
+    )
+    rules = {"keep": algorithm.moments, "reset": reset_moments, "transport": transport}
+    algorithm = algorithm._replace(moments=rules[moments])
+    return tracked(algorithm, tracking_gamma) if tracking else algorithm
 
-    algorithm = Algorithm(name="decaf", order=order, init=init, message=send_factors, combine=combine)
-    rules = {"keep": algorithm.moments, "reset": reset, "transport": transport}
-    return algorithm._replace(moments=rules[moments])
+
+def decaf_tracked(
+    gauge: str = "rotated",
+    order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
+    moments: Literal["keep", "reset", "transport"] = "keep",
+    reference: Literal["average", "own"] = "average",
+    relay_rank: int | None = None,
+    tracking_gamma: float = 1.0,
+) -> Algorithm:
+    """DeCAF with gradient tracking (tracking.py)."""
+    return decaf(gauge, order, moments, reference, relay_rank, True, tracking_gamma)
 
 
 def _mix(
@@ -102,6 +144,7 @@ def _mix(
     group: Group,
     layers: list[str],
     gauge: str,
+    rank: int,
     own: tuple[Tensor, Tensor] | None,
     a_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -116,9 +159,42 @@ def _mix(
     else:
         a_scale = a_scale[:, :1].expand(-1, a.shape[1])
     out = lowrank.mix_truncate(
-        a, b, weights, a.shape[-2], gauge=cast(lowrank.Gauge, gauge.replace("-", "_")), reference=own, a_scale=a_scale
+        a, b, weights, rank, gauge=cast(lowrank.Gauge, gauge.replace("-", "_")), reference=own, a_scale=a_scale
     )
     return out.A[:, expand], out.B[:, expand]
+
+
+def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Tensor]:
+    """The mixed products cut to `rank` (between the adapters' own and the layers' full one), all else averaged;
+    (n,) Frobenius norm of what was cut, over all layers."""
+    stacked = {f"{factor}/{k}" for factor in "AB" for k in adapter.layers}
+    message = average_all(inbox, [name for name in inbox.tensors if name not in stacked])
+    cut = torch.zeros(inbox.num_receivers, dtype=torch.float64)
+    for layers in adapter.shape_groups():
+        a, b = adapter.A[layers[0]], adapter.B[layers[0]]
+        kept = min(max(rank, a.shape[1]), a.shape[2], b.shape[1])
+        new_a = a.new_empty(len(layers), inbox.num_receivers, kept, a.shape[2])
+        new_b = b.new_empty(len(layers), inbox.num_receivers, b.shape[1], kept)
+        scale = torch.stack([adapter.scale[k] for k in layers]).double().cpu()
+        for group in inbox.groups:
+            sent_a, sent_b = (inbox.stacked([f"{factor}/{k}" for k in layers], group) for factor in "AB")
+            weights = group.weights.to(sent_a)
+            out = lowrank.mix_truncate(sent_a, sent_b, weights, kept, gauge="balanced_rotated")
+            new_a[:, group.receivers], new_b[:, group.receivers] = out.A[:, group.expand], out.B[:, group.expand]
+            tail = out.tail[:, group.expand].double().cpu() * scale[:, group.receivers]
+            cut[group.receivers] += tail.square().sum(0)
+        message |= {f"A/{k}": t for k, t in zip(layers, new_a, strict=True)}
+        message |= {f"B/{k}": t for k, t in zip(layers, new_b, strict=True)}
+    return message, cut.sqrt()
+
+
+def _turn(old: Adapter, inbox: Inbox, new: Adapter) -> Tensors:
+    """layer -> (n, r, r): the frame change from the plain factor average of the inbox to the new factors."""
+    frames = {}
+    for layer in new.layers:
+        a, b, rank = inbox.average(f"A/{layer}"), inbox.average(f"B/{layer}"), new.A[layer].shape[1]
+        frames[layer] = lowrank.frame_change(a[:, :rank], b[..., :rank], new.A[layer], new.B[layer])
+    return frames
 
 
 def _rotate(state: State, moments: Tensors, power: int) -> Tensors:

@@ -8,7 +8,9 @@ not the product of the means; the difference, the consensus interference, is rec
 
 from typing import Literal
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_all
+from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_all, reset_moments
+from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.errors import UserError
 
 
 def send_factors(adapter: Adapter, state: State, round_: int) -> Tensors:
@@ -21,6 +23,24 @@ def average_factors(adapter: Adapter, state: State, inbox: Inbox, round_: int) -
     return adapter.with_tensors(average_all(inbox, list(inbox.tensors))), state
 
 
-def dlora(order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine") -> Algorithm:
-    """Factor-wise gossip. `order`: train then mix, or mix then train."""
-    return Algorithm(name="dlora", order=order, message=send_factors, combine=average_factors)
+def with_moments(algorithm: Algorithm, moments: str) -> Algorithm:
+    """`algorithm` with Adam's moments kept or reset after mixing; factor averages change no frame."""
+    if moments not in ("keep", "reset"):
+        raise UserError(f"algorithm.moments: {algorithm.name} takes keep or reset, not {moments!r}.")
+    return algorithm._replace(moments=reset_moments) if moments == "reset" else algorithm
+
+
+def dlora(
+    order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
+    moments: Literal["keep", "reset"] = "keep",
+    tracking: bool = False,
+    tracking_gamma: float = 1.0,
+) -> Algorithm:
+    """Factor-wise gossip.
+
+    order: train then mix, or mix then train. moments: what becomes of Adam's moments after mixing. tracking: see
+    tracking.py.
+    """
+    algorithm = Algorithm(name="dlora", order=order, message=send_factors, combine=average_factors)
+    algorithm = with_moments(algorithm, moments)
+    return tracked(algorithm, tracking_gamma) if tracking else algorithm

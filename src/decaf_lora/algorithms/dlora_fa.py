@@ -10,17 +10,25 @@ starts have no common A: agents then mix B's of different frames, which is allow
 from typing import Literal
 
 from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
-from decaf_lora.algorithms.dlora import average_factors
+from decaf_lora.algorithms.dlora import average_factors, with_moments
+from decaf_lora.algorithms.tracking import tracked
 
 _TRAINED: frozenset[Factor] = frozenset({"B", "extras"})
 
 
-def dlora_fa(order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine") -> Algorithm:
-    """Gossip on B with a frozen common A. `order`: train then mix, or mix then train."""
+def dlora_fa(
+    order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
+    moments: Literal["keep", "reset"] = "keep",
+    tracking: bool = False,
+    tracking_gamma: float = 1.0,
+) -> Algorithm:
+    """Gossip on B with a frozen common A; options as for `dlora`."""
 
     def message(adapter: Adapter, state: State, round_: int) -> Tensors:
         return adapter.tensors(_TRAINED)
 
-    return Algorithm(
+    algorithm = Algorithm(
         name="dlora_fa", order=order, trains=lambda round_: _TRAINED, message=message, combine=average_factors
     )
+    algorithm = with_moments(algorithm, moments)
+    return tracked(algorithm, tracking_gamma) if tracking else algorithm

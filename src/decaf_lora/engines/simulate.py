@@ -19,6 +19,18 @@ class Simulate:
         """The inbox of all agents under the graph's weights."""
         return Inbox.from_weights(message, graph.weights, self.agents, self.agents)
 
-    def gather(self, tensors: Tensors) -> Tensors:
+    def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
+        """There is no wire."""
+        return None
+
+    def gather(self, tensors: Tensors, everywhere: bool = True) -> Tensors:
         """All agents are here already."""
         return tensors
+
+    def scatter(self, tensors: Tensors) -> Tensors:
+        """All agents live here."""
+        return tensors
+
+    def any(self, flag: bool) -> bool:
+        """There is no other process."""
+        return flag

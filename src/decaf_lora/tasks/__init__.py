@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError, unknown
@@ -193,7 +194,7 @@ def max_tokens(config: TaskConfig, model: Any, tokenizer: Any) -> int:
 
 
 def family_targets(model: Any) -> list[str] | None:
-    """Names of the query and value projections; None where PEFT has a default of its own for the family."""
+    """Names of the layers that project queries and values; None where PEFT has a default for the family."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 
     family = model.config.model_type
@@ -203,9 +204,9 @@ def family_targets(model: Any) -> list[str] | None:
     if family in PEFT_DEFAULTS:
         return None
     leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for pair in (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v")):
-        if leaves.issuperset(pair):
-            return list(pair)
+    for names in (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",)):
+        if leaves.issuperset(names):
+            return list(names)
     return None
 
 
@@ -226,9 +227,7 @@ def checkpoint_layers(model: nn.Module) -> None:
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return torch.utils.checkpoint.checkpoint(
-        functools.partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False
-    )
+    return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _from_pretrained(config: TaskConfig, kind: Any, **options: Any) -> Any:

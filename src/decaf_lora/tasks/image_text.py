@@ -9,6 +9,7 @@ encoder, and at every step (for every agent, with its own adapter) when one does
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class ImageText(Task):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         prompts: Sequence[Sequence[str]],
         train_images: Images,
@@ -69,6 +70,13 @@ class ImageText(Task):
         max_length = getattr(model.config.text_config, "max_position_embeddings", None)
         # SigLIP is trained with every text padded to its full length.
         padding = "max_length" if "siglip" in model.config.model_type else True
+        too_long = [t for t in texts if max_length and len(tokenizer(t, verbose=False)["input_ids"]) > max_length]
+        if too_long:
+            warnings.warn(
+                f"task.templates: {len(too_long)} of {len(texts)} prompts are longer than the model's {max_length} "
+                f"tokens and are truncated (first: {too_long[0]!r}).",
+                stacklevel=2,
+            )
         tokens = tokenizer(texts, padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
         self._tokens = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
         self._text_adapted = False

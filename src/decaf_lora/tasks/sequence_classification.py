@@ -1,0 +1,247 @@
+"""Text classification with a pretrained encoder and a head (`AutoModelForSequenceClassification`).
+
+Which class is the text, or the pair of texts? The loss is the cross-entropy over the classes. The head, and
+whatever else the checkpoint does not have, is trained in full: it goes to `modules_to_save`, starts equal on
+all agents, and is mixed like the adapters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from decaf_lora import data
+from decaf_lora.config import TaskConfig
+from decaf_lora.data import Ragged
+from decaf_lora.errors import UserError, unknown
+from decaf_lora.tasks import family_targets, max_tokens, pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.base import Batch, Task, accuracy_statistics, cross_entropy
+
+HEADS = ("classifier", "score")
+"""Names of classification heads, as PEFT knows them."""
+
+
+class ClassScore:
+    """The score of a classification: accuracy, the F1 of one of two classes, or the mean F1 of all.
+
+    `positive` names the class of `f1`, the second one if None.
+    """
+
+    def __init__(self, metric: str, classes: Sequence[str], positive: str | None = None) -> None:
+        if metric == "f1" and len(classes) != 2:
+            raise UserError(f"task.metric: f1 is for two classes, there are {len(classes)}; use macro-f1.")
+        if positive is not None and metric != "f1":
+            raise UserError(f"task.positive: only the metric f1 uses it, not {metric}.")
+        if positive is not None and positive not in classes:
+            raise unknown("task.positive", positive, classes)
+        self.metric, self.num_classes = metric, len(classes)
+        self.positive = 1 if positive is None else list(classes).index(positive)
+        self.name = {"f1": f"F1 ({classes[self.positive]})" if metric == "f1" else "", "macro-f1": "macro-F1"}.get(
+            metric, metric
+        )
+
+    def statistics(self, logits: Tensor, labels: Tensor, agents: int) -> Tensor:
+        """Logits (agents * b, C) and labels (agents * b,) -> sums over the examples: (agents, 2) right and all
+        for accuracy; (agents, 3 C) true positives, false positives, false negatives of each class for F1."""
+        if self.metric == "accuracy":
+            return accuracy_statistics(logits, labels, agents)
+        told = nn.functional.one_hot(logits.argmax(-1), self.num_classes).view(agents, -1, self.num_classes)
+        true = nn.functional.one_hot(labels, self.num_classes).view(agents, -1, self.num_classes)
+        return torch.cat([(told * true).sum(1), (told * (1 - true)).sum(1), ((1 - told) * true).sum(1)], 1)
+
+    def score(self, statistics: Tensor) -> Tensor:
+        """(agents, q) -> (agents,). The mean F1 is over the classes that occur as a label or a prediction."""
+        if self.metric == "accuracy":
+            return statistics[:, 0] / statistics[:, 1].clamp_min(1)
+        right, false_positive, false_negative = statistics.double().chunk(3, 1)
+        wrong = false_positive + false_negative
+        f1 = 2 * right / (2 * right + wrong).clamp_min(1)
+        if self.metric == "f1":
+            return f1[:, self.positive]
+        return f1.sum(1) / (right + wrong > 0).sum(1).clamp_min(1)
+
+
+class SequenceClassification(Task):
+    """Classification of token sequences with a model of transformers whose output has `logits` (m, C).
+
+    `train` and `test` hold, by name of the model's argument (`input_ids`, `token_type_ids`), the sequences;
+    `labels` (num_train,) and `test_labels` (num_test,) are class numbers; `fills` are what sequences are padded
+    with, 0 by default; `heads` are the modules to train in full.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Mapping[str, Ragged],
+        labels: np.ndarray,
+        test: Mapping[str, Ragged],
+        test_labels: np.ndarray,
+        classes: Sequence[str],
+        *,
+        heads: Sequence[str] = HEADS[:1],
+        fills: Mapping[str, int] | None = None,
+        score: ClassScore | None = None,
+        name: str = "sequence-classification",
+    ) -> None:
+        self.model, self.name, self.classes, self.heads = model, name, list(classes), list(heads)
+        self.labels, self.num_test = np.asarray(labels), len(test_labels)
+        self._train, self._test, self._fills = train, test, fills or {}
+        self._train_labels, self._test_labels = torch.as_tensor(labels), torch.as_tensor(test_labels)
+        self._score = score or ClassScore("accuracy", classes)
+        self.score_name = self._score.name
+        # A decoder's cache would only cost memory, and be filled twice where activations are computed again.
+        self._arguments = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        for head in self.heads:
+            model.get_submodule(head).register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
+
+    def default_lora(self) -> LoraConfig:
+        """Rank 8 on the attention layers that PEFT adapts in this family, and the heads."""
+        return LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=family_targets(self.model),
+            modules_to_save=list(self.heads),
+            task_type="SEQ_CLS",
+        )
+
+    def train_batch(self, indices: np.ndarray) -> Batch:
+        return self._batch(self._train, indices) | {"labels": self._train_labels[indices]}
+
+    def test_batch(self, indices: np.ndarray) -> Batch:
+        return self._batch(self._test, indices) | {"labels": self._test_labels[indices]}
+
+    def _batch(self, sequences: Mapping[str, Ragged], indices: np.ndarray) -> Batch:
+        batch = {}
+        for name, ragged in sequences.items():
+            batch[name], batch["attention_mask"] = ragged.padded(indices, self._fills.get(name, 0))
+        return batch
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(m, C)"""
+        return self.model(**{k: t for k, t in batch.items() if k != "labels"}, **self._arguments).logits
+
+    def losses(self, batch: Batch, agents: int) -> Tensor:
+        return cross_entropy(self.logits(batch), batch["labels"], agents)
+
+    def statistics(self, batch: Batch, agents: int) -> Tensor:
+        return self._score.statistics(self.logits(batch), batch["labels"], agents)
+
+    def score(self, statistics: Tensor) -> Tensor:
+        return self._score.score(statistics)
+
+    def describe(self) -> Mapping[str, Any]:
+        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
+        return {**super().describe(), **facts, "new_modules": self.heads}
+
+
+def make(config: TaskConfig) -> SequenceClassification:
+    """The task that `config` describes."""
+    columns = [("text_column", config.text_column)]
+    if config.text_pair_column is not None:
+        columns.append(("text_pair_column", config.text_pair_column))
+    examples = data.load(config, columns, label=config.label_column or "label")
+    data.needs_text(examples.train, columns)
+    data.needs_text(examples.test, columns)
+    score = ClassScore(config.metric, examples.classes, config.positive)
+    tokenizer = pretrained_tokenizer(config)
+    model, new = pretrained_model(
+        config,
+        AutoModelForSequenceClassification,
+        num_labels=len(examples.classes),
+        id2label=dict(enumerate(examples.classes)),
+        label2id={c: i for i, c in enumerate(examples.classes)},
+        ignore_mismatched_sizes=True,
+    )
+    pad = _padding_token(tokenizer, model)
+    limit = max_tokens(config, model, tokenizer)
+    sequences, truncated = {}, {}
+    for split, rows in (("train", examples.train), ("test", examples.test)):
+        tokenized = data.preprocess(
+            rows.select_columns([column for _, column in columns]),
+            tokenize,
+            config,
+            f"Tokenizing {split}",
+            tokenizer=tokenizer,
+            columns=[column for _, column in columns],
+            limit=limit,
+        )
+        truncated[split] = int(np.sum(tokenized["truncated"][:]))
+        sequences[split] = {
+            name: Ragged.of(tokenized, name)
+            for name in ("input_ids", "token_type_ids")
+            if name in tokenized.column_names
+        }
+    data.warn_truncated(truncated, limit)
+    by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
+    return SequenceClassification(
+        model,
+        sequences["train"],
+        examples.labels,
+        {name: ragged.take(by_length) for name, ragged in sequences["test"].items()},
+        examples.test_labels[by_length],
+        examples.classes,
+        heads=_heads(model, new),
+        fills={"input_ids": pad},
+        score=score,
+    )
+
+
+def tokenize(batch: Mapping[str, list[str]], tokenizer: Any, columns: list[str], limit: int) -> dict[str, list[Any]]:
+    """Texts, or pairs of texts, of the columns as token sequences of at most `limit`, and whether each was cut."""
+    texts = [batch[column] for column in columns]
+    cut = tokenizer(*texts, truncation=True, max_length=limit)
+    whole = tokenizer(*texts, verbose=False)  # last, so that the tokenizer ends as it was (its hash is cached)
+    lengths = [len(ids) for ids in whole["input_ids"]]
+    kept = {k: v for k, v in cut.items() if k in ("input_ids", "token_type_ids")}
+    return {**kept, "truncated": [length > limit for length in lengths]}
+
+
+def _padding_token(tokenizer: Any, model: Any) -> int:
+    """The padding token's number; the end-of-sequence token stands in, with a warning, where there is none."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "task.model: its tokenizer has neither a padding nor an end-of-sequence token; set pad_token in its "
+                "tokenizer_config.json."
+            )
+        warnings.warn(f"task.model: its tokenizer has no padding token; {tokenizer.eos_token!r} is used.", stacklevel=3)
+        tokenizer.pad_token = tokenizer.eos_token
+    # Decoders with a head find the last token of a sequence by the padding's number.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return int(tokenizer.pad_token_id)
+
+
+def _heads(model: nn.Module, new: Sequence[str]) -> list[str]:
+    """The modules to train in full: the head, and those of the `new` parameters outside it."""
+    heads = [name for name, _ in model.named_children() if name in HEADS]
+    if not heads:
+        raise UserError(f"task.model: {type(model).__name__} has no head named {' or '.join(HEADS)}.")
+    outside = [key for key in new if key.split(".")[0] not in heads]
+    lost = [key for key in outside if re.search(r"embed|layers?\.\d|\.h\.\d|\.block", key)]
+    if lost:
+        raise UserError(
+            f"task.model: the checkpoint lacks {len(lost)} tensors of {type(model).__name__}'s encoder (first: "
+            f"{lost[0]}); it is no checkpoint of this family."
+        )
+    return list(dict.fromkeys([*heads, *(key.rpartition(".")[0] for key in outside)]))
+
+
+def _in_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Casts a head's input to its parameters' dtype: agents' heads are float32 also over a bfloat16 base."""
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return torch.utils._pytree.tree_map(cast, (args, kwargs))

@@ -1,0 +1,314 @@
+"""Real processes on loopback for the tests of the torchrun engine, and what they do there.
+
+They are forked from a server that has imported torch once, so that a dozen starts cost seconds.
+"""
+
+import functools
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from decaf_lora import algorithms, checkpoint, graphs, partition
+from decaf_lora.algorithms.base import Inbox
+from decaf_lora.cli import main
+from decaf_lora.config import TrainingConfig
+from decaf_lora.engines import Simulate, Torchrun, connect
+from decaf_lora.errors import UserError
+from decaf_lora.run import Run
+from toy import Toy
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@dataclass
+class Ended:
+    """How the started ranks ended, by rank."""
+
+    codes: dict[int, int]
+    output: dict[int, str]
+
+    @property
+    def lines(self) -> list[str]:
+        """Everything that was printed, by all ranks, line by line."""
+        return [line for text in self.output.values() for line in text.splitlines() if line.strip()]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(folder: Path, world: int, work, *arguments, ranks=None, port=None, environment=None, by_rank=None) -> Ended:
+    """Runs `work(*arguments)` in `ranks` (all by default) of `world` processes; the exit code is what it returns.
+
+    `by_rank`: rank -> further arguments of that rank alone.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    CONTEXT.set_forkserver_preload(["ranks", "decaf_lora.execute", "decaf_lora.report", "decaf_lora.tasks"])
+    folder.mkdir(parents=True, exist_ok=True)
+    port, ranks = port or free_port(), range(world) if ranks is None else ranks
+    children = {}
+    for rank in ranks:
+        variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
+        own = (by_rank or {}).get(rank, ())
+        children[rank] = CONTEXT.Process(target=_child, args=(folder / f"{rank}.log", variables, work, arguments, own))
+        children[rank].start()
+    for child in children.values():
+        child.join(timeout=120)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    logs = {rank: folder / f"{rank}.log" for rank in ranks}
+    return Ended({r: c.exitcode for r, c in children.items()}, {r: p.read_text() for r, p in logs.items()})
+
+
+def _child(log, variables, work, arguments, own):
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update({k: str(v) for k, v in variables.items()})
+    torch.set_num_threads(1)
+    try:
+        code = work(*arguments, *own)
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def decaf(*arguments) -> int:
+    """The command in a rank."""
+    return main([str(a) for a in arguments])
+
+
+# --- equality with simulate ---------------------------------------------------------------------------------
+
+GRAPHS = ("ring", "complete", "star", "erdos-renyi:0.6")
+
+
+def cases(world: int = 1) -> list[tuple[str, str, int]]:
+    """(algorithm, graph, N): the graph matters only to algorithms that use it."""
+    out = []
+    for name, make in algorithms.ALGORITHMS.items():
+        topology = make().topology
+        for graph in GRAPHS if topology == "graph" else GRAPHS[:1]:
+            for n in (2, 3, 5, 8):
+                if (1 if topology == "pooled" else n) >= world:
+                    out.append((name, graph, n))
+    return out
+
+
+def make_run(case, engine, task=None, **options) -> Run:
+    name, graph, n = case
+    task = task or Toy(examples=60, tests=12, extras=True)
+    shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
+    training = TrainingConfig(epochs=0.2, batch_size=3, learning_rate=0.02, agents_per_pass=1)
+    values = {"rounds": 2, "evaluate_every": 2, "training": training, **options}
+    return Run(task, algorithms.make(name), graphs.parse(graph, n, 0), shards, engine=engine, **values)
+
+
+def outcome(run: Run) -> dict:
+    """Adapters of all agents, optimizer moments and records, without what may differ between engines."""
+    records = [{**vars(record), "seconds": None, "wire_bytes": None} for record in run.train()]
+    return {"tensors": run.snapshot()[0], "records": records}
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    a, b = ours["tensors"], theirs["tensors"]
+    equal = a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return equal and ours["records"] == theirs["records"]
+
+
+def reference(path: Path) -> None:
+    """What simulate gives for every case."""
+    torch.save({case: outcome(make_run(case, Simulate)) for case in cases()}, path)
+
+
+def equals(path: Path, world: int) -> int:
+    """Prints the cases that differ from the reference, and those whose bytes on the wire are miscounted."""
+    expected = torch.load(path, weights_only=False)
+    with connect(device="cpu", timeout=60) as processes:
+        for case in cases(world):
+            run = make_run(case, functools.partial(Torchrun, processes=processes))
+            got = outcome(run)
+            sent = sum(processes.share("sent", run.engine.bytes_sent))
+            if not processes.is_main:
+                continue
+            if not same(got, expected[case]):
+                print("differs:", case)
+            if sent != _crossing(run) * run.rounds:
+                print("bytes:", case, sent, _crossing(run) * run.rounds)
+    return 0
+
+
+OPTIONS = [
+    ("decaf", {"relay_rank": 4}, "ring", 3),
+    ("decaf", {}, "base:3", "period"),
+    ("dlora", {"tracking": True}, "ring", 2),
+    ("decaf", {"order": "combine-adapt", "moments": "transport"}, "star", 1),
+]
+
+
+def equals_with_options() -> int:
+    """Several exchanges in a round, relays, tracking, the other order: each against simulate, side by side."""
+    with connect(device="cpu", timeout=60) as processes:
+        for name, options, graph, gossip_steps in OPTIONS:
+            got = []
+            for engine in (functools.partial(Torchrun, processes=processes), Simulate):
+                task = Toy(examples=60, tests=12, extras=True)
+                shards = partition.iid(task.labels, 6, seed=0)
+                training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=1)
+                algorithm, links = algorithms.make(name, **options), graphs.parse(graph, 6, 0)
+                values = {"rounds": 2, "evaluate_every": 2, "gossip_steps": gossip_steps, "engine": engine}
+                got.append(outcome(Run(task, algorithm, links, shards, training, **values)))
+            if processes.is_main and not same(*got):
+                print("differs:", name, options, graph, gossip_steps)
+    return 0
+
+
+def _crossing(run: Run) -> int:
+    """Bytes that have to cross between ranks in a round, counted one by one."""
+    if run.algorithm.topology not in ("graph", "server"):
+        return 0
+    message = run.algorithm.message(run.adapter, run.state, 1)
+    size = sum(t[0].numel() * t.element_size() for t in message.values())
+    weights, blocks = run.schedule.at(0).weights, run.engine.blocks
+    home = {agent: rank for rank, block in enumerate(blocks) for agent in block}
+    pairs = {
+        (sender, home[listener])
+        for sender in home
+        for listener in home
+        if weights[listener, sender] and home[sender] != home[listener]
+    }
+    return len(pairs) * size
+
+
+# --- the engine by itself -----------------------------------------------------------------------------------
+
+
+def moves_tensors() -> int:
+    """gather, scatter and any, with blocks of unequal size, and tensors of every kind."""
+    with connect(device="cpu", timeout=60) as processes:
+        engine = Torchrun(5, processes)
+        everything = {
+            "float": torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)),
+            "double": torch.arange(5.0, dtype=torch.float64),
+            "bool": torch.tensor([True, False, True, True, False]),
+            "long": torch.arange(15).view(5, 3),
+            "half": torch.arange(5).to(torch.bfloat16)[:, None],
+            "nothing": torch.zeros(5, 0),
+        }
+        mine = {k: t[engine.agents] for k, t in everything.items()}
+
+        def check(got, wanted):
+            assert got.keys() == wanted.keys()
+            assert all(got[k].dtype == wanted[k].dtype and torch.equal(got[k], wanted[k]) for k in wanted)
+
+        check(engine.gather(mine), everything)
+        check(engine.gather(mine, everywhere=False), everything if processes.is_main else {})
+        check(engine.scatter(everything if processes.is_main else {}), mine)
+        assert engine.any(processes.rank == 1)
+        assert not engine.any(False)
+    return 0
+
+
+def rounds_on_the_wire(wire: str) -> int:
+    """What arrives from other ranks is rounded, what is here is exact, and what is not finite stays so."""
+    with connect(device="cpu", timeout=60) as processes:
+        engine = Torchrun(3, processes, wire)
+        x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+        message = {"x": x, "zero": torch.zeros(3, 2), "whole": torch.arange(3), "nan": x[:, 0].clone()}
+        message["nan"][:, 1] = torch.inf if processes.rank else torch.nan
+        graph = graphs.complete(3)
+        mine = {k: t[engine.agents] for k, t in message.items()}
+        inbox = engine.exchange(mine, graph, 1)
+        assert isinstance(inbox, Inbox)
+        width = {"exact": 4, "bfloat16": 2, "int8": 1}[wire]
+        scales = 3 * 4 if wire == "int8" else 0
+        each = (20 + 2 + 5) * width + scales + 8
+        crossing = {2: 3, 3: 6}[processes.world_size]
+        assert engine.wire_bytes(mine, graph) == each * crossing / 3
+        for agent in range(3):
+            got = {k: t[agent] for k, t in inbox.tensors.items()}
+            assert torch.equal(got["zero"], torch.zeros(2))
+            assert got["whole"] == agent
+            assert not torch.isfinite(got["nan"]).all()
+            if agent in engine.agents or wire == "exact":
+                assert torch.equal(got["x"], x[agent])
+            elif wire == "bfloat16":
+                assert torch.equal(got["x"], x[agent].bfloat16().float())
+            else:
+                assert (got["x"] - x[agent]).abs().max() <= 0.5001 * x[agent].abs().max() / 127
+                assert not torch.equal(got["x"], x[agent])
+    return 0
+
+
+def disagrees(values: dict) -> int:
+    """Prints the error that this rank sees."""
+    with connect(device="cpu", timeout=60) as processes:
+        try:
+            processes.agree({"same": [1, 2], **values}, "config")
+        except UserError as error:
+            print(error)
+            return 2 if not error.quiet else 3
+    return 0
+
+
+def fails_together(rank: int) -> int:
+    """One rank meets a mistake while the others do not."""
+    with connect(device="cpu", timeout=60) as processes, processes.together():
+        if processes.rank == rank:
+            raise UserError("file: missing.")
+    return 0
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+LONG = ("decaf", "ring", 5)
+
+
+def long_run(engine) -> Run:
+    """Unequal local steps, clipping and dropout, to be stopped within a round."""
+    task = Toy(examples=60, tests=12, extras=True)
+    lora = task.default_lora()
+    lora.lora_dropout = 0.3
+    training = TrainingConfig(epochs=0.7, batch_size=3, learning_rate=0.02, agents_per_pass=1, clip_norm=0.5)
+    return make_run(LONG, engine, task, lora=lora, training=training, rounds=4)
+
+
+def stops(folder: Path) -> int:
+    """Rank 1 alone asks to stop after step 2 of round 3; all stop there, and rank 0 writes a checkpoint."""
+    with connect(device="cpu", timeout=60) as processes:
+        run = long_run(functools.partial(Torchrun, processes=processes))
+        if processes.rank == 1:
+            run.on_step = lambda round_, done, steps, losses: run.stop() if (round_, done) == (3, 2) else None
+        list(run.train())
+        assert (run.round, run.step_in_round) == (2, 2)
+        tensors, values = run.snapshot()
+        if processes.is_main:
+            checkpoint.save(folder, tensors, values)
+        else:
+            assert tensors == {}
+    return 0
+
+
+def goes_on(folder: Path, path: Path) -> int:
+    """Finishes the stopped run with another number of ranks; rank 0 saves what comes out."""
+    with connect(device="cpu", timeout=60) as processes:
+        run = long_run(functools.partial(Torchrun, processes=processes))
+        tensors, values = checkpoint.load_latest(folder)
+        run.restore(tensors if processes.is_main else {}, values)
+        got = outcome(run)
+        if processes.is_main:
+            torch.save(got, path)
+    return 0
