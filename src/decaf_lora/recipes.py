@@ -12,7 +12,7 @@ from decaf_lora.errors import unknown
 
 
 def digits() -> CompareConfig:
-    """A tiny CLIP meets turned, inverted handwritten digits; 10 agents, ring, Dirichlet(0.1); about 2 minutes."""
+    """A tiny CLIP meets turned, inverted handwritten digits; 10 agents on a ring, Dirichlet(0.1)."""
     return CompareConfig(
         task=TaskConfig(name="digits"),
         lora=LoraOptions(r=2, lora_alpha=2),
