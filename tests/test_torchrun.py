@@ -157,12 +157,12 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_line(tmp_path):
 
 
 def test_a_silent_rank_is_named_by_the_time_out(tmp_path):
-    silent = [*SMALL, "--task", f"{HERE / 'faulty.py'}:Silent", "--engine", "torchrun", "--timeout", "2"]
+    silent = [*SMALL, "--task", f"{HERE / 'faulty.py'}:Silent", "--engine", "torchrun", "--timeout", "8"]
     ended = ranks.start(tmp_path, 2, ranks.decaf, *silent, "--out", tmp_path / "run")
     assert ended.codes[0] == 2, ended.output
     lines = ended.output[0].splitlines()
     assert len(lines) == 1, lines
-    assert "ranks: rank 1 of 2 did not answer within 2 s" in lines[0]
+    assert "ranks: rank 1 of 2 did not answer within 8 s" in lines[0]
 
 
 # Mistakes: one line for all ranks, exit code 2
@@ -227,9 +227,9 @@ def test_a_port_in_use(tmp_path):
 
 
 def test_a_rank_that_never_arrives_is_named(tmp_path):
-    line = fails(tmp_path, 3, "--timeout", 1, ranks=[0, 1])
-    assert "ranks: 2 of 3 arrived within 1 s; missing: rank 2." in line
-    line = fails(tmp_path, 2, "--timeout", 1, ranks=[1])
+    line = fails(tmp_path, 3, "--timeout", 12, ranks=[0, 1])
+    assert "ranks: 2 of 3 arrived within 12 s; missing: rank 2." in line
+    line = fails(tmp_path, 2, "--timeout", 2, ranks=[1])
     assert "rank 1 cannot reach rank 0 at 127.0.0.1:" in line
 
 
