@@ -13,6 +13,7 @@ moments; rows that have finished their local steps stand still.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -76,8 +77,6 @@ def step(
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:
     """The learning rate at `progress` in [0, 1] of the whole run: linear warm-up, then the schedule."""
-    import math
-
     if progress < config.warmup:
         return config.learning_rate * progress / config.warmup
     t = (progress - config.warmup) / (1 - config.warmup)
