@@ -3,6 +3,7 @@
 They are forked from a server that has imported torch once, so that a dozen starts cost seconds.
 """
 
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -156,13 +157,17 @@ OPTIONS = [
     ("decaf", {}, "base:3", "period"),
     ("dlora", {"tracking": True}, "ring", 2),
     ("decaf", {"order": "combine-adapt", "moments": "transport"}, "star", 1),
+    ("decaf", {"tracking": True}, "ring", 1, (1, 4, 2, 3, 2, 8)),
+    ("dlora_fa", {}, "star", 1, (1, 4, 2, 3, 2, 8)),
+    ("decaf", {"relay_rank": 8}, "base:3", "period", (1, 4, 2, 3, 2, 8)),
 ]
+"""Algorithm, its options, graph, exchanges a round, and the agents' ranks where they differ."""
 
 
 def equals_with_options() -> int:
     """Several exchanges in a round, relays, tracking, the other order: each against simulate, side by side."""
     with connect(device="cpu", timeout=60) as processes:
-        for name, options, graph, gossip_steps in OPTIONS:
+        for name, options, graph, gossip_steps, *ranks in OPTIONS:
             got = []
             for engine in (functools.partial(Torchrun, processes=processes), Simulate):
                 task = Toy(examples=60, tests=12, extras=True)
@@ -170,6 +175,8 @@ def equals_with_options() -> int:
                 training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=1)
                 algorithm, links = algorithms.make(name, **options), graphs.parse(graph, 6, 0)
                 values = {"rounds": 2, "evaluate_every": 2, "gossip_steps": gossip_steps, "engine": engine}
+                if ranks:
+                    values["lora"] = [dataclasses.replace(task.default_lora(), r=r, lora_alpha=r + 1) for r in ranks[0]]
                 got.append(outcome(Run(task, algorithm, links, shards, training, **values)))
             if processes.is_main and not same(*got):
                 print("differs:", name, options, graph, gossip_steps)

@@ -145,7 +145,7 @@ def test_an_adapter_trained_and_saved_by_peft_loads(model, tmp_path):
     theirs = get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()
     theirs.save_pretrained(tmp_path)
     attached = attach(model, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
-    adapter = load_peft(attached, [tmp_path, tmp_path])
+    adapter = load_peft(attached, attached.init([0, 1], seed=0), [tmp_path, tmp_path], [0, 1])
     rows = torch.randint(0, 50, (3, 6), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), attached.bind(adapter) as bound:
         ours = logits(bound, rows.repeat(2, 1)).view(2, 3, -1)
@@ -159,14 +159,17 @@ def test_loading_an_adapter_that_does_not_fit_names_the_tensors(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    attached = attach(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UserError, match=r"does not fit.*layers\.0\.self_attn\.q_proj\.lora_A\.weight"):
-        load_peft(attached, [tmp_path])
+    attached = attach(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    fresh = attached.init([0], seed=0)
+    with pytest.raises(
+        UserError, match=r"does not fit.*4 tensors differ.*layers\.0\.self_attn\.v_proj\.lora_A\.weight"
+    ):
+        load_peft(attached, fresh, [tmp_path], [0])
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+        load_peft(attached, fresh, [tmp_path / "nowhere"], [0])
+    (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors does not exist"):
-        load_peft(attached, [tmp_path / "nowhere"])
-    attached = attach(llama(), LoraConfig(r=3, lora_alpha=99, target_modules=["q_proj"]))
-    with pytest.raises(UserError, match="lora_alpha"):
-        load_peft(attached, [tmp_path])
+        load_peft(attached, fresh, [tmp_path], [0])
 
 
 def test_detach_gives_the_model_back():

@@ -1,5 +1,7 @@
 """One contract suite over every algorithm, then each rule against a hand-computed truth."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ NAMES = list(algorithms.ALGORITHMS)
 LAYERS = {"x": (2, 6, 5), "y": (2, 6, 5), "z": (3, 4, 8)}  # r, d_in, d_out
 
 
-def make_adapter(n, seed=0, common_a=False):
+def make_adapter(n, seed=0, common_a=False, unequal=False):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -22,12 +24,18 @@ def make_adapter(n, seed=0, common_a=False):
     def draw_a(r, d):
         return draw(1, r, d).repeat(n, 1, 1) if common_a else draw(n, r, d)
 
-    return Adapter(
+    adapter = Adapter(
         A={k: draw_a(r, i) for k, (r, i, _) in LAYERS.items()},
         B={k: draw(n, o, r) for k, (r, _, o) in LAYERS.items()},
         scale={k: torch.full((n,), 2.0, dtype=torch.float64) for k in LAYERS},
         extras={"head.weight": draw(n, 3, 4)},
     )
+    if not unequal:
+        return adapter
+    scales = {k: 0.5 + torch.arange(n, dtype=torch.float64) % 4 for k in LAYERS}
+    ranks = {k: 1 + torch.arange(n) % r for k, (r, _, _) in LAYERS.items()}
+    adapter = dataclasses.replace(adapter, scale=scales, ranks=ranks)
+    return adapter.with_tensors(adapter.trim(adapter.tensors()))
 
 
 def one_round(algorithm, adapter, graph, round_=1, state=None):
@@ -47,12 +55,13 @@ def graph_for(algorithm, n):
     return graphs.ring(n)
 
 
+@pytest.mark.parametrize("unequal", [False, True], ids=["equal", "unequal"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", NAMES)
 class TestContract:
-    def test_shapes_types_and_purity(self, name, n):
+    def test_shapes_types_and_purity(self, name, n, unequal):
         algorithm = algorithms.make(name)
-        adapter = make_adapter(n)
+        adapter = make_adapter(n, unequal=unequal)
         before = {k: t.clone() for k, t in adapter.tensors().items()}
         out, state = one_round(algorithm, adapter, graph_for(algorithm, n))
         assert {k: (t.shape, t.dtype) for k, t in out.tensors().items()} == {
@@ -61,30 +70,31 @@ class TestContract:
         assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items())  # inputs untouched
         assert all(t.shape[0] == n for t in state.values())
         assert all(torch.isfinite(t).all() for t in out.tensors().values())
+        assert all(torch.equal(t, out.tensors()[k]) for k, t in out.trim(out.tensors()).items())  # within own ranks
 
-    def test_trained_factors_are_named(self, name, n):
+    def test_trained_factors_are_named(self, name, n, unequal):
         trains = algorithms.make(name).trains(1)
         assert trains <= {"A", "B", "extras"}
         assert "B" in trains
 
-    def test_message_has_the_agent_axis(self, name, n):
+    def test_message_has_the_agent_axis(self, name, n, unequal):
         algorithm = algorithms.make(name)
-        adapter = make_adapter(n)
+        adapter = make_adapter(n, unequal=unequal)
         message = algorithm.message(adapter, algorithm.init(adapter), 1)
         assert all(t.shape[0] == n for t in message.values())
         assert bool(message) == (algorithm.topology in ("graph", "server"))
 
-    def test_agents_that_agree_stay_where_they_are(self, name, n):
+    def test_agents_that_agree_stay_where_they_are(self, name, n, unequal):
         algorithm = algorithms.make(name)
-        adapter = make_adapter(1).select([0] * n)
+        adapter = make_adapter(1, unequal=unequal).select([0] * n)
         out, _ = one_round(algorithm, adapter, graph_for(algorithm, n))
         for layer in LAYERS:
             torch.testing.assert_close(products(out, layer), products(adapter, layer), rtol=1e-9, atol=1e-9)
 
-    def test_split_over_processes_changes_nothing(self, name, n):
+    def test_split_over_processes_changes_nothing(self, name, n, unequal):
         """Every agent on its own process, with only the messages that reach it, gets the same bits."""
         algorithm = algorithms.make(name)
-        adapter = make_adapter(n)
+        adapter = make_adapter(n, unequal=unequal)
         graph = graph_for(algorithm, n)
         together, _ = one_round(algorithm, adapter, graph)
         message = algorithm.message(adapter, algorithm.init(adapter), 1)
@@ -99,9 +109,9 @@ class TestContract:
         for key, tensor in together.tensors().items():
             torch.testing.assert_close(joined.tensors()[key], tensor, rtol=1e-12, atol=1e-12)
 
-    def test_state_is_checkpointable_and_moments_keep_their_names(self, name, n):
+    def test_state_is_checkpointable_and_moments_keep_their_names(self, name, n, unequal):
         algorithm = algorithms.make(name)
-        adapter = make_adapter(n)
+        adapter = make_adapter(n, unequal=unequal)
         _, state = one_round(algorithm, adapter, graph_for(algorithm, n))
         first = {k: torch.ones_like(t) for k, t in adapter.tensors().items()}
         second = {k: torch.ones_like(t) for k, t in adapter.tensors().items()}

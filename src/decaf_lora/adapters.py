@@ -26,10 +26,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from decaf_lora import lowrank
 from decaf_lora.algorithms.base import Adapter, Tensors
 from decaf_lora.errors import UserError, nearest
 from decaf_lora.randomness import torch_generator
@@ -146,41 +148,61 @@ class Attached:
     def __init__(
         self,
         model: nn.Module,
-        config: LoraConfig,
-        sites: dict[str, Site],
+        configs: Sequence[LoraConfig],
+        sites: Sequence[dict[str, Site]],
         extras: dict[str, Tensor],
         lora_layers: dict[str, StackedLora],
         extra_layers: dict[str, StackedExtra],
     ) -> None:
-        self.model, self.config, self.sites, self.extras = model, config, sites, extras
+        self.model, self.extras = model, extras
+        self._configs, self._sites = list(configs), list(sites)
         self._lora_layers, self._extra_layers = lora_layers, extra_layers
+        self.config = self._configs[0]
+        self.sites = {
+            name: max((own[name] for own in self._sites), key=lambda site: site.rank) for name in self._sites[0]
+        }
+        """The adapted layers, with the largest rank of any agent."""
+        self.uniform = all(own == self.sites for own in self._sites)
+        """Whether all agents have one rank and scale."""
+
+    def config_of(self, agent: int) -> LoraConfig:
+        """The configuration of an agent's adapter, as PEFT reads it."""
+        return self._configs[agent if len(self._configs) > 1 else 0]
+
+    def sites_of(self, agent: int) -> dict[str, Site]:
+        """The adapted layers with an agent's own ranks and scales."""
+        return self._sites[agent if len(self._sites) > 1 else 0]
 
     def init(self, agents: Sequence[int], seed: int, common_start: bool = True) -> Adapter:
         """Fresh adapters for these agents: A as PEFT draws it, B = 0, extras equal to the base's.
 
-        With `common_start` all agents draw the same A (the same numbers whoever asks), else each its own.
+        With `common_start` all agents draw the same A (the same numbers whoever asks), else each its own; of unequal
+        ranks an agent has the first rows of it.
         """
         a: Tensors = {}
         b: Tensors = {}
         scale: Tensors = {}
-        device, gaussian = self.device, self.config.init_lora_weights == "gaussian"
-        n = len(agents)
+        device, n = self.device, len(agents)
         for name, site in self.sites.items():
             rows = []
             for agent in agents:
-                generator = torch_generator(seed, "init", name, "all" if common_start else agent)
+                generator, config = torch_generator(seed, "init", name, "all" if common_start else agent), self.config
                 row = torch.empty(site.rank, site.d_in)
-                if gaussian:
-                    row.normal_(std=1 / self.config.r, generator=generator)
+                if config.init_lora_weights == "gaussian":
+                    row.normal_(std=1 / self.config_of(agent).r, generator=generator)
                 else:  # kaiming_uniform with a = sqrt(5), PEFT's default
                     bound = 1 / math.sqrt(site.d_in)
                     row.uniform_(-bound, bound, generator=generator)
                 rows.append(row)
             a[name] = torch.stack(rows).to(device)
             b[name] = torch.zeros(n, site.d_out, site.rank, device=device)
-            scale[name] = torch.full((n,), site.scale, device=device)
+            scale[name] = torch.tensor([self.sites_of(agent)[name].scale for agent in agents], device=device)
         extras = {name: t.detach().float().repeat(n, *[1] * t.dim()) for name, t in self.extras.items()}
-        return Adapter(a, b, scale, extras)
+        ranks: Tensors = {}
+        if not self.uniform:
+            ranks = {k: torch.tensor([self.sites_of(agent)[k].rank for agent in agents]) for k in self.sites}
+        adapter = Adapter(a, b, scale, extras, ranks)
+        return adapter.with_tensors(adapter.trim(adapter.tensors()))
 
     @property
     def device(self) -> torch.device:
@@ -213,19 +235,52 @@ class Attached:
         return self.model
 
 
-def attach(model: nn.Module, config: LoraConfig) -> Attached:
+def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attached:
     """Wraps the layers of `model` (in place) that `config` matches, exactly as PEFT would.
 
-    All base parameters are frozen and the model is put in eval mode: base dropout is off, LoRA dropout is
-    ours. Raises UserError for options that are not supported, for targets that match nothing (with the
-    nearest module names), for layers that are not linear, and for a rank larger than a layer.
+    A list is one configuration an agent; they may differ in rank and alpha, and must match the same layers. All base
+    parameters are frozen and the model is put in eval mode: base dropout is off, LoRA dropout is ours. Raises
+    UserError for options that are not supported, for targets that match nothing (with the nearest module names),
+    for layers that are not linear, and for a rank larger than a layer.
     """
+    configs = [config] if isinstance(config, LoraConfig) else list(config)
+    found: dict[str, tuple[LoraConfig, dict[str, Site], list[str]]] = {}
+    for one in configs:
+        key = _key(one)
+        if key not in found:
+            found[key] = _matched(model, one)
+    all_sites = [found[_key(one)][1] for one in configs]
+    modules = found[_key(configs[0])][2]
+    for agent, one in enumerate(configs):
+        if all_sites[agent].keys() != all_sites[0].keys() or found[_key(one)][2] != modules:
+            raise UserError(
+                f"lora: the configurations of agents 0 and {agent} match different layers; they may differ in rank "
+                "and alpha only."
+            )
+    extras: Tensors = {}
+    model.requires_grad_(False).eval()
+    lora_layers, extra_layers = {}, {}
+    for name in all_sites[0]:
+        lora_layers[name] = StackedLora(name, model.get_submodule(name))
+    for name in modules:
+        base = model.get_submodule(name)
+        extra_layers[name] = StackedExtra(name, base)
+        extras.update({f"{name}.{key}": p.detach() for key, p in base.named_parameters()})
+    for name, layer in {**lora_layers, **extra_layers}.items():
+        model.set_submodule(name, layer)
+    return Attached(model, [found[_key(one)][0] for one in configs], all_sites, extras, lora_layers, extra_layers)
+
+
+def _key(config: LoraConfig) -> str:
+    return repr(sorted(config.to_dict().items(), key=lambda item: item[0]))
+
+
+def _matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Site], list[str]]:
+    """The configuration with its targets resolved, the layers that it adapts, and the modules it trains in full."""
     _refuse_unsupported(config)
     skeleton, resolved = _peft_skeleton(model, config)
     sites: dict[str, Site] = {}
-    lora_layers: dict[str, StackedLora] = {}
-    extra_layers: dict[str, StackedExtra] = {}
-    extras: Tensors = {}
+    modules = []
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer):
             d_in, d_out = int(module.in_features or 0), int(module.out_features or 0)
@@ -241,17 +296,8 @@ def attach(model: nn.Module, config: LoraConfig) -> Attached:
                 )
             sites[name] = site
         elif isinstance(module, ModulesToSaveWrapper):
-            base = model.get_submodule(name)
-            extra_layers[name] = StackedExtra(name, base)
-            extras.update({f"{name}.{key}": p.detach() for key, p in base.named_parameters()})
-    model.requires_grad_(False).eval()
-    for name in sites:
-        base = model.get_submodule(name)
-        lora_layers[name] = StackedLora(name, base)
-        model.set_submodule(name, lora_layers[name])
-    for name, extra in extra_layers.items():
-        model.set_submodule(name, extra)
-    return Attached(model, resolved, sites, extras, lora_layers, extra_layers)
+            modules.append(name)
+    return resolved, sites, modules
 
 
 def _refuse_unsupported(config: LoraConfig) -> None:
@@ -299,15 +345,16 @@ def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, Lor
 
 
 def save_peft(adapter: Adapter, agent: int, config: LoraConfig, directory: Path, base_model: str | None = None) -> None:
-    """Writes the adapter of one agent (position on the leading axis) as a PEFT directory.
+    """Writes the adapter of one agent (position on the leading axis) as a PEFT directory; `config` is the agent's.
 
     `PeftModel.from_pretrained(base, directory)` then gives the logits of this agent.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name in adapter.layers:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A[name][agent]
-        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.B[name][agent]
+        rank = int(adapter.rank_of(name)[agent])
+        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A[name][agent, :rank]
+        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.B[name][agent, :, :rank]
     for name, tensor in adapter.extras.items():
         tensors[f"base_model.model.{name}"] = tensor[agent]
     tensors = {k: t.detach().to("cpu").contiguous().clone() for k, t in tensors.items()}
@@ -319,34 +366,86 @@ def save_peft(adapter: Adapter, agent: int, config: LoraConfig, directory: Path,
     saved.save_pretrained(str(directory))
 
 
-def load_peft(attached: Attached, directories: Sequence[Path]) -> Adapter:
-    """The adapters of several agents, one PEFT directory each, as one stacked adapter for `attached`.
+def read_config(directory: Path) -> dict[str, Any]:
+    """What a PEFT directory says of its adapter.
+
+    Raises UserError if it is none, or not of LoRA.
+    """
+    path = Path(directory) / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"init_adapters: {path} cannot be read ({error}); give a directory written by PEFT's save_pretrained."
+        ) from error
+    if saved.get("peft_type") != "LORA":
+        raise UserError(f"init_adapters: {directory} holds an adapter of type {saved.get('peft_type')}, not LORA.")
+    return dict(saved)
+
+
+def load_peft(attached: Attached, start: Adapter, directories: Sequence[Path | None], agents: Sequence[int]) -> Adapter:
+    """`start`, the fresh adapters of `agents`, with what their PEFT directories hold; None leaves an agent fresh.
+
+    An adapter of the agent's own rank is taken as it is. One of a smaller rank is filled up: B's new columns are 0,
+    A's new rows fresh. One of a larger rank is cut by a truncated SVD, with a warning that says what is lost.
+    Scales are accounted for: s B A stays.
 
     Raises UserError that lists the tensors that are missing, unexpected or of another shape.
     """
-    start = attached.init(range(len(directories)), seed=0)
-    a, b, extras = dict(start.A), dict(start.B), dict(start.extras)
-    for agent, directory in enumerate(directories):
-        path = Path(directory) / "adapter_model.safetensors"
-        if not path.exists():
-            raise UserError(f"adapter: {path} does not exist; give a directory written by PEFT's save_pretrained.")
-        loaded = {k.removeprefix("base_model.model."): t for k, t in load_file(path).items()}
-        expected = {f"{k}.lora_A.weight": (a, k) for k in a} | {f"{k}.lora_B.weight": (b, k) for k in b}
-        expected |= {k: (extras, k) for k in extras}
-        wrong = sorted(set(expected) ^ set(loaded))
-        wrong += [k for k in expected if k in loaded and loaded[k].shape != expected[k][0][expected[k][1]].shape[1:]]
-        if wrong:
-            raise UserError(
-                f"adapter: {directory} does not fit the model and LoRA config; first differing tensors: "
-                f"{', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
-            )
-        saved = json.loads((Path(directory) / "adapter_config.json").read_text())
-        for field in ("lora_alpha", "use_rslora", "alpha_pattern", "fan_in_fan_out"):
-            ours = getattr(attached.config, field)
-            if saved.get(field, ours) != ours and not (field == "fan_in_fan_out"):
-                raise UserError(
-                    f"adapter: {directory} has {field}={saved[field]!r}, this run {ours!r}; make them equal."
-                )
-        for key, (group, name) in expected.items():
-            group[name][agent] = loaded[key].to(group[name])
-    return Adapter(a, b, start.scale, extras)
+    adapter = start.with_tensors({k: t.clone() for k, t in start.tensors().items()})
+    lost = 0.0
+    cut: list[str] = []
+    for index, (directory, agent) in enumerate(zip(directories, agents, strict=True)):
+        if directory is None:
+            continue
+        loaded, scales = _read_peft(attached, Path(directory))
+        for name, site in attached.sites_of(agent).items():
+            a, b = loaded[f"{name}.lora_A.weight"].float(), loaded[f"{name}.lora_B.weight"].float()
+            ratio = scales[name] / site.scale
+            if len(a) > site.rank:
+                out = lowrank.mix_truncate(a[None], b[None], torch.tensor([ratio]), site.rank)
+                whole = lowrank.product_norm(a, b) * ratio
+                lost = max(lost, float(out.tail / whole.clamp_min(1e-30)))
+                cut.append(str(directory))
+                a, b = out.A, out.B
+            elif ratio != 1:
+                b = b * ratio
+            adapter.A[name][index, : len(a)] = a.to(adapter.A[name])
+            adapter.B[name][index, :, : len(a)] = b.to(adapter.B[name])
+        for name, tensor in adapter.extras.items():
+            tensor[index] = loaded[name].to(tensor)
+    if cut:
+        warnings.warn(
+            f"init_adapters: {len(set(cut))} adapters were cut to their agents' smaller ranks (first: {cut[0]}); "
+            f"at most {lost:.1%} of a layer's norm is lost.",
+            stacklevel=2,
+        )
+    return adapter
+
+
+def _read_peft(attached: Attached, directory: Path) -> tuple[Tensors, dict[str, float]]:
+    """The tensors of a PEFT directory, by name without prefix, checked against the model; scales by layer."""
+    path = directory / "adapter_model.safetensors"
+    saved = read_config(directory)
+    if not path.exists():
+        raise UserError(f"init_adapters: {path} does not exist; give a directory written by PEFT's save_pretrained.")
+    loaded = {k.removeprefix("base_model.model."): t for k, t in load_file(path).items()}
+    rank, alpha = (dict.fromkeys(attached.sites, saved[key]) for key in ("r", "lora_alpha"))
+    for name in attached.sites:
+        for values, key in ((rank, "rank_pattern"), (alpha, "alpha_pattern")):
+            patterns = saved.get(key) or {}
+            values[name] = patterns.get(get_pattern_key(list(patterns), name), values[name])
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{k}.lora_A.weight": (rank[k], site.d_in) for k, site in attached.sites.items()
+    }
+    shapes |= {f"{k}.lora_B.weight": (site.d_out, rank[k]) for k, site in attached.sites.items()}
+    shapes |= {k: tuple(t.shape) for k, t in attached.extras.items()}
+    wrong = sorted(set(shapes) ^ set(loaded))
+    wrong += [k for k in shapes if k in loaded and tuple(loaded[k].shape) != shapes[k]]
+    if wrong:
+        raise UserError(
+            f"init_adapters: {directory} does not fit the model and LoRA config; {len(wrong)} tensors differ (missing, "
+            f"unexpected or of another shape): {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
+        )
+    root = math.sqrt if saved.get("use_rslora") else float
+    return loaded, {k: alpha[k] / root(rank[k]) for k in attached.sites}

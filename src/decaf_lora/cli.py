@@ -32,6 +32,7 @@ _ALIASES = {
     "--algorithm": "--algorithm.name",
     "--task": "--task.name",
     "--lr": "--training.learning-rate",
+    "--init-adapter": "--init-adapters",
 }
 
 

@@ -102,6 +102,10 @@ class LoraOptions(_Frozen):
     """Rank of the adapters."""
     lora_alpha: int = Field(2, ge=1)
     """The LoRA scaling is lora_alpha / r (or / sqrt(r) with use_rslora)."""
+    ranks: tuple[int, ...] = ()
+    """Rank of each agent's adapters in place of `r`, one number an agent, where they differ."""
+    alphas: tuple[float, ...] = ()
+    """lora_alpha of each agent; if unset, what gives agents of other ranks the same LoRA scaling."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapters."""
     target_modules: str | list[str] | None = None
@@ -122,6 +126,14 @@ class LoraOptions(_Frozen):
     """For layers that store their weight transposed (GPT-2's Conv1D sets it by itself)."""
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     """How A is drawn; B starts at 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraOptions:
+        if any(r < 1 for r in self.ranks):
+            raise ValueError("ranks must be at least 1")
+        if any(a <= 0 for a in self.alphas):
+            raise ValueError("alphas must be above 0")
+        return self
 
 
 class AlgorithmConfig(_Frozen):
@@ -215,6 +227,10 @@ class RunConfig(_Frozen):
     """Who holds what: iid, shots:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
     start: Literal["common", "independent"] = "common"
     """Whether all agents draw the same A at the start."""
+    init_adapters: tuple[str, ...] = ()
+    """PEFT directories to start from instead, of any rank: one for each agent (`fresh` for an agent without), or one
+    for all, in which {agent} stands for the agent's number. An agent takes the rank of its adapter, unless
+    `lora.ranks` says another."""
     rounds: int = Field(30, ge=1)
     """Rounds of local steps and exchange."""
     seed: int = Field(0, ge=0)

@@ -59,23 +59,28 @@ def _centred_gram(a: Tensor, b: Tensor) -> Tensor:
 def averaged(adapter: Adapter) -> Adapter:
     """The averaged model as one agent: the mean of the products, truncated to the adapters' rank.
 
-    Extras are averaged plainly.
+    Of agents that differ it has the rank and scale of `largest`. Extras are averaged plainly.
     """
     a, b = dict(adapter.A), dict(adapter.B)
-    n = adapter.num_agents
+    n, like = adapter.num_agents, largest(adapter)
     for layers in adapter.shape_groups():
         stack_a = torch.stack([adapter.A[k] for k in layers])
         stack_b = torch.stack([adapter.B[k] for k in layers])
         scale = torch.stack([adapter.scale[k] for k in layers])
-        out = lowrank.mix_truncate(stack_a, stack_b, scale / (n * scale[:, :1]), stack_a.shape[-2])
+        out = lowrank.mix_truncate(stack_a, stack_b, scale / (n * scale[:, like, None]), stack_a.shape[-2])
         for index, layer in enumerate(layers):
             a[layer], b[layer] = out.A[index][None], out.B[index][None]
     return Adapter(
         a,
         b,
-        {k: s[:1] for k, s in adapter.scale.items()},
+        {k: s[like, None] for k, s in adapter.scale.items()},
         {k: t.mean(0, keepdim=True) for k, t in adapter.extras.items()},
     )
+
+
+def largest(adapter: Adapter) -> int:
+    """The first agent of the largest ranks."""
+    return int(torch.stack([adapter.rank_of(k) for k in adapter.layers]).sum(0).argmax())
 
 
 def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tensor] | None:
@@ -91,12 +96,16 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
     squares = torch.zeros(2, inbox.num_receivers, dtype=torch.float64, device=device)
     for layers in adapter.shape_groups():
         scale = torch.stack([adapter.scale[k] for k in layers]).double()
-        for group in inbox.groups:
-            a = inbox.stacked([f"A/{k}" for k in layers], group)
-            b = inbox.stacked([f"B/{k}" for k in layers], group)
-            weights = group.weights.to(a)
-            tail = lowrank.mix_truncate(a, b, weights, adapter.A[layers[0]].shape[-2]).tail
-            both = torch.stack([lowrank.interference(a, b, weights), tail]).double()[:, :, group.expand]
-            squares[:, group.receivers] += (both * scale[:, group.receivers]).square().sum(1)
+        for whole in inbox.groups:
+            for rank, group in whole.split(adapter.rank_of(layers[0])):
+                a = inbox.stacked([f"A/{k}" for k in layers], group)
+                b = inbox.stacked([f"B/{k}" for k in layers], group)
+                weights, theirs = group.weights.to(a), inbox.scales(layers, group)
+                if theirs is not None:
+                    b = b * theirs[..., None, None]
+                tail = lowrank.mix_truncate(a, b, weights, rank).tail
+                both = torch.stack([lowrank.interference(a, b, weights), tail]).double()[:, :, group.expand]
+                both = both * scale[:, group.receivers] if theirs is None else both
+                squares[:, group.receivers] += both.square().sum(1)
     interference, tail = squares.sqrt().cpu()
     return interference, tail

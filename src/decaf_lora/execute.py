@@ -219,10 +219,11 @@ def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, devi
         graph,
         shards,
         config.training,
-        lora=lora_config(config, task.default_lora()),
+        lora=lora_configs(config, task.default_lora()),
         rounds=config.rounds,
         seed=config.seed,
         common_start=config.start == "common",
+        init_adapters=init_adapters(config) or None,
         gossip_steps=config.gossip_steps,
         evaluate_every=config.evaluate_every,
         eval_batch_size=config.task.eval_batch_size,
@@ -230,11 +231,54 @@ def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, devi
     )
 
 
+def lora_configs(config: RunConfig, default: Any) -> Any:
+    """The `peft.LoraConfig` of the options, or a list of one for each agent where they differ in rank or alpha."""
+    options, own = config.lora, lora_config(config, default)
+    for field, values in (("ranks", options.ranks), ("alphas", options.alphas)):
+        if values and len(values) != config.agents:
+            raise UserError(f"lora.{field}: {len(values)} given for {config.agents} agents; give one for each.")
+    directories = init_adapters(config)
+    if not (options.ranks or options.alphas or directories):
+        return own
+    configs = []
+    for agent in range(config.agents):
+        one = copy.deepcopy(own)
+        if directories and directories[agent] is not None and not options.ranks:
+            from decaf_lora.adapters import read_config
+
+            saved = read_config(Path(directories[agent]))
+            for field in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+                setattr(one, field, saved.get(field, getattr(one, field)))
+        elif options.ranks:
+            one.r = options.ranks[agent]
+            ratio = one.r / own.r
+            one.lora_alpha = own.lora_alpha * (ratio**0.5 if own.use_rslora else ratio)
+        if options.alphas:
+            one.lora_alpha = options.alphas[agent]
+        configs.append(one)
+    return configs
+
+
+def init_adapters(config: RunConfig) -> list[Any]:
+    """The PEFT directory that each agent starts from, None for a fresh start; empty if nobody has one."""
+    given = config.init_adapters
+    if not given:
+        return []
+    if len(given) == 1:
+        given = tuple(given[0].replace("{agent}", str(agent)) for agent in range(config.agents))
+    if len(given) != config.agents:
+        raise UserError(
+            f"init_adapters: {len(given)} given for {config.agents} agents; give one for each ('fresh' for none), or "
+            "one for all."
+        )
+    return [None if path == "fresh" else str(Path(path).expanduser()) for path in given]
+
+
 def lora_config(config: RunConfig, default: Any) -> Any:
     """The `peft.LoraConfig` of the options; unset targets and modules to save are the task's own."""
     from peft import LoraConfig
 
-    values = config.lora.model_dump()
+    values = config.lora.model_dump(exclude={"ranks", "alphas"})
     values["init_lora_weights"] = "gaussian" if values["init_lora_weights"] == "gaussian" else True
     for field in ("target_modules", "modules_to_save"):
         if values[field] is None:
@@ -298,6 +342,9 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
             "classes": classes,
         },
         "agents": config.agents,
+        "ranks": []
+        if engine.attached.uniform
+        else [max(s.rank for s in engine.attached.sites_of(i).values()) for i in range(config.agents)],
         "rounds": config.rounds,
         "seed": config.seed,
         "task": engine.task.name,

@@ -271,6 +271,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
         "Task": _distinct(run.facts.get("task") for run in runs),
         "Algorithms" if len(runs) > 1 else "Algorithm": _distinct(run.algorithm for run in runs),
         "Agents": _distinct(run.facts.get("agents") for run in peers),
+        "Ranks": _distinct(", ".join(map(str, ranks)) for run in peers if (ranks := run.facts.get("ranks"))),
         "Rounds": _distinct(run.facts.get("rounds") for run in runs),
         "Graph": _distinct(_graph_name(run) for run in bound),
         "Partition": _distinct(run.partition for run in peers),
@@ -610,16 +611,26 @@ def _final_scores(groups: Groups) -> Plot | None:
     if max(map(len, finals.values()), default=0) < 2:
         return None
     figure = _figure(height=max(3.2, 1.0 + 0.42 * len(finals)))
-    axes = figure.add_subplot()
+    axes, unequal = figure.add_subplot(), False
     for place, (algorithm, (colour, _)) in enumerate(_looks(finals).items()):
         scores = np.array(finals[algorithm])
         axes.plot([scores.mean()] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2.4)
         jitter = np.random.Generator(np.random.PCG64(place)).uniform(-0.22, 0.22, len(scores))
-        axes.plot(scores, place + jitter, "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
+        ranks: list[int] = next((r for run in groups[algorithm] if (r := run.facts.get("ranks"))), [])
+        if ranks and len(scores) % len(ranks) == 0 and algorithm != "centralized":
+            unequal = True
+            marks = np.resize(ranks, len(scores))
+            for rank in dict.fromkeys(ranks):
+                chosen = marks == rank
+                look: dict[str, Any] = {"marker": f"${rank}$", "markersize": 3 + 3 * len(str(rank)), "linestyle": ""}
+                axes.plot(scores[chosen], (place + jitter)[chosen], color=colour, markeredgewidth=0, **look)
+        else:
+            axes.plot(scores, place + jitter, "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
     _name_rows(axes, finals)
     axes.set_xlabel(_score_name(groups))
     seeds = " of every seed" if _seeds(groups) > 1 else ""
-    caption = f"One dot an agent{seeds} at the last evaluation; the bar is their mean."
+    what = "One mark an agent, its rank," if unequal else "One dot an agent"
+    caption = f"{what}{seeds} at the last evaluation; the bar is their mean."
     alt = f"Dot plot of the final score of every agent for {_names(groups)}."
     return Plot("Final score of every agent", caption, alt, figure)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
-from decaf_lora.adapters import attach, save_peft
+from decaf_lora.adapters import attach, load_peft, save_peft
 from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Engine, Simulate
@@ -39,8 +39,10 @@ class Run:
     `graph` is a graph or a schedule of graphs over as many agents as `partition` has shards; algorithms
     without one (local, centralized, fedavg) ignore it. A round takes `gossip_steps` exchanges, each on the next
     graph of the schedule, or a whole "period" of it. `lora` is a `peft.LoraConfig`, the task's default if
-    None. With `common_start` all agents draw the same A_0. Every `evaluate_every` rounds, and in the last,
-    all agents' models and the averaged model are scored on the test set.
+    None, or one for each agent, which may differ in rank and alpha. With `common_start` all agents draw the same
+    A_0. `init_adapters` are PEFT directories that agents start from instead, one for each agent (None: fresh), of
+    any rank; centralized training starts from the average of all, at the largest rank. Every `evaluate_every`
+    rounds, and in the last, all agents' models and the averaged model are scored on the test set.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Run:
         partition: Partition,
         training: TrainingConfig | None = None,
         *,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | Sequence[LoraConfig] | None = None,
         rounds: int = 30,
         seed: int = 0,
         common_start: bool = True,
+        init_adapters: Sequence[str | Path | None] | None = None,
         gossip_steps: int | Literal["period"] = 1,
         evaluate_every: int = 5,
         eval_batch_size: int = 256,
@@ -63,6 +66,9 @@ class Run:
         training = training or TrainingConfig()
         shards = list(partition.shards)
         schedule = as_schedule(graph)
+        for field, given in (("lora.ranks", lora), ("init_adapters", init_adapters)):
+            if given is not None and not isinstance(given, LoraConfig) and len(given) != len(shards):
+                raise UserError(f"{field}: {len(given)} given for {len(shards)} agents; give one for each.")
         if algorithm.topology == "graph" and schedule.num_agents != len(shards):
             raise UserError(
                 f"graph: it joins {schedule.num_agents} agents but the partition has {len(shards)} shards; "
@@ -86,6 +92,8 @@ class Run:
         self.training, self.rounds, self.seed, self.evaluate_every = training, rounds, seed, evaluate_every
         self.engine = engine(len(shards))
         self.attached = attach(task.model, lora or task.default_lora())
+        ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(len(partition.shards))]
+        self._largest = int(np.argmax(ranks))
         task.attached(list(self.attached.sites))
         self.trainer = Trainer(
             task,
@@ -97,7 +105,7 @@ class Run:
             eval_batch_size,
             steps_in_round=int(local_steps(training, shards).max()),
         )
-        self.adapter: Adapter = self.attached.init(self.engine.agents, seed, common_start)
+        self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
         self.state: State = algorithm.init(self.adapter)
         self.trainer.prepare(self.adapter)
         self.round = 0
@@ -112,6 +120,17 @@ class Run:
         self._measures: Tensors = {}
         self._bytes_sent = 0.0
         self._wire_bytes: float | None = None
+
+    def _first_adapter(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> Adapter:
+        pooled = self.algorithm.topology == "pooled"
+        agents = self.engine.agents
+        if pooled:  # one agent stands for all
+            agents = [self._largest] if directories is None else list(range(len(directories)))
+        adapter = self.attached.init(agents, self.seed, common_start)
+        if directories is not None:
+            chosen = [None if (path := directories[i]) is None else Path(path) for i in agents]
+            adapter = load_peft(self.attached, adapter, chosen, agents)
+        return consensus.averaged(adapter) if pooled and len(agents) > 1 else adapter
 
     def close(self) -> None:
         """Takes the adapters out of the task's model, which can then serve another run."""
@@ -248,18 +267,28 @@ class Run:
         Of a composed exchange: what is averaged goes to all receivers in each hop; what is stacked is forwarded
         whole, and since all know the schedule everybody's reaches each agent once.
         """
-        whole = averaged = 0
+        whole = averaged = np.zeros(self.engine.num_agents)
         for name, tensor in message.items():
-            size = tensor[0].numel() * tensor.element_size()
+            size = tensor[0].numel() * tensor.element_size() * self._own_share(name, tensor)
             if name.split("/", 1)[0] in self.algorithm.stacks:
-                whole += size
+                whole = whole + size
             else:
-                averaged += size
+                averaged = averaged + size
         if graph.is_server:
-            return float(whole + averaged)
-        receivers = float(np.mean(graph.degrees))
-        hops = sum(float(np.mean(hop.degrees)) for hop in graph.hops) if graph.hops else receivers
-        return whole * receivers + averaged * hops
+            return float(np.mean(whole + averaged))
+        receivers = np.asarray(graph.degrees)
+        hops = sum(np.asarray(hop.degrees) for hop in graph.hops) if graph.hops else receivers
+        return float(np.mean(whole * receivers + averaged * hops))
+
+    def _own_share(self, name: str, tensor: Tensor) -> float | np.ndarray:
+        """(N,) what part of a tensor agents need to send: of factors, as many rows as their own rank."""
+        *_, factor, layer = "", *name.split("/")
+        if self.attached.uniform or factor not in ("A", "B"):
+            return 1.0
+        width = tensor.shape[1 if factor == "A" else 2]
+        if width != self.attached.sites[layer].rank:  # forwarded, at a rank of its own
+            return 1.0
+        return np.array([self.attached.sites_of(i)[layer].rank / width for i in range(self.engine.num_agents)])
 
     def _consensus_distance(self) -> float | None:
         if self.engine.num_agents == 1:
@@ -292,16 +321,16 @@ class Run:
 
     def all_adapters(self) -> Adapter | None:
         """The adapters of all N agents of the run, in the main process; None in others."""
-        gathered = self.engine.gather(
-            {**self.adapter.tensors(), **{f"scale/{k}": s for k, s in self.adapter.scale.items()}}, everywhere=False
-        )
+        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
+        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
+        gathered = self.engine.gather({**self.adapter.tensors(), **more}, everywhere=False)
         if not gathered:
             return None
-        parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}}
+        parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
         for key, tensor in gathered.items():
             group, name = key.split("/", 1)
             parts[group][name] = tensor
-        return Adapter(parts["A"], parts["B"], parts["scale"], parts["extras"])
+        return Adapter(**parts)
 
     def save_adapter(self, directory: str | Path, agent: int | str = AVERAGED) -> None:
         """Writes one agent's adapter, or the averaged model, as a PEFT directory."""
@@ -314,7 +343,9 @@ class Run:
             if agent == AVERAGED:
                 adapters = consensus.averaged(adapters)
             name = getattr(getattr(self.task.model, "config", None), "_name_or_path", None)
-            save_peft(adapters, index, self.attached.config, Path(directory), name)
+            alike = agent == AVERAGED or self.algorithm.topology == "pooled"
+            config = self.attached.config_of(self._largest if alike else index)
+            save_peft(adapters, index, config, Path(directory), name)
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
         """All that is needed to go on: named tensors with all N agents on the leading axis, and plain values.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -155,14 +155,6 @@ class Trainer:
         losses = torch.zeros(adapter.num_agents, device=self.device) if losses is None else losses
         total = self.steps_in_round
 
-        def current() -> Adapter:
-            return Adapter(
-                self._unpack("A", flats),
-                self._unpack("B", flats),
-                adapter.scale,
-                self._unpack("extras", flats),
-            )
-
         for step in range(first_step, total):
             active = self.local_steps > step
             batches = [s.batch(int(t)) for s, t in zip(self.streams, self.steps_taken, strict=True)]
@@ -185,7 +177,7 @@ class Trainer:
             if on_step is not None and on_step(step + 1, losses):
                 break
         parts = {g: self._unpack(g, flats) for g in GROUPS}
-        return Adapter(parts["A"], parts["B"], adapter.scale, parts["extras"]), state, losses
+        return replace(adapter, A=parts["A"], B=parts["B"], extras=parts["extras"]), state, losses
 
     def moments_after(self, algorithm: Algorithm, state: State) -> None:
         """Lets the algorithm carry the optimizer's moments into the frame that `combine` has chosen."""

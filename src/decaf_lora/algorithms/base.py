@@ -9,7 +9,7 @@ between processes and compared without knowing what it means.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,12 +28,17 @@ class Adapter:
 
     A: layer -> (n, r, d_in); B: layer -> (n, d_out, r); scale: layer -> (n,), the LoRA scaling s in
     W0 + s B A; extras: parameter name -> (n, ...), for instance a classifier head.
+
+    `ranks`: layer -> (n,) int64, each agent's own rank, where agents differ in rank or scale; r is then the
+    largest, and what lies beyond an agent's rank is 0: rows of its A, columns of its B. Empty: all have rank r and
+    one scale. Zeros stay zeros under training, since their gradients are products with each other.
     """
 
     A: Tensors
     B: Tensors
     scale: Tensors
     extras: Tensors
+    ranks: Tensors = field(default_factory=dict)
 
     @property
     def num_agents(self) -> int:
@@ -67,14 +72,38 @@ class Adapter:
         def take(tensors: Tensors) -> Tensors:
             return {k: t[index if isinstance(index, slice) else index.to(t.device)] for k, t in tensors.items()}
 
-        return Adapter(take(self.A), take(self.B), take(self.scale), take(self.extras))
+        return Adapter(take(self.A), take(self.B), take(self.scale), take(self.extras), take(self.ranks))
 
     def shape_groups(self) -> list[list[str]]:
-        """Layers grouped by equal (r, d_in, d_out): every group goes through one batched call."""
+        """Layers grouped by equal (r, d_in, d_out) and ranks: every group goes through one batched call."""
         groups: dict[tuple[int, ...], list[str]] = {}
         for name in self.A:
-            groups.setdefault((*self.A[name].shape[1:], self.B[name].shape[1]), []).append(name)
+            own = self.ranks[name].tolist() if self.ranks else []
+            groups.setdefault((*self.A[name].shape[1:], self.B[name].shape[1], *own), []).append(name)
         return list(groups.values())
+
+    def rank_of(self, layer: str) -> Tensor:
+        """(n,) int64 ranks of the agents in a layer, on the CPU."""
+        if self.ranks:
+            return self.ranks[layer].cpu()
+        return torch.full((self.num_agents,), self.A[layer].shape[1])
+
+    def trim(self, tensors: Tensors) -> Tensors:
+        """`tensors` (n, ...), named as in `tensors()`, with zeros beyond every agent's own rank."""
+        return {key: self._trim(key, t) for key, t in tensors.items()} if self.ranks else tensors
+
+    def _trim(self, key: str, tensor: Tensor) -> Tensor:
+        group, name = key.split("/", 1)
+        if group == "extras":
+            return tensor
+        axis = 1 if group == "A" else 2
+        kept = torch.arange(tensor.shape[axis], device=tensor.device) < self.ranks[name].to(tensor.device)[:, None]
+        return tensor * (kept[:, :, None] if group == "A" else kept[:, None, :])
+
+    def message(self, factors: frozenset[Factor] = ALL_FACTORS) -> Tensors:
+        """`tensors(factors)` to send; with `scale/layer` (n,), where agents differ in rank or scale."""
+        scales = {f"scale/{k}": s for k, s in self.scale.items()} if self.ranks else {}
+        return self.tensors(factors) | scales
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
@@ -84,7 +113,7 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     def join(field: str) -> Tensors:
         return {k: torch.cat([getattr(a, field)[k] for a in adapters]) for k in getattr(first, field)}
 
-    return Adapter(join("A"), join("B"), join("scale"), join("extras"))
+    return Adapter(join("A"), join("B"), join("scale"), join("extras"), join("ranks"))
 
 
 class Group(NamedTuple):
@@ -102,6 +131,14 @@ class Group(NamedTuple):
     """(u, m) float64 mixing weights."""
     expand: Tensor
     """(g,) for every receiver its row of `senders`."""
+
+    def split(self, key: Tensor) -> Iterator[tuple[int, Group]]:
+        """This group in parts whose receivers have the same `key` (n,), each with its key."""
+        own = key[self.receivers]
+        for value in own.unique().tolist():
+            chosen = own == value
+            rows, expand = self.expand[chosen].unique(return_inverse=True)
+            yield value, Group(self.receivers[chosen], self.senders[rows], self.weights[rows], expand)
 
 
 @dataclass(frozen=True)
@@ -162,10 +199,34 @@ class Inbox:
         """(L, u, m, ...) tensors `names` (equal shapes) of the senders of every row of `group`."""
         return torch.stack([self.tensors[name] for name in names])[:, group.senders]
 
+    def scales(self, layers: Sequence[str], group: Group) -> Tensor | None:
+        """(L, u, m) LoRA scales of the senders, where agents differ in rank or scale and so say them; else None."""
+        return self.stacked([f"scale/{k}" for k in layers], group) if f"scale/{layers[0]}" in self.tensors else None
+
 
 def average_all(inbox: Inbox, names: Iterator[str] | Sequence[str]) -> Tensors:
     """name -> (n, ...) weighted sums, for every name."""
     return {name: inbox.average(name) for name in names}
+
+
+def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:
+    """name -> (n, ...) weighted averages of all trained tensors in the inbox, as `adapter`'s own.
+
+    Between agents of different ranks factors are averaged as if filled with zeros, and cut to the receiver's rank
+    (HetLoRA's aggregation, Cho et al., arXiv 2401.06432); B is averaged as s_j B_j and divided by the own s_i.
+    """
+    names = [name for name in inbox.tensors if not name.startswith("scale/")]
+    if not adapter.ranks:
+        return average_all(inbox, names)
+    scaled = {k: inbox.tensors[k] for k in names}
+    for name in names:
+        if name.startswith("B/"):
+            scaled[name] = scaled[name] * inbox.tensors[f"scale/{name[2:]}"][:, None, None]
+    mixed = average_all(replace(inbox, tensors=scaled), names)
+    for name in names:
+        if name.startswith("B/"):
+            mixed[name] = mixed[name] / adapter.scale[name[2:]][:, None, None]
+    return adapter.trim(mixed)
 
 
 def _no_state(adapter: Adapter) -> State:

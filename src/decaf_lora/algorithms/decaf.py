@@ -20,6 +20,7 @@ Z_i = sum_j (W_m .. W_1)_ij s_j B_j A_j. `relay_rank` R bounds the stack: betwee
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -79,7 +80,9 @@ def decaf(
     def init(adapter: Adapter) -> State:
         # A's scale is a constant of the run: averages of unrelated frames shrink, and a scale taken from
         # them collapses the adapter when agents start independently.
-        state = {f"a_scale/{k}": a.square().sum(-1).mean(-1).sqrt() for k, a in adapter.A.items()}
+        state = {
+            f"a_scale/{k}": (a.square().sum(-1).sum(-1) / adapter.rank_of(k).to(a)).sqrt() for k, a in adapter.A.items()
+        }
         if moments == "transport":
             for k, a in adapter.A.items():
                 state[f"frame/{k}"] = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).repeat(len(a), 1, 1)
@@ -91,19 +94,22 @@ def decaf(
             old_a = torch.stack([adapter.A[k] for k in layers])
             old_b = torch.stack([adapter.B[k] for k in layers])
             a_scale = torch.stack([state[f"a_scale/{k}"] for k in layers])
-            mixed_a, mixed_b = torch.empty_like(old_a), torch.empty_like(old_b)
-            for group in inbox.groups:
-                own = (old_a[:, group.receivers], old_b[:, group.receivers]) if reference == "own" else None
-                mixed_a[:, group.receivers], mixed_b[:, group.receivers] = _mix(
-                    inbox, group, layers, gauge, old_a.shape[-2], own, a_scale[:, group.receivers]
-                )
+            scale = torch.stack([adapter.scale[k] for k in layers])
+            mixed_a, mixed_b = torch.zeros_like(old_a), torch.zeros_like(old_b)
+            for whole in inbox.groups:
+                for rank, group in whole.split(adapter.rank_of(layers[0])):
+                    to = group.receivers
+                    own = (old_a[:, to, :rank], old_b[:, to, :, :rank]) if reference == "own" else None
+                    mixed_a[:, to, :rank], mixed_b[:, to, :, :rank] = _mix(
+                        inbox, group, layers, gauge, rank, own, a_scale[:, to], scale[:, to]
+                    )
             for index, layer in enumerate(layers):
                 new_a[layer], new_b[layer] = mixed_a[index], mixed_b[index]
             if moments == "transport":
                 frames = lowrank.frame_change(old_a, old_b, mixed_a, mixed_b)
-                state.update({f"frame/{k}": frames[index] for index, k in enumerate(layers)})
+                state.update({f"frame/{k}": _within(adapter, k, frames[i]) for i, k in enumerate(layers)})
         extras = average_all(inbox, [name for name in inbox.tensors if name.startswith("extras/")])
-        return Adapter(new_a, new_b, adapter.scale, adapter.extras).with_tensors(extras), state
+        return replace(adapter, A=new_a, B=new_b).with_tensors(extras), state
 
     def transport(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
         return _rotate(state, first, power=1), _rotate(state, second, power=2)
@@ -147,17 +153,26 @@ def _mix(
     rank: int,
     own: tuple[Tensor, Tensor] | None,
     a_scale: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(L, g, r, d_in), (L, g, d_out, r): the new factors of layers of one shape for the group's receivers."""
+    """(L, g, r, d_in), (L, g, d_out, r): the new factors of layers of one shape for the group's receivers.
+
+    `a_scale` and `scale` (L, g): the receivers' own norm of a row of A, and LoRA scale.
+    """
     a = inbox.stacked([f"A/{k}" for k in layers], group)
     b = inbox.stacked([f"B/{k}" for k in layers], group)
+    theirs = inbox.scales(layers, group)
     weights, expand = group.weights.to(a), group.expand
-    if own is not None or not bool((a_scale == a_scale[:, :1]).all()):
+    if theirs is not None:
+        weights = weights * theirs.to(weights)
+    if own is not None or not all(bool((x == x[:, :1]).all()) for x in (a_scale, scale)):
         # Frame or scale differ between receivers, so equal rows of the mixing matrix cannot be shared.
-        a, b, weights = a[:, expand], b[:, expand], weights[expand]
+        a, b, weights = a[:, expand], b[:, expand], weights[..., expand, :]
         expand = torch.arange(len(group.receivers))
     else:
-        a_scale = a_scale[:, :1].expand(-1, a.shape[1])
+        a_scale, scale = (x[:, :1].expand(-1, a.shape[1]) for x in (a_scale, scale))
+    if theirs is not None:
+        weights = weights / scale.to(weights)[..., None]
     out = lowrank.mix_truncate(
         a, b, weights, rank, gauge=cast(lowrank.Gauge, gauge.replace("-", "_")), reference=own, a_scale=a_scale
     )
@@ -168,7 +183,7 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
     """The mixed products cut to `rank` (between the adapters' own and the layers' full one), all else averaged;
     (n,) Frobenius norm of what was cut, over all layers."""
     stacked = {f"{factor}/{k}" for factor in "AB" for k in adapter.layers}
-    message = average_all(inbox, [name for name in inbox.tensors if name not in stacked])
+    message = average_all(inbox, [k for k in inbox.tensors if k not in stacked and not k.startswith("scale/")])
     cut = torch.zeros(inbox.num_receivers, dtype=torch.float64)
     for layers in adapter.shape_groups():
         a, b = adapter.A[layers[0]], adapter.B[layers[0]]
@@ -178,13 +193,17 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
         scale = torch.stack([adapter.scale[k] for k in layers]).double().cpu()
         for group in inbox.groups:
             sent_a, sent_b = (inbox.stacked([f"{factor}/{k}" for k in layers], group) for factor in "AB")
-            weights = group.weights.to(sent_a)
+            weights, theirs = group.weights.to(sent_a), inbox.scales(layers, group)
+            if theirs is not None:  # what is sent on stands for s B A itself
+                weights, scale = weights * theirs.to(weights), torch.ones_like(scale)
             out = lowrank.mix_truncate(sent_a, sent_b, weights, kept, gauge="balanced_rotated")
             new_a[:, group.receivers], new_b[:, group.receivers] = out.A[:, group.expand], out.B[:, group.expand]
             tail = out.tail[:, group.expand].double().cpu() * scale[:, group.receivers]
             cut[group.receivers] += tail.square().sum(0)
         message |= {f"A/{k}": t for k, t in zip(layers, new_a, strict=True)}
         message |= {f"B/{k}": t for k, t in zip(layers, new_b, strict=True)}
+        if adapter.ranks:
+            message |= {f"scale/{k}": torch.ones_like(adapter.scale[k]) for k in layers}
     return message, cut.sqrt()
 
 
@@ -193,8 +212,20 @@ def _turn(old: Adapter, inbox: Inbox, new: Adapter) -> Tensors:
     frames = {}
     for layer in new.layers:
         a, b, rank = inbox.average(f"A/{layer}"), inbox.average(f"B/{layer}"), new.A[layer].shape[1]
-        frames[layer] = lowrank.frame_change(a[:, :rank], b[..., :rank], new.A[layer], new.B[layer])
+        a, b = a[:, :rank], b[..., :rank]
+        if new.ranks:
+            a, b = new.trim({f"A/{layer}": a, f"B/{layer}": b}).values()
+        frames[layer] = _within(new, layer, lowrank.frame_change(a, b, new.A[layer], new.B[layer]))
     return frames
+
+
+def _within(adapter: Adapter, layer: str, frames: Tensor) -> Tensor:
+    """Frame changes (n, r, r) that turn what lies within an agent's rank and leave the rest as it is."""
+    if not adapter.ranks:
+        return frames
+    inside = torch.arange(frames.shape[-1]) < adapter.rank_of(layer)[:, None]
+    both = (inside[:, :, None] & inside[:, None, :]).to(frames.device)
+    return torch.where(both, frames, torch.eye(frames.shape[-1], dtype=frames.dtype, device=frames.device))
 
 
 def _rotate(state: State, moments: Tensors, power: int) -> Tensors:

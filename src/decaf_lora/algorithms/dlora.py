@@ -8,19 +8,19 @@ not the product of the means; the difference, the consensus interference, is rec
 
 from typing import Literal
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_all, reset_moments
+from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_tensors, reset_moments
 from decaf_lora.algorithms.tracking import tracked
 from decaf_lora.errors import UserError
 
 
 def send_factors(adapter: Adapter, state: State, round_: int) -> Tensors:
     """Both factors and the extras."""
-    return adapter.tensors()
+    return adapter.message()
 
 
 def average_factors(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
     """Every tensor that was sent is replaced by its weighted average."""
-    return adapter.with_tensors(average_all(inbox, list(inbox.tensors))), state
+    return adapter.with_tensors(average_tensors(adapter, inbox)), state
 
 
 def with_moments(algorithm: Algorithm, moments: str) -> Algorithm:

@@ -25,7 +25,7 @@ def dlora_fa(
     """Gossip on B with a frozen common A; options as for `dlora`."""
 
     def message(adapter: Adapter, state: State, round_: int) -> Tensors:
-        return adapter.tensors(_TRAINED)
+        return adapter.message(_TRAINED)
 
     algorithm = Algorithm(
         name="dlora_fa", order=order, trains=lambda round_: _TRAINED, message=message, combine=average_factors

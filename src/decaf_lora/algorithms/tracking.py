@@ -17,6 +17,9 @@ optimizer such as AdamW follows, and
   hypercube, updating every round from one neighbour lost most of the gain; so did G_i of one round only.)
 - steps. Agents may take unequal numbers of local steps. An agent that rests has a zero gradient; G_i is the
   mean over the steps in which it has any other.
+- scales and ranks. Where agents differ in them, the gradients of s_i B_i A_i by a factor carry the own s_i: d_i / s_i
+  is sent and what arrives is multiplied by s_i. What lies beyond an agent's rank it cannot use; its part of sum_i
+  c_i is lost.
 - frames. A product can be split in many ways, so factors, and gradients with them, have a frame (A' = P A,
   B' = B P^T). Messages are mixed as the plain factor average is mixed, that is in the frames they were sent
   in, which the sums above take for one. Where a rule moves on from the average's frame (`Algorithm.turn`) c
@@ -66,6 +69,7 @@ def tracked(algorithm: Algorithm, gamma: float = 1.0, period: int = 1) -> Algori
         if _first(round_):
             correction = _part(state, "c")
             d = {name: g + correction[name] for name, g in _means(state).items()}
+            d = _over_scale(adapter, d, -1)
         else:
             d = _part(state, "mixing")
         return algorithm.message(adapter, _others(state), round_) | _named(d)
@@ -77,7 +81,9 @@ def tracked(algorithm: Algorithm, gamma: float = 1.0, period: int = 1) -> Algori
         c, own = _part(state, "c"), _means(state) if _first(round_) else _part(state, "own")
         mixed = {name: inbox.average(PREFIX + name) for name in c}
         if round_ % period == 0:
-            c = {name: (1 - gamma) * t + gamma * (mixed[name] - own[name]) for name, t in c.items()}
+            news = _over_scale(adapter, mixed, 1)
+            c = {name: (1 - gamma) * t + gamma * (news[name] - own[name]) for name, t in c.items()}
+            c = adapter.trim(c)
         sums, steps = _part(state, "sum"), state[f"{PREFIX}steps"]
         if _first(round_):  # they have just been sent
             sums, steps = {name: torch.zeros_like(t) for name, t in sums.items()}, torch.zeros_like(steps)
@@ -127,6 +133,14 @@ def _means(state: State) -> Tensors:
     """name -> (n, ...) G, the mean gradient since it was last sent; 0 before the first step."""
     steps = state[f"{PREFIX}steps"].clamp_min(1)
     return {name: t / steps.view(-1, *[1] * (t.dim() - 1)) for name, t in _part(state, "sum").items()}
+
+
+def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
+    """Gradients of the factors times s_i^power, where agents differ in scale."""
+    if not adapter.ranks:
+        return gradients
+    scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
+    return {name: g * scales[name] if name in scales else g for name, g in gradients.items()}
 
 
 def _turned(tensors: Tensors, frames: Tensors) -> Tensors:
