@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from decaf_lora import checkpoint
+from decaf_lora import checkpoint, graphs
 from decaf_lora.cli import main
 
 TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
@@ -350,12 +350,71 @@ def test_graph_shows_and_draws(capsys, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["sigma_2"] == pytest.approx(0.78, abs=1e-9)
     assert len(facts["weights"]) == 10
-    assert decaf("graph", "base:3", "-n", 10) == 0
-    out = capsys.readouterr().out
-    for line in ("period: 4", "exact after: 4", "messages per round: 11.5", "round 3: 0-5 1-6 2-7 3-8 4-9"):
-        assert line in out
-    assert "graph: " in fails(capsys, "graph", "hypercube", "-n", 10)
+    assert decaf("graph", "ring", "-n", 100) == 0
+    assert "100 x 100, wider than this window" in capsys.readouterr().out
     assert "save: " in fails(capsys, "graph", "ring", "--save", tmp_path / "no" / "g.png")
+
+
+GRAPHS_OVER_TIME = {
+    "base:3 -n 10": (
+        *("period: 4 rounds", "exact average: after 4 rounds", "sigma 2 of the period: 0", "messages per round: 11.5"),
+        "round 3: 10 messages, 0-5 1-6 2-7 3-8 4-9",
+    ),
+    # The sigma_2 of three rounds of the Fourier transform: max over frequencies of |prod_t cos(pi f 2^t / 6)|.
+    "one-peer-exponential -n 6": (
+        "exact average: never",
+        "sigma 2 of the period: 0.216506",
+        "sigma 2 per round: 0.6004",
+    ),
+    "one-peer-hypercube -n 8": ("exact average: after 3 rounds", "sigma 2 per round: 0", "messages per round: 8"),
+    "random-matching -n 8": ("period: none", "sigma 2 per round, mean of 100 rounds: 0.71", "100 rounds: 8"),
+}
+
+
+@pytest.mark.parametrize("arguments", list(GRAPHS_OVER_TIME))
+def test_graph_tells_of_a_schedule(capsys, arguments):
+    assert decaf("graph", *arguments.split()) == 0
+    out = capsys.readouterr().out
+    for line in GRAPHS_OVER_TIME[arguments]:
+        assert line in out
+
+
+BAD_GRAPHS = {
+    "hypercube -n 10": "10 agents cannot form a hypercube (it needs a power of 2); use 8 or 16 agents.",
+    "one-peer-hypercube -n 3": "3 agents cannot form a one-peer-hypercube (it needs a power of 2); use 2 or 4 agents.",
+    "torus -n 13": "13 agents cannot form a torus (it needs at least 2 rows); use 12 or 14 agents.",
+    "torus:2x5 -n 11": "torus:2x5 has 10 agents but the run has 11, and 11 agents cannot form a torus "
+    "(it needs at least 2 rows); use 10 or 12 agents.",
+    "torus:2x5 -n 12": "torus:2x5 has 10 agents but the run has 12; use 10 agents, or torus:3x4 for 12.",
+    "bipartite:8+2 -n 11": "has 10 agents but the run has 11; use 10 agents, or bipartite:9+2 for 11.",
+    "complete-bipartite:5+5 -n 7": "use 10 agents, or complete-bipartite:4+3 for 7.",
+    "random-regular:3 -n 9": "9 agents cannot form a random-regular:3 (agents x degree must be even); use 8 or 10",
+    "random-regular:4 -n 3": "3 agents cannot have 4 neighbours each; use a degree of at most 2, or at least 5 agents.",
+    "random-regular:3 -n 3": "3 agents cannot have 3 neighbours each; use a degree of at most 2, or at least 4 agents.",
+    "erdos-renyi:0.01 -n 40": "none of 1000 draws with edge probability 0.01 connected all 40 agents; raise it above",
+    "random-edges:0.0001 -n 5": "schedule: 1000 rounds of random-edges:0.0001 do not connect all 5 agents",
+    "failing:0.9999:ring -n 5": "schedule: 1000 rounds of failing:0.9999:ring do not connect all 5 agents",
+    "failing:0.1:hypercube -n 6": "6 agents cannot form a hypercube (it needs a power of 2); use 4 or 8 agents.",
+    "apart.npy -n 4": "schedule: agents 2, 3 cannot be reached from agent 0; link them in some round of the period.",
+    "ring.npy -n 5": "ring.npy has 4 agents but the run has 5; use 4 agents.",
+    "low.npy -n 4": "graph: round 1 of low.npy: row 2 of the weights sums to 0.9, not 1",
+}
+
+
+@pytest.mark.parametrize("arguments", list(BAD_GRAPHS))
+def test_graphs_that_cannot_be_are_one_line(capsys, tmp_path, monkeypatch, arguments):
+    """And the nearest number of agents that can."""
+    monkeypatch.chdir(tmp_path)
+    half, alone = np.full((2, 2), 0.5), np.eye(2)
+    pair = np.block([[half, 0 * half], [0 * half, alone]])
+    np.save("ring.npy", graphs.ring(4).weights)
+    np.save("apart.npy", [pair, np.eye(4)])
+    np.save("low.npy", [graphs.ring(4).weights, np.diag([1, 1, 0.9, 1])])
+    assert BAD_GRAPHS[arguments] in fails(capsys, "graph", *arguments.split())
+    spec, _, agents = arguments.split()
+    line = fails(capsys, "run", "digits", "--graph", spec, "--agents", agents, "--out", tmp_path / "run")
+    assert BAD_GRAPHS[arguments] in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_and_recipes(capsys):

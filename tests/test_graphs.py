@@ -533,6 +533,23 @@ def test_composed_graphs_do_what_their_hops_do_in_a_row():
     assert (cube.window(3, 3).weights == 1 / 8).all()
 
 
+def test_sigma_2_a_round_is_what_disagreement_shrinks_by():
+    ring = graphs.as_schedule(graphs.ring(7))
+    assert ring.sigma_2_per_round == graphs.ring(7).sigma_2
+    cycle = Schedule.cycle([graphs.star(5), graphs.line(5)], "two")
+    assert cycle.sigma_2_per_round == pytest.approx(cycle.sigma_2**0.5)
+    assert graphs.base(10, 2).sigma_2_per_round == 0.0
+    # In a random matching of 2m agents E[W^T W] = E[W]: 1/2 on the diagonal and 1/2 shared by 2m - 1 others.
+    matching = graphs.random_matching(8, 0)
+    assert matching.sigma_2_per_round == pytest.approx((1 / 2 - 1 / 14) ** 0.5, abs=0.06)
+    # It bounds the root mean square factor, whatever the disagreement is.
+    apart = np.random.default_rng(0).normal(size=(8, 50))
+    apart -= apart.mean(axis=0)
+    mixed = np.stack([matching.at(round).weights @ apart for round in range(400)])
+    factors = np.linalg.norm(mixed, axis=1) / np.linalg.norm(apart, axis=0)
+    assert np.sqrt((factors**2).mean(axis=0)).max() <= (1 / 2 - 1 / 14) ** 0.5 + 0.02
+
+
 def test_pace_is_the_rounds_until_everybody_was_heard():
     assert graphs.as_schedule(graphs.ring(9)).pace == 1
     assert graphs.base(10, 2).pace == 4
@@ -682,6 +699,26 @@ def test_files(tmp_path):
         np.testing.assert_allclose(graph.weights, weights, atol=1e-7)
     np.save(tmp_path / "one.npy", [[1.0]])
     assert parse(str(tmp_path / "one.npy"), 1, 0).num_agents == 1
+
+
+def test_a_file_of_all_rounds_is_a_schedule(tmp_path):
+    path = tmp_path / "rounds.npy"
+    for made in (graphs.base(6, 1), graphs.one_peer_exponential(6)):
+        rounds = np.stack([made.at(round).weights for round in range(made.period)])
+        np.save(path, rounds.astype(np.float32))
+        schedule = parse(str(path), 6, 0)
+        assert (schedule.name, schedule.period) == ("rounds.npy", made.period)
+        for round in range(2 * made.period):
+            np.testing.assert_allclose(schedule.at(round).weights, made.at(round).weights, atol=1e-7)
+    with pytest.raises(UserError, match=r"rounds\.npy is directed"):
+        parse(f"failing:0.1:{path}", 6, 0)
+    late = [graphs.ring(6).weights, graphs.one_peer_exponential(6).at(0).weights]
+    np.save(path, late)
+    with pytest.raises(UserError, match=r"rounds\.npy is directed"):  # in its second round only
+        parse(f"failing:0.1:{path}", 6, 0)
+    np.save(path, np.zeros((0, 6, 6)))
+    with pytest.raises(UserError, match="no graph in it"):
+        parse(str(path), 6, 0)
 
 
 def test_files_that_do_not_work(tmp_path):

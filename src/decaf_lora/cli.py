@@ -381,7 +381,9 @@ def _graph(args: list[str]) -> int:
         table = Table.grid(padding=(0, 3))
         for name, kind in graphs.KINDS.items():
             table.add_row(f"  {kind.example or name}", kind.summary)
-        table.add_row("  FILE" + "|".join(graphs.FILES), "your own mixing matrix or graph")
+        table.add_row(
+            "  FILE" + "|".join(graphs.FILES), "your own graph, or mixing matrix; .npy also (T, N, N), one a round"
+        )
         console = Console(highlight=False)
         console.print("Graphs:")
         console.print(table)
@@ -400,41 +402,57 @@ def _graph(args: list[str]) -> int:
         return 0
     _show_graph(facts, graphs.as_schedule(made).at(0).weights)
     if save is not None:
-        print(f"drawn: {save}")
+        print(f"drawn: {save}" + (" (round 0)" if "period" in facts else ""))
     return 0
 
 
 def _show_graph(facts: dict[str, Any], weights: Any) -> None:
     console = Console(highlight=False)
     n = len(weights)
-    if n <= 20:
-        table = Table(title="mixing matrix", show_edge=False, pad_edge=False, padding=(0, 1))
-        table.add_column("", justify="right", style="dim")
-        for j in range(n):
-            table.add_column(str(j), justify="right")
-        for i in range(n):
-            table.add_row(str(i), *("·" if w == 0 else f"{w:.3f}".removeprefix("0") for w in weights[i]))
+    title = "mixing matrix" + (" of round 0" if "period" in facts else "")
+    table = Table(title=title, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("", justify="right", style="dim")
+    for j in range(n):
+        table.add_column(str(j), justify="right")
+    for i in range(n):
+        table.add_row(str(i), *("·" if w == 0 else f"{w:.3f}".removeprefix("0") for w in weights[i]))
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
         console.print(table)
-        console.print()
+    else:
+        console.print(f"{title}: {n} x {n}, wider than this window; --json prints it")
+    console.print()
     for key, value in facts.items():
-        if key == "weights":
+        if key == "weights" or (key == "rounds" and not value):
             continue
-        if key == "rounds":  # of a schedule; the matrix above is the first one's
+        if key == "rounds":  # of a schedule
             for number, round_ in enumerate(value):
-                edges = round_["edges"]
-                shown = " ".join(f"{i}-{j}" for i, j in edges[:30])
-                console.print(
-                    f"round {number}: {shown}{' ...' if len(edges) > 30 else ''}", markup=False, soft_wrap=True
-                )
+                line = f"round {number}: {round_['messages_per_round']} messages, {_pairs(round_['edges'], 30)}"
+                console.print(line, markup=False, soft_wrap=True)
             continue
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        elif isinstance(value, dict):
-            value = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+        name, shown = key.replace("_", " "), value
+        periodic, over_time = facts.get("period") is not None, "period" in facts
+        if over_time and not periodic and key in ("exact_after", "sigma_2", "spectral_gap"):
+            continue  # of a period
+        if key == "period":
+            shown = f"{value} round{'s' * (value > 1)}" if periodic else "none, drawn anew every round"
+        elif key == "exact_after":
+            name = "exact average"
+            shown = "never" if value is None else f"after {value} round{'s' * (value > 1)}"
+        elif periodic and key in ("sigma_2", "spectral_gap"):
+            name += " of the period"
+        elif over_time and not periodic and key in ("sigma_2_per_round", "messages_per_round"):
+            name += ", mean of 100 rounds"
+        if isinstance(shown, float):
+            shown = f"{0 if abs(shown) < 1e-12 else shown:.6g}"
+        elif isinstance(shown, dict):
+            shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
         elif key == "edges":
-            shown = " ".join(f"{i}-{j}" for i, j in value[:60])
-            value = f"{len(value)}: {shown}{' ...' if len(value) > 60 else ''}"
-        console.print(f"{key.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
+            shown = f"{len(value)}: {_pairs(value, 60)}"
+        console.print(f"{name}: {shown}", markup=False, soft_wrap=True)
+
+
+def _pairs(edges: list[list[int]], most: int) -> str:
+    return " ".join(f"{i}-{j}" for i, j in edges[:most]) + (" ..." if len(edges) > most else "")
 
 
 def _recipes(args: list[str]) -> int:

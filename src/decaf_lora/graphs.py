@@ -251,6 +251,19 @@ class Schedule:
             f"schedule: {DRAWS} rounds of {self.name} do not connect all {self.num_agents} agents; give it more links."
         )
 
+    @cached_property
+    def sigma_2_per_round(self) -> float:
+        """What a round leaves of the disagreement in the long run, to compare with the sigma_2 of one graph.
+
+        With a period: its sigma_2 to the power of 1 / period. Without: the root of the second eigenvalue of the
+        mean of W^T W (Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE Transactions on
+        Information Theory 2006), the mean taken over the first 100 rounds.
+        """
+        if self.period is not None:
+            return self.sigma_2 ** (1 / self.period) if self.exact_after is None else 0.0
+        weights = [self.at(round).weights for round in range(SAMPLE)]
+        return math.sqrt(_sigma_2(np.mean([W.T @ W for W in weights], axis=0)))
+
     def window(self, round: int, exchanges: int) -> Graph:
         """The graph of `exchanges` in a row from `round` on; that of the round itself for 1."""
         graphs = [self.at(round + hop) for hop in range(exchanges)]
@@ -425,7 +438,9 @@ def from_networkx(graph: nx.Graph, name: str = "networkx") -> Graph:
     return metropolis(nx.to_numpy_array(graph, nodes, weight=None), name)
 
 
-def from_matrix(weights: ArrayLike, name: str = "matrix", *, require_symmetric: bool = True) -> Graph:
+def from_matrix(
+    weights: ArrayLike, name: str = "matrix", *, require_symmetric: bool = True, connected: bool = True
+) -> Graph:
     """A user's own mixing matrix (N, N).
 
     A symmetric matrix that misses row sums of 1 by rounding only (below 1e-6: float32, or printed with few
@@ -442,7 +457,7 @@ def from_matrix(weights: ArrayLike, name: str = "matrix", *, require_symmetric: 
             np.fill_diagonal(matrix, 0)
             matrix /= max(1.0, matrix.sum(axis=1).max())  # leaves no diagonal below 0
             np.fill_diagonal(matrix, np.maximum(1 - matrix.sum(axis=1), 0))
-    return Graph(matrix, name, require_symmetric=require_symmetric)
+    return Graph(matrix, name, require_symmetric=require_symmetric, connected=connected)
 
 
 # --- named graphs -------------------------------------------------------------------------------------------
@@ -746,7 +761,8 @@ def failing(graph: Graph | Schedule, p: float, seed: int) -> Schedule:
         lost = np.where(upper | upper.T, weights, 0)
         return Graph(weights - lost + np.diag(lost.sum(axis=1)), "failing", connected=False)
 
-    if (schedule.at(0).weights != schedule.at(0).weights.T).any():
+    weights = [schedule.at(round).weights for round in range(schedule.period or 1)]
+    if any((W != W.T).any() for W in weights):
         raise UserError(
             f"graph: {schedule.name} is directed, so a failed link would not leave it doubly stochastic; "
             "take a symmetric graph."
@@ -782,10 +798,16 @@ def _two(spec: str, argument: str, separator: str, example: str) -> tuple[int, i
     return int(first), int(second)
 
 
-def _fit(graph: Graph, n: int) -> Graph:
-    if graph.num_agents != n:
-        raise UserError(f"graph: {graph.name} has {graph.num_agents} agents but the run has {n}; make the two equal.")
-    return graph
+def _fit(graph: Graph | Schedule, n: int, other: Callable[[], Graph | Schedule] | None = None) -> Graph | Schedule:
+    """`graph` if it has `n` agents; `other` makes the one of its kind that has, or raises what sizes there are."""
+    if graph.num_agents == n:
+        return graph
+    sizes = f"graph: {graph.name} has {graph.num_agents} agents but the run has {n}"
+    try:
+        remedy = f", or {other().name} for {n}" if other is not None else ""
+    except UserError as error:
+        raise UserError(f"{sizes}, and {str(error).removeprefix('graph: ')}") from None
+    raise UserError(f"{sizes}; use {graph.num_agents} agents{remedy}.")
 
 
 def _number(spec: str, argument: str, convert: Callable[[str], Any], example: str) -> Any:
@@ -795,9 +817,9 @@ def _number(spec: str, argument: str, convert: Callable[[str], Any], example: st
         raise UserError(f"graph: {spec}:{argument} is not readable; write it as {example}.") from None
 
 
-def _build_torus(n: int, argument: str, seed: int) -> Graph:
+def _build_torus(n: int, argument: str, seed: int) -> Graph | Schedule:
     if argument:
-        return _fit(torus(*_two("torus", argument, "x", "torus:2x5")), n)
+        return _fit(torus(*_two("torus", argument, "x", "torus:2x5")), n, lambda: _build_torus(n, "", seed))
 
     def rows_of(m: int) -> int:
         return next(rows for rows in range(math.isqrt(m), 0, -1) if m % rows == 0)
@@ -807,17 +829,17 @@ def _build_torus(n: int, argument: str, seed: int) -> Graph:
     return torus(rows_of(n), n // rows_of(n))
 
 
-def _build_bipartite(n: int, argument: str, seed: int) -> Graph:
+def _build_bipartite(n: int, argument: str, seed: int) -> Graph | Schedule:
     if not argument:
         return bipartite_hubs(n)
     leaves, hubs = _two("bipartite", argument, "+", "bipartite:8+2")
-    return _fit(bipartite_hubs(leaves + hubs, hubs), n)
+    return _fit(bipartite_hubs(leaves + hubs, hubs), n, lambda: bipartite_hubs(n, hubs))
 
 
-def _build_complete_bipartite(n: int, argument: str, seed: int) -> Graph:
+def _build_complete_bipartite(n: int, argument: str, seed: int) -> Graph | Schedule:
     if argument:
         sides = _two("complete-bipartite", argument, "+", "complete-bipartite:5+5")
-        return _fit(complete_bipartite(*sides), n)
+        return _fit(complete_bipartite(*sides), n, lambda: _build_complete_bipartite(n, "", seed))
     if n < 2:
         raise UserError(f"graph: {n} agents cannot form a complete-bipartite graph; use at least 2.")
     return complete_bipartite((n + 1) // 2, n // 2)
@@ -882,13 +904,14 @@ def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
     Args:
         spec: a name of `KINDS`, with its argument after a colon ("ring", "torus:2x5", "erdos-renyi:0.4"; "_"
             reads as "-"), or a file: a mixing matrix (.npy, .csv with commas, .txt with spaces) or an
-            undirected graph that gets Metropolis weights (.edgelist, .graphml). "failing:0.1:" goes before
-            any of them.
+            undirected graph that gets Metropolis weights (.edgelist, .graphml). A .npy of shape (T, N, N) is a
+            schedule of T rounds. "failing:0.1:" goes before any of them.
         num_agents: N; what the name or the file says must agree.
         seed: of random graphs.
 
     Raises:
-        UserError: the name is unknown, unreadable, or does not fit N.
+        UserError: the name is unknown, unreadable, or does not fit N; or a random schedule does not connect all
+            agents in 1000 rounds.
     """
     _check_count(num_agents)
     spec = spec.strip()
@@ -904,15 +927,31 @@ def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
         raise UserError(f"graph: {name} takes no argument; write {name} instead of {spec}.")
     if kind.required and not argument:
         raise UserError(f"graph: {name} needs an argument, for example {kind.example}.")
-    return kind.build(num_agents, argument, seed)
+    made = kind.build(num_agents, argument, seed)
+    if isinstance(made, Schedule) and made.period is None:
+        _ = made.pace  # raises where it never connects everybody
+    return made
 
 
-def _read(path: Path) -> Graph:
-    """The graph in a file; the suffix says how it is written."""
+def _rounds(matrices: NDArray[Any], name: str) -> Schedule:
+    """The schedule of mixing matrices (T, N, N), directed ones among them, one a round."""
+    graphs = []
+    for number, matrix in enumerate(matrices):
+        try:
+            graph = from_matrix(matrix, f"round {number}", require_symmetric=False, connected=False)
+        except UserError as error:
+            raise UserError(f"graph: round {number} of {name}: {str(error).removeprefix('graph: ')}") from None
+        graphs.append(graph)
+    return Schedule.cycle(graphs, name)
+
+
+def _read(path: Path) -> Graph | Schedule:
+    """The graph in a file, or the schedule; the suffix says how it is written."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":
-            return from_matrix(np.load(path, allow_pickle=False), path.name)
+            matrix = np.load(path, allow_pickle=False)
+            return _rounds(matrix, path.name) if matrix.ndim == 3 else from_matrix(matrix, path.name)
         if suffix in (".csv", ".txt"):
             delimiter = "," if suffix == ".csv" else None
             return from_matrix(np.loadtxt(path, delimiter=delimiter, ndmin=2), path.name)
@@ -934,8 +973,9 @@ def _read(path: Path) -> Graph:
 def describe(graph: Graph | Schedule) -> dict[str, Any]:
     """What `decaf graph --json` prints: numbers, strings, lists and dicts only.
 
-    Of a schedule: the period, after how many of its rounds the average is exact (None: it is not), the sigma_2
-    of a whole period, and the mean number of messages a round (of a random one over its first 100).
+    Of a schedule: the period (None: random), after how many of its rounds the average is exact (None: it is
+    not), the sigma_2 of a whole period, what it amounts to a round, and the mean number of messages a round (of
+    a random one over its first 100).
     """
     if isinstance(graph, Schedule):
         rounds = [describe(graph.at(round)) for round in range(graph.period or 0)]
@@ -948,6 +988,7 @@ def describe(graph: Graph | Schedule) -> dict[str, Any]:
             "exact_after": graph.exact_after,
             "sigma_2": sigma_2,
             "spectral_gap": None if sigma_2 is None else 1 - sigma_2,
+            "sigma_2_per_round": graph.sigma_2_per_round,
             "messages_per_round": sum(messages) / len(messages),
             "rounds": rounds,
         }
