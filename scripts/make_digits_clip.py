@@ -8,8 +8,6 @@ another PyTorch may round otherwise and give a model that is as good but not equ
 """
 
 import argparse
-import hashlib
-import math
 import platform
 import shutil
 import sys
@@ -23,16 +21,10 @@ import sklearn
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
+from clip_training import Batch, draw_captions, sha256, text_config, train, word_tokenizer, zero_shot
 from decaf_lora import randomness
 from decaf_lora.tasks import digits_data
 
@@ -43,7 +35,6 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 NOISE = 0.3  # standard deviation of the pixel noise; pixels lie in [-1, 1]
 MAX_SHIFT = 1  # pixels, in each direction
-MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
 MAX_BYTES = 1_000_000
 
 # Every caption of a digit is drawn from these. "rotated" and "inverted" are there so that an agent may use
@@ -59,9 +50,6 @@ TEMPLATES = (
     "an inverted photo of the digit {}",
     "a rotated and inverted photo of the digit {}",
 )
-# <eos> must not be 2: transformers takes that for CLIP's old config and pools at the largest id instead.
-SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
-MAX_WORDS = 16
 
 CHECKSUMS = "CHECKSUMS.sha256"
 
@@ -91,17 +79,20 @@ def main() -> int:
 def make(folder: Path) -> None:
     """Train, save, load what was saved, measure it, and write the model card and checksums."""
     started = time.perf_counter()
-    tokenizer = build_tokenizer()
+    tokenizer = word_tokenizer(TEMPLATES, digits_data.CLASS_NAMES)
     model = build_model(tokenizer)
-    train(model, tokenizer)
+    train(model, tokenizer, batches(), steps=STEPS, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)  # the config still says float32: it is loaded as that
     tokenizer.save_pretrained(folder)
 
     model = CLIPModel.from_pretrained(folder).eval()
     loaded_tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = accuracy(model, loaded_tokenizer, digits_data.load("test"))
-    shifted = accuracy(model, loaded_tokenizer, digits_data.load("test", shift=True))
+    captions = [digits_data.TEMPLATE.format(name) for name in digits_data.CLASS_NAMES]
+    plain, shifted = (
+        zero_shot(model, loaded_tokenizer, captions, torch.from_numpy(digits.images), torch.from_numpy(digits.labels))
+        for digits in (digits_data.load("test"), digits_data.load("test", shift=True))
+    )
     (folder / "README.md").write_text(model_card(model, plain, shifted))
     files = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
     (folder / CHECKSUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
@@ -110,26 +101,6 @@ def make(folder: Path) -> None:
     print(f"{size} bytes, {time.perf_counter() - started:.0f} s")
     if size > MAX_BYTES:
         raise RuntimeError(f"the asset has {size} bytes, more than {MAX_BYTES}")
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, lower case: `<bos> a photo of the digit seven <eos>`."""
-    words = sorted({word for template in TEMPLATES for word in template.format("").split()})
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *words, *digits_data.CLASS_NAMES])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        special_tokens=[(token, vocabulary[token]) for token in ("<bos>", "<eos>")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=MAX_WORDS,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        **{f"{token.strip('<>')}_token": token for token in SPECIAL},
-    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
@@ -146,11 +117,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
         text_config={
             **shape,
             "num_hidden_layers": 2,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": MAX_WORDS,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
+            **text_config(tokenizer),
         },
         projection_dim=64,
     )
@@ -158,43 +125,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
     return CLIPModel(config)
 
 
-def train(model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """AdamW with warm-up and cosine decay on the `base` digits."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-    )
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
-    model.train()
-    for step, (images, labels, captions) in enumerate(batches()):
-        text = tokenizer(captions, padding=True, return_tensors="pt")
-        similarity = model(pixel_values=images, **text).logits_per_image
-        loss = contrastive_loss(similarity, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        if step % 100 == 0:
-            print(f"step {step:4d}  loss {loss.item():.4f}", flush=True)
-
-
-def contrastive_loss(similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric loss with one caption per class: every image of a class is a positive of its caption.
-
-    similarity (k, 10), images by captions; labels (k,).
-    """
-    positives = nn.functional.one_hot(labels, similarity.shape[1]).to(similarity.dtype)
-    images_of = positives / positives.sum(dim=0).clamp(min=1)
-    to_text = nn.functional.cross_entropy(similarity, labels)
-    to_image = -(images_of * similarity.log_softmax(dim=0)).sum(dim=0).mean()
-    return (to_text + to_image) / 2
-
-
-def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+def batches() -> Iterator[Batch]:
     """STEPS batches: images (BATCH, 1, 8, 8), moved and noisy; labels (BATCH,); one caption per class."""
     base = digits_data.load("base")
     images, labels = torch.from_numpy(base.images), torch.from_numpy(base.labels)
@@ -210,23 +141,8 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
         down, right = torch.randint(moves, (2, BATCH), generator=generator)
         moved = windows[torch.arange(BATCH), down, right].unsqueeze(1)
         noise = NOISE * torch.randn(moved.shape, generator=generator)
-        drawn = torch.randint(len(TEMPLATES), (len(digits_data.CLASS_NAMES),), generator=generator)
-        captions = [TEMPLATES[t].format(name) for t, name in zip(drawn, digits_data.CLASS_NAMES, strict=True)]
+        captions = draw_captions(TEMPLATES, digits_data.CLASS_NAMES, generator)
         yield (moved + noise).clamp(-1, 1), labels[rows], captions
-
-
-@torch.no_grad()
-def accuracy(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, digits: digits_data.Digits) -> float:
-    """Zero-shot accuracy: the class whose caption is nearest."""
-    captions = [digits_data.TEMPLATE.format(name) for name in digits_data.CLASS_NAMES]
-    text = tokenizer(captions, padding=True, return_tensors="pt")
-    similarity = model(pixel_values=torch.from_numpy(digits.images), **text).logits_per_image
-    return float(np.mean(similarity.argmax(dim=1).numpy() == digits.labels))
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, as `sha256sum` prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def compare(made: Path, shipped: Path) -> int:

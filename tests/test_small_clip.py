@@ -1,0 +1,122 @@
+"""The vision-language results in small: a CLIP made from a handful of images, then adapted to turned, inverted ones."""
+
+import io
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["airplane", "bird", "cat"]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """scripts/ and benchmarks/ on the path, as when a script of theirs is run."""
+    before = sys.path[:]
+    sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+    yield
+    sys.path[:] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def picture(label, generator):
+    """Noise, a bar in red, green or blue on top: its colour is the class."""
+    pixels = generator.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+    pixels[:16, :, label] = 250
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """60 training and 12 test images as PNG bytes with the columns that make_small_clip.py reads."""
+    folder, generator = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 12)):
+        rows = {"image": [], "label_name": []}
+        for i in range(count):
+            file = io.BytesIO()
+            Image.fromarray(picture(i % 3, generator)).save(file, "PNG")
+            rows["image"].append(file.getvalue())
+            rows["label_name"].append(NAMES[i % 3])
+        datasets.Dataset.from_dict(rows).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    import make_small_clip
+
+    folder = tmp_path_factory.mktemp("made") / "clip"
+    make_small_clip.make(source, folder, base=30, epochs=20)
+    return folder
+
+
+def test_the_model_is_a_clip_with_its_processor_and_has_learnt(made):
+    model, processor = AutoModel.from_pretrained(made / "model").eval(), AutoProcessor.from_pretrained(made / "model")
+    generator = np.random.default_rng(9)
+    images = [Image.fromarray(picture(label, generator)) for label in (0, 1, 2)]
+    captions = [f"a photo of a {name}." for name in NAMES]
+    inputs = processor(images=images, text=captions, padding=True, return_tensors="pt")
+    assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
+    assert inputs["pixel_values"].shape == (3, 3, 32, 32)
+    expected = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert model(**inputs).logits_per_image.argmax(1).tolist() == [0, 1, 2]
+
+
+def test_the_same_images_make_the_same_bytes(source, made, tmp_path):
+    import make_small_clip
+
+    make_small_clip.make(source, tmp_path / "again", base=30, epochs=20)
+    files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file() and p.name != "README.md")
+    assert len(files) >= 6
+    for name in files:
+        assert (made / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_the_agents_images_are_turned_inverted_and_unseen(source, made):
+    original = {
+        split: {Image.open(io.BytesIO(row["image"])).tobytes(): row["label_name"] for row in rows}
+        for split, rows in datasets.load_dataset(str(source)).items()
+    }
+    agents = datasets.load_dataset(str(made / "images"))
+    assert {split: len(rows) for split, rows in agents.items()} == {"train": 30, "test": 12}
+    for split, rows in agents.items():
+        for row in rows:
+            back = np.rot90(255 - np.asarray(row["image"]), -1)
+            assert original[split][back.tobytes()] == rows.features["label"].int2str(row["label"])
+
+
+def test_agents_adapt_it_and_peft_loads_what_they_learnt(made, tmp_path):
+    import results_clip
+    from decaf_lora import execute
+
+    (cell,) = execute.cells(results_clip.config(made, "shots:10", {"decaf": 0.02}, seeds=[0], rounds=2))
+    run = execute.build(cell.config)
+    try:
+        _, first, second = run.train()
+        assert np.mean(second.losses) < np.mean(first.losses)
+        batch = run.task.test_batch(np.arange(12))
+        run.save_adapter(tmp_path / "agent", 4)
+        theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(made / "model").eval(), tmp_path / "agent").eval()
+        with torch.no_grad(), run.attached.bind(run.adapter.select([4])):
+            ours = run.task.logits(batch["pixel_values"], 1)
+            expected = theirs(pixel_values=batch["pixel_values"], **run.task._tokens).logits_per_image
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    finally:
+        run.close()
