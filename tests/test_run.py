@@ -1,6 +1,7 @@
 """The round loop: records, bytes, orders, resume bit for bit at every point, and the methods' order of merit."""
 
 import dataclasses
+import gc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
-from toy import Toy
+from toy import Toy, TwoLayers
 
 CONFIG = TrainingConfig(steps=3, batch_size=5, learning_rate=0.02, agents_per_pass=2)
 
@@ -226,3 +227,28 @@ def test_torn_checkpoints_are_passed_over(tmp_path):
     _, values = checkpoint.load_latest(tmp_path)
     assert values["round"] == 2
     assert checkpoint.load_latest(tmp_path / "none") is None
+
+
+def test_more_agents_add_their_adapters_and_no_second_base():
+    """Bytes of all tensors that are alive after two rounds of 1, 2, 3 and 10 agents."""
+
+    def held(n):
+        task = Toy(extras=True)
+        task.model = TwoLayers(hidden=512)
+        base = {p.data_ptr(): p.numel() * p.element_size() for p in task.model.parameters()}
+        run = make_run("decaf" if n > 1 else "local", n, rounds=2, task=task, graph=graphs.ring(n) if n > 1 else None)
+        list(run.train())
+        assert {p.data_ptr() for p in run.attached.model.parameters()} == set(base)
+        gc.collect()
+        alive = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive if t.device.type == "cpu"
+        }
+        adapters = sum(t.numel() * t.element_size() for t in run.adapter.tensors().values())
+        return sum(storages.values()), sum(base.values()), adapters
+
+    (one, base, _), *more = [held(n) for n in (1, 2, 3, 10)]
+    for bytes_held, _, adapters in more:
+        # The adapter, Adam's two moments, and a copy to spare.
+        assert bytes_held - one < 4 * adapters
+    assert 4 * more[-1][2] < base

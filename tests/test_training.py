@@ -233,12 +233,37 @@ def test_evaluation_counts_every_test_example_once():
     task = Toy(tests=37)
     attached = attach(task.model, task.default_lora())
     trainer = Trainer(task, attached, TrainingConfig(agents_per_pass=2), range(3), shards_of(3), 0, 10)
-    adapter = attached.init(range(3), 0)
+    start = attached.init(range(3), 0)
+    generator = torch.Generator().manual_seed(0)
+    trained = start.with_tensors({f"B/{k}": torch.randn(b.shape, generator=generator) for k, b in start.B.items()})
+    scores = trainer.evaluate(trained)
+    assert len(set(scores.tolist())) == 3
+    for agent in range(3):
+        with torch.no_grad(), attached.bind(trained.select([agent])):
+            expected = (task.model(task.test_x).argmax(1) == task.test_y).double().mean()
+        torch.testing.assert_close(scores[agent], expected)
+    attached.detach()
+
+
+@pytest.mark.parametrize("agents", [1, 2, 3])
+def test_equal_adapters_are_evaluated_once(agents):
+    task = Toy(tests=37)
+    attached = attach(task.model, task.default_lora())
+    trainer = Trainer(task, attached, TrainingConfig(agents_per_pass=2), range(agents), shards_of(agents), 0, 10)
+    adapter = attached.init(range(agents), 0)
+    rows = []
+    task.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     scores = trainer.evaluate(adapter)
+    assert sum(rows) == 37
     attached.detach()
     with torch.no_grad():
         expected = (task.model(task.test_x).argmax(1) == task.test_y).double().mean()
-    torch.testing.assert_close(scores, expected.expand(3))
+    torch.testing.assert_close(scores, expected.expand(agents))
+    name = next(iter(adapter.B))
+    adapter.B[name][agents - 1, 0, 0] = 1  # one number of one agent differs
+    rows.clear()
+    trainer.evaluate(adapter)
+    assert sum(rows) == 37 * agents
 
 
 def test_flat_groups_are_views():
