@@ -80,7 +80,7 @@ def exchange(agents: int, graph: str, wire: str) -> None:
         for _ in range(8):
             engine.any(False)
             before, sent, started = on_the_loopback(), engine.bytes_sent, time.perf_counter()
-            engine.exchange(message, mixing, 1)
+            engine.start(message, mixing, 1).wait()
             seconds.append(time.perf_counter() - started)
             engine.any(False)
             traffic.append(on_the_loopback() - before)

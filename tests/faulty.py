@@ -28,6 +28,18 @@ class Terminated(Doomed):
     signal = signal.SIGTERM
 
 
+class DoomedInFlight(Toy):
+    """Rank 1 kills itself in its second evaluation, in round 5: under combine-adapt with an exchange under way."""
+
+    evaluations = 0
+
+    def test_batch(self, indices):
+        self.evaluations += 1
+        if os.environ.get("RANK") == "1" and self.evaluations == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().test_batch(indices)
+
+
 class Silent(Toy):
     """Rank 1 falls silent in its second step."""
 

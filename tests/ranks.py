@@ -3,8 +3,10 @@
 They are forked from a server that has imported torch once, so that a dozen starts cost seconds.
 """
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import multiprocessing
 import os
 import socket
@@ -12,13 +14,15 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 
 from decaf_lora import algorithms, checkpoint, graphs, partition
 from decaf_lora.algorithms.base import Inbox
+from decaf_lora.algorithms.decaf import GAUGES
 from decaf_lora.cli import main
-from decaf_lora.config import TrainingConfig
+from decaf_lora.config import AlgorithmConfig, TrainingConfig
 from decaf_lora.engines import Simulate, Torchrun, connect
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
@@ -109,13 +113,15 @@ def cases(world: int = 1) -> list[tuple[str, str, int]]:
     return out
 
 
-def make_run(case, engine, task=None, **options) -> Run:
+def make_run(case, engine, task=None, options=None, **values) -> Run:
     name, graph, n = case
     task = task or Toy(examples=60, tests=12, extras=True)
     shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
     training = TrainingConfig(epochs=0.2, batch_size=3, learning_rate=0.02, agents_per_pass=1)
-    values = {"rounds": 2, "evaluate_every": 2, "training": training, **options}
-    return Run(task, algorithms.make(name), graphs.parse(graph, n, 0), shards, engine=engine, **values)
+    values = {"rounds": 2, "evaluate_every": 2, "training": training, **values}
+    return Run(
+        task, algorithms.make(name, **(options or {})), graphs.parse(graph, n, 0), shards, engine=engine, **values
+    )
 
 
 def outcome(run: Run) -> dict:
@@ -132,7 +138,9 @@ def same(ours: dict, theirs: dict) -> bool:
 
 def reference(path: Path) -> None:
     """What simulate gives for every case."""
-    torch.save({case: outcome(make_run(case, Simulate)) for case in cases()}, path)
+    found = {case: outcome(make_run(case, Simulate)) for case in cases()}
+    found |= {str(case): outcome(run_with_options(case, Simulate)) for case in (*option_cases(), *COMBINED)}
+    torch.save(found, path)
 
 
 def equals(path: Path, world: int) -> int:
@@ -152,34 +160,68 @@ def equals(path: Path, world: int) -> int:
     return 0
 
 
-OPTIONS = [
-    ("decaf", {"relay_rank": 4}, "ring", 3),
+COMBINED = [
     ("decaf", {}, "base:3", "period"),
     ("dlora", {"tracking": True}, "ring", 2),
     ("decaf", {"order": "combine-adapt", "moments": "transport"}, "star", 1),
+    ("decaf", {"order": "combine-adapt", "relay_rank": 4}, "ring", 3),
     ("decaf", {"tracking": True}, "ring", 1, (1, 4, 2, 3, 2, 8)),
+    ("decaf", {"order": "combine-adapt"}, "ring", 1, (1, 4, 2, 3, 2, 8)),
     ("dlora_fa", {}, "star", 1, (1, 4, 2, 3, 2, 8)),
     ("decaf", {"relay_rank": 8}, "base:3", "period", (1, 4, 2, 3, 2, 8)),
 ]
 """Algorithm, its options, graph, exchanges a round, and the agents' ranks where they differ."""
+VALUES = {"gauge": GAUGES, "relay_rank": (4,), "tracking_gamma": (0.5,)}
+"""Values to try of the options that are not a choice among few."""
 
 
-def equals_with_options() -> int:
-    """Several exchanges in a round, relays, tracking, the other order: each against simulate, side by side."""
+def option_cases() -> list[tuple[str, dict, str, int | str]]:
+    """(algorithm, options, graph, gossip steps): every algorithm with every value of every option, one at a time."""
+    out = []
+    for name, factory in algorithms.ALGORITHMS.items():
+        for option, parameter in inspect.signature(factory).parameters.items():
+            values = VALUES.get(option) or _choices(AlgorithmConfig.model_fields[option].annotation)
+            assert values, f"ranks.VALUES says no value of {option}"
+            gossip_steps = 3 if option == "relay_rank" else 1
+            taken = [v for v in values if v != parameter.default and _takes(name, option, v)]
+            out += [(name, {option: value}, "ring", gossip_steps) for value in taken]
+    return out
+
+
+def _takes(name: str, option: str, value) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(algorithms.make(name, **{option: value}))
+    return False
+
+
+def _choices(annotation) -> tuple:
+    """Values of a Literal or a bool, also as part of a union."""
+    if annotation is bool:
+        return (True, False)
+    parts = get_args(annotation)
+    return parts if get_origin(annotation) is Literal else tuple(v for part in parts for v in _choices(part))
+
+
+def run_with_options(case, engine) -> Run:
+    name, options, graph, gossip_steps, *ranks = case
+    task = Toy(examples=60, tests=12, extras=True)
+    shards = partition.iid(task.labels, 6, seed=0)
+    training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=1)
+    algorithm, links = algorithms.make(name, **options), graphs.parse(graph, 6, 0)
+    values = {"rounds": 3, "evaluate_every": 2, "measure_every": 2, "gossip_steps": gossip_steps, "engine": engine}
+    if ranks:
+        values["lora"] = [dataclasses.replace(task.default_lora(), r=r, lora_alpha=r + 1) for r in ranks[0]]
+    return Run(task, algorithm, links, shards, training, **values)
+
+
+def equals_with_options(path: Path) -> int:
+    """Every option of every algorithm, and several exchanges in a round: prints what differs from the reference."""
+    expected = torch.load(path, weights_only=False)
     with connect(device="cpu", timeout=60) as processes:
-        for name, options, graph, gossip_steps, *ranks in OPTIONS:
-            got = []
-            for engine in (functools.partial(Torchrun, processes=processes), Simulate):
-                task = Toy(examples=60, tests=12, extras=True)
-                shards = partition.iid(task.labels, 6, seed=0)
-                training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=1)
-                algorithm, links = algorithms.make(name, **options), graphs.parse(graph, 6, 0)
-                values = {"rounds": 2, "evaluate_every": 2, "gossip_steps": gossip_steps, "engine": engine}
-                if ranks:
-                    values["lora"] = [dataclasses.replace(task.default_lora(), r=r, lora_alpha=r + 1) for r in ranks[0]]
-                got.append(outcome(Run(task, algorithm, links, shards, training, **values)))
-            if processes.is_main and not same(*got):
-                print("differs:", name, options, graph, gossip_steps)
+        for case in (*option_cases(), *COMBINED):
+            got = outcome(run_with_options(case, functools.partial(Torchrun, processes=processes)))
+            if processes.is_main and not same(got, expected[str(case)]):
+                print("differs:", case)
     return 0
 
 
@@ -222,10 +264,36 @@ def moves_tensors() -> int:
             assert all(got[k].dtype == wanted[k].dtype and torch.equal(got[k], wanted[k]) for k in wanted)
 
         check(engine.gather(mine), everything)
-        check(engine.gather(mine, everywhere=False), everything if processes.is_main else {})
+        check(engine.collect(mine).wait(), everything if processes.is_main else {})
         check(engine.scatter(everything if processes.is_main else {}), mine)
         assert engine.any(processes.rank == 1)
         assert not engine.any(False)
+    return 0
+
+
+def flies() -> int:
+    """Exchanges and collections are under way together while the ranks do other things, and are waited for in any
+    order."""
+    with connect(device="cpu", timeout=60) as processes:
+        engine, simulate = Torchrun(5, processes), Simulate(5)
+        message = {"x": torch.randn(5, 300, 40, generator=torch.Generator().manual_seed(0))}
+        mine = {k: t[engine.agents] for k, t in message.items()}
+        ring, complete = graphs.ring(5), graphs.complete(5)
+        if not processes.is_main:
+            processes.share("started", None)  # the main one's have started when nobody else has posted anything
+        pending = [engine.start(mine, ring, 1), engine.collect(mine), engine.start(mine, complete, 2)]
+        if processes.is_main:
+            processes.share("started", None)
+        assert engine.any(processes.rank == 1)
+        assert torch.equal(engine.gather(mine)["x"], message["x"])
+        pending.append(engine.collect({"x": -mine["x"]}))
+        order = [(processes.rank + k) % 4 for k in range(4)]
+        got = {k: pending[k].wait() for k in order}
+        for k, graph in ((0, ring), (2, complete)):
+            expected = simulate.start(message, graph, 1).wait()
+            assert torch.equal(got[k].average("x"), expected.average("x")[engine.agents])
+        assert torch.equal(got[1]["x"], message["x"]) if processes.is_main else got[1] == {}
+        assert torch.equal(got[3]["x"], -message["x"]) if processes.is_main else got[3] == {}
     return 0
 
 
@@ -238,7 +306,7 @@ def rounds_on_the_wire(wire: str) -> int:
         message["nan"][:, 1] = torch.inf if processes.rank else torch.nan
         graph = graphs.complete(3)
         mine = {k: t[engine.agents] for k, t in message.items()}
-        inbox = engine.exchange(mine, graph, 1)
+        inbox = engine.start(mine, graph, 1).wait()
         assert isinstance(inbox, Inbox)
         width = {"exact": 4, "bfloat16": 2, "int8": 1}[wire]
         scales = 3 * 4 if wire == "int8" else 0
@@ -284,23 +352,23 @@ def fails_together(rank: int) -> int:
 LONG = ("decaf", "ring", 5)
 
 
-def long_run(engine) -> Run:
+def long_run(engine, order="adapt-combine") -> Run:
     """Unequal local steps, clipping and dropout, to be stopped within a round."""
     task = Toy(examples=60, tests=12, extras=True)
     lora = task.default_lora()
     lora.lora_dropout = 0.3
     training = TrainingConfig(epochs=0.7, batch_size=3, learning_rate=0.02, agents_per_pass=1, clip_norm=0.5)
-    return make_run(LONG, engine, task, lora=lora, training=training, rounds=4)
+    return make_run(LONG, engine, task, lora=lora, training=training, rounds=4, options={"order": order})
 
 
-def stops(folder: Path) -> int:
-    """Rank 1 alone asks to stop after step 2 of round 3; all stop there, and rank 0 writes a checkpoint."""
+def stops(folder: Path, order: str, moment: tuple[int, int]) -> int:
+    """Rank 1 alone asks to stop after a round's step (0: its last); all stop there, and rank 0 writes a checkpoint."""
     with connect(device="cpu", timeout=60) as processes:
-        run = long_run(functools.partial(Torchrun, processes=processes))
+        run = long_run(functools.partial(Torchrun, processes=processes), order)
         if processes.rank == 1:
-            run.on_step = lambda round_, done, steps, losses: run.stop() if (round_, done) == (3, 2) else None
+            run.on_step = lambda round_, done, steps, losses: run.stop() if (round_, done % steps) == moment else None
         list(run.train())
-        assert (run.round, run.step_in_round) == (2, 2)
+        assert (run.round, run.step_in_round) == (2, moment[1])
         tensors, values = run.snapshot()
         if processes.is_main:
             checkpoint.save(folder, tensors, values)
@@ -309,10 +377,10 @@ def stops(folder: Path) -> int:
     return 0
 
 
-def goes_on(folder: Path, path: Path) -> int:
+def goes_on(folder: Path, path: Path, order: str) -> int:
     """Finishes the stopped run with another number of ranks; rank 0 saves what comes out."""
     with connect(device="cpu", timeout=60) as processes:
-        run = long_run(functools.partial(Torchrun, processes=processes))
+        run = long_run(functools.partial(Torchrun, processes=processes), order)
         tensors, values = checkpoint.load_latest(folder)
         run.restore(tensors if processes.is_main else {}, values)
         got = outcome(run)

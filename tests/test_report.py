@@ -41,7 +41,8 @@ ENVIRONMENT = {
 def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
     """Write a run directory as the engine does.
 
-    Options: agents, rounds, seed, graph, partition, classes, every (rounds between evaluations), note.
+    Options: agents, rounds, seed, graph, partition, classes, every (rounds between evaluations), measured (rounds
+    between measurements), note.
     """
     agents = 1 if algorithm == "centralized" else options.get("agents", 10)
     rounds, seed = options.get("rounds", 30), options.get("seed", 0)
@@ -79,15 +80,16 @@ def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
             trained, mixes = round > 0, sent > 0 and agents > 1
             distance = 0.0 if agents == 1 else (0.4 if mixes else 2.0) * math.sqrt(done) * draw.uniform(0.9, 1.1)
             tail = done * draw.uniform(2e-5, 9e-5)
+            measured = round == rounds or round % options.get("measured", 1) == 0
             writer.write(
                 Record(
                     round=round,
                     losses=list(2.3 * np.exp(-2 * done * final) + draw.normal(0, 0.05, agents)) if trained else None,
                     scores=scores.tolist() if evaluated else None,
                     averaged_score=float(scores.mean() + 0.05 * done) if evaluated else None,
-                    consensus_distance=distance,
-                    interference=distance**2 * 1e-2 if mixes and trained else None,
-                    tail=tail if algorithm == "decaf" and trained else (0.0 if mixes else None),
+                    consensus_distance=distance if measured else None,
+                    interference=distance**2 * 1e-2 if mixes and trained and measured else None,
+                    tail=(tail if algorithm == "decaf" and trained else 0.0 if mixes else None) if measured else None,
                     bytes_sent=float(sent) if trained and agents > 1 else 0.0,
                     learning_rate=0.005,
                     seconds={"train": 0.4, "exchange": 0.05, "combine": 0.02, "evaluate": 0.3 * evaluated},
@@ -313,6 +315,18 @@ class TestOneRun:
         page = page_of(run)
         assert page.words["h3"] == ["Who holds what", "Graph: ring"]
         assert page.row("decaf")[2:6] == ["n/a"] * 4
+
+    def test_curves_pass_through_the_measured_rounds_alone(self, tmp_path: Path) -> None:
+        directory = make_run(tmp_path / "run", measured=8)
+        groups = {"decaf": [report._read_run(directory)]}
+        for plot in (report._consensus(groups), report._truncation(groups)):
+            assert plot is not None
+            for axes in plot.figure.axes:
+                rounds = axes.lines[0].get_xdata()
+                assert [n for n in rounds if n] == [8, 16, 24, 30]  # a line through these, not broken by the gaps
+                assert np.isfinite(np.asarray(axes.lines[0].get_ydata())[-4:]).all()
+        report.write_report(directory)
+        assert Page(directory / "report.html").words["h3"] == TITLES
 
     def test_a_hundred_agents_and_classes(self, tmp_path: Path) -> None:
         names = [f"a flower with quite a long name, number {number}" for number in range(102)]

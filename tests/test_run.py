@@ -1,6 +1,8 @@
 """The round loop: records, bytes, orders, resume bit for bit at every point, and the methods' order of merit."""
 
+import copy
 import dataclasses
+import functools
 import gc
 
 import numpy as np
@@ -10,6 +12,7 @@ from peft import PeftModel
 
 from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
 from decaf_lora.config import TrainingConfig
+from decaf_lora.engines import Pending, Simulate
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
 from toy import Toy, TwoLayers
@@ -135,6 +138,99 @@ def test_orders_are_the_same_steps_shifted(algorithm, order, tmp_path):
         *_, last = second.train()
         same(run.adapter, second.adapter)
         assert last.interference == records[-1].interference
+
+
+class Logged(Simulate):
+    """An engine that writes down what it is asked for."""
+
+    def __init__(self, num_agents, events):
+        super().__init__(num_agents)
+        self.events = events
+
+    def start(self, message, graph, round_):
+        return self.logged(f"exchange {round_}", super().start(message, graph, round_))
+
+    def collect(self, tensors):
+        return self.logged("collection", super().collect(tensors))
+
+    def logged(self, what, pending):
+        def wait():
+            self.events.append(f"{what} arrives")
+            return pending.wait()
+
+        self.events.append(f"{what} starts")
+        return Pending(wait)
+
+
+class LoggedToy(Toy):
+    """The same of a task."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def losses(self, batch, agents):
+        if self.events[-1:] != ["steps"]:
+            self.events.append("steps")
+        return super().losses(batch, agents)
+
+    def statistics(self, batch, agents):
+        self.events.append(f"evaluates {agents}")
+        return super().statistics(batch, agents)
+
+
+def events_of(order, **options):
+    events = []
+    engine = functools.partial(Logged, events=events)
+    training = CONFIG.model_copy(update={"agents_per_pass": 4})
+    options |= {"order": order, "engine": engine, "training": training, "common_start": False}
+    run = make_run("dlora", rounds=3, task=LoggedToy(events), **options)
+    list(run.train())
+    return events
+
+
+def test_exchange_and_collection_are_under_way_while_agents_are_evaluated():
+    survey = ["collection starts", "evaluates 4", "collection arrives", "evaluates 1"]
+    assert events_of("adapt-combine") == [
+        *survey,
+        *("steps", "exchange 1 starts", "exchange 1 arrives", "collection starts", "collection arrives"),
+        *("steps", "exchange 2 starts", "exchange 2 arrives", *survey),
+        *("steps", "exchange 3 starts", "exchange 3 arrives", *survey),
+    ]
+    assert events_of("combine-adapt", measure_every=3) == [
+        *("exchange 1 starts", *survey, "exchange 1 arrives", "steps"),
+        *("exchange 2 starts", "exchange 2 arrives", "steps"),
+        *("exchange 3 starts", *survey, "exchange 3 arrives", "steps"),
+        *survey,
+    ]
+
+
+@pytest.mark.parametrize("order", ["adapt-combine", "combine-adapt"])
+@pytest.mark.parametrize("every", [2, 3, 9])
+def test_measures_are_taken_in_their_rounds_and_change_nothing_else(order, every):
+    always, seldom = (
+        make_run("decaf", order=order, rounds=5),
+        make_run("decaf", order=order, rounds=5, measure_every=every),
+    )
+    for whole, record in zip(always.train(), seldom.train(), strict=True):
+        due = record.round % every == 0 or record.round == 5
+        gone = {} if due else {"consensus_distance": None, "interference": None, "tail": None}
+        assert dataclasses.replace(record, seconds={}) == dataclasses.replace(whole, seconds={}, **gone)
+    same(always.adapter, seldom.adapter)
+
+
+def test_a_run_that_goes_back_gives_up_the_exchange_under_way():
+    run, whole = (make_run("decaf", order="combine-adapt") for _ in range(2))
+    list(whole.train())
+    for record in run.train():
+        if record.round == 1:
+            saved = copy.deepcopy(run.snapshot())
+        if record.round == 2:
+            break
+    assert run._ahead is not None
+    run.restore(*saved)
+    list(run.train())
+    same(run.adapter, whole.adapter)
 
 
 def test_fedavg_equals_dlora_on_a_complete_graph_with_equal_sizes():

@@ -45,8 +45,9 @@ def test_adapters_moments_and_records_are_bit_equal_to_simulate(world, reference
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_options_are_bit_equal_to_simulate(world, tmp_path):
-    ended = ranks.start(tmp_path, world, ranks.equals_with_options)
+def test_options_are_bit_equal_to_simulate(world, reference, tmp_path):
+    """Every value of every option of every algorithm, also of those that are to come."""
+    ended = ranks.start(tmp_path, world, ranks.equals_with_options, reference)
     assert ended.codes == dict.fromkeys(range(world), 0), ended.output
     assert ended.lines == []
 
@@ -54,6 +55,12 @@ def test_options_are_bit_equal_to_simulate(world, tmp_path):
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_gather_and_scatter_of_uneven_blocks(world, tmp_path):
     ended = ranks.start(tmp_path, world, ranks.moves_tensors)
+    assert ended.codes == dict.fromkeys(range(world), 0), ended.output
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_messages_fly_while_the_ranks_do_other_things(world, tmp_path):
+    ended = ranks.start(tmp_path, world, ranks.flies)
     assert ended.codes == dict.fromkeys(range(world), 0), ended.output
 
 
@@ -67,36 +74,45 @@ def test_the_wire_rounds_only_what_crosses(world, wire, tmp_path):
 # Checkpoints and faults
 
 
-def test_a_stop_on_one_rank_stops_all_in_the_same_step_and_other_world_sizes_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("order", "moment"),
+    [("adapt-combine", (3, 2)), ("combine-adapt", (3, 2)), ("combine-adapt", (2, 0))],
+    ids=["within a round", "within a round of the other order", "with the next exchange under way"],
+)
+def test_a_stop_on_one_rank_stops_all_in_the_same_step_and_other_world_sizes_go_on(order, moment, tmp_path):
     folder = tmp_path / "checkpoints"
-    ended = ranks.start(tmp_path, 2, ranks.stops, folder)
+    ended = ranks.start(tmp_path, 2, ranks.stops, folder, order, moment)
     assert ended.codes == {0: 0, 1: 0}, ended.output
-    expected = ranks.outcome(ranks.long_run(Simulate))
+    expected = ranks.outcome(ranks.long_run(Simulate, order))
     for world in (1, 3):
-        ended = ranks.start(tmp_path, world, ranks.goes_on, folder, tmp_path / "out.pt")
+        ended = ranks.start(tmp_path, world, ranks.goes_on, folder, tmp_path / "out.pt", order)
         assert ended.codes == dict.fromkeys(range(world), 0), ended.output
         got = torch.load(tmp_path / "out.pt", weights_only=False)
         expected["records"] = expected["records"][-len(got["records"]) :]
         assert [r["round"] for r in got["records"]] == [3, 4]
         assert ranks.same(got, expected)
-    resumed = ranks.long_run(Simulate)
+    resumed = ranks.long_run(Simulate, order)
     resumed.restore(*checkpoint.load_latest(folder))
     assert ranks.same(ranks.outcome(resumed), expected)
 
 
-def test_a_killed_rank_ends_the_others_with_one_line_and_a_usable_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("doom", "order", "saved"), [("Doomed", "adapt-combine", 2), ("DoomedInFlight", "combine-adapt", 4)]
+)
+def test_a_killed_rank_ends_the_others_with_one_line_and_a_usable_checkpoint(doom, order, saved, tmp_path):
     out = tmp_path / "run"
-    doomed = [*SMALL, "--task", f"{HERE / 'faulty.py'}:Doomed", "--out", out]
+    small = [*SMALL, "--algorithm.order", order]
+    doomed = [*small, "--task", f"{HERE / 'faulty.py'}:{doom}", "--out", out]
     ended = ranks.start(tmp_path, 4, ranks.decaf, *doomed, "--engine", "torchrun")
     assert ended.codes == {0: 2, 1: -signal.SIGKILL, 2: 2, 3: 2}, ended.output
     (line,) = ended.lines
     assert line == (
         "decaf: ranks: rank 1 of 4 is gone. What was saved is kept; go on from the last checkpoint with --resume."
     )
-    assert checkpoint.load_latest(out / "checkpoints")[1]["round"] == 2
+    assert checkpoint.load_latest(out / "checkpoints")[1]["round"] == saved
     # In one process RANK is not 1, so nobody dies.
     assert main([*map(str, doomed), "--resume"]) == 0
-    whole = [*SMALL, "--task", TOY, "--out", tmp_path / "whole"]
+    whole = [*small, "--task", TOY, "--out", tmp_path / "whole"]
     assert main([*map(str, whole)]) == 0
     assert same_runs(out, tmp_path / "whole")
 

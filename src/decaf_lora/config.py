@@ -237,6 +237,9 @@ class RunConfig(_Frozen):
     """Seeds the partition, the start, the batches and random graphs."""
     evaluate_every: int = Field(5, ge=1)
     """Rounds between evaluations on the test set; the last round is always evaluated."""
+    measure_every: int = Field(1, ge=1)
+    """Rounds between measurements of consensus distance, interference and truncation tail; the last round is always
+    measured. Every one compares all agents' adapters in one process."""
     checkpoint_every: int = Field(10, ge=1)
     """Rounds between checkpoints."""
     device: str = "auto"

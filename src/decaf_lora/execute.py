@@ -226,6 +226,7 @@ def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, devi
         init_adapters=init_adapters(config) or None,
         gossip_steps=config.gossip_steps,
         evaluate_every=config.evaluate_every,
+        measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,
         **({} if engine is None else {"engine": engine}),
     )

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from decaf_lora import consensus
 from decaf_lora.adapters import attach, load_peft, save_peft
 from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors
 from decaf_lora.config import TrainingConfig
-from decaf_lora.engines import Engine, Simulate
+from decaf_lora.engines import Engine, Pending, Simulate
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
@@ -33,6 +33,15 @@ from decaf_lora.training import Trainer, local_steps
 AVERAGED = "averaged"
 
 
+class _Exchange(NamedTuple):
+    """The first exchange of a round, on its way."""
+
+    hops: tuple[Graph, ...]
+    """The graphs of all exchanges of the round."""
+    message: Tensors
+    inbox: Pending[Inbox]
+
+
 class Run:
     """Agents that train together.
 
@@ -42,7 +51,8 @@ class Run:
     None, or one for each agent, which may differ in rank and alpha. With `common_start` all agents draw the same
     A_0. `init_adapters` are PEFT directories that agents start from instead, one for each agent (None: fresh), of
     any rank; centralized training starts from the average of all, at the largest rank. Every `evaluate_every`
-    rounds, and in the last, all agents' models and the averaged model are scored on the test set.
+    rounds, and in the last, all agents' models and the averaged model are scored on the test set; every
+    `measure_every` rounds, and in the last, consensus distance, interference and truncation tail are measured.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class Run:
         init_adapters: Sequence[str | Path | None] | None = None,
         gossip_steps: int | Literal["period"] = 1,
         evaluate_every: int = 5,
+        measure_every: int = 1,
         eval_batch_size: int = 256,
         engine: Callable[[int], Engine] = Simulate,
     ) -> None:
@@ -89,7 +100,8 @@ class Run:
         if algorithm.paced is not None:
             algorithm = algorithm.paced(_rounds_to_reach_all(schedule, self.gossip_steps))
         self.task, self.algorithm, self.schedule, self.partition = task, algorithm, schedule, partition
-        self.training, self.rounds, self.seed, self.evaluate_every = training, rounds, seed, evaluate_every
+        self.training, self.rounds, self.seed = training, rounds, seed
+        self.evaluate_every, self.measure_every = evaluate_every, measure_every
         self.engine = engine(len(shards))
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(len(partition.shards))]
@@ -120,6 +132,10 @@ class Run:
         self._measures: Tensors = {}
         self._bytes_sent = 0.0
         self._wire_bytes: float | None = None
+        self._ahead: _Exchange | None = None
+        """The next round's exchange, where it could start before the round."""
+        self._collection: Pending[Tensors] | None = None
+        """All adapters on their way to the main process."""
 
     def _first_adapter(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> Adapter:
         pooled = self.algorithm.topology == "pooled"
@@ -148,21 +164,23 @@ class Run:
         # Each process may have calibrated another number of agents a pass: all take the main one's.
         passes = self.engine.gather({"passes": torch.full((len(self.engine.agents),), self.trainer.agents_per_pass)})
         self.trainer.agents_per_pass = int(passes["passes"][0])
-        if self.round == 0 and self.step_in_round == 0:
-            yield self._start()
+        if self.step_in_round == 0:
+            self._seconds = {}
+            self._send_ahead()
+            if self.round == 0:
+                yield self._start()
         while self.round < self.rounds and not self.engine.any(self.stop_requested):
             record = self._one_round()
             if record is not None:
                 yield record
+        self._land()
 
     def _start(self) -> Record:
-        self._seconds = {}
-        scores, averaged = self._evaluate()
+        self._collect()
+        surveyed = self._survey(evaluated=True, measured=True)
         return Record(
             round=0,
-            scores=scores,
-            averaged_score=averaged,
-            consensus_distance=self._consensus_distance(),
+            **surveyed,
             bytes_sent=0.0,
             learning_rate=learning_rate(self.training, 0.0),
             seconds=dict(self._seconds),
@@ -171,28 +189,36 @@ class Run:
     def _one_round(self) -> Record | None:
         """The next round; None if it was stopped within its local steps."""
         number, algorithm = self.round + 1, self.algorithm
+        evaluated = number % self.evaluate_every == 0 or number == self.rounds
+        measured = number % self.measure_every == 0 or number == self.rounds
+        inbox = None
         if self.step_in_round == 0:
             self._seconds, self._losses, self._measures = {}, None, {}
             self._bytes_sent, self._wire_bytes = 0.0, None
         if algorithm.order == "combine-adapt" and self.step_in_round == 0:
-            self._mix(number)
+            inbox = self._mix(number)
+            if measured:
+                self._measure(inbox)
         if not self._local_steps(number):
             return None
         if algorithm.order == "adapt-combine":
-            self._mix(number)
+            inbox = self._mix(number)
         self.round, self.step_in_round = number, 0
+        # From here on the agents stay as they are: what the next round sends, and what the main process needs of
+        # the others, is under way while everybody measures and evaluates.
+        self._send_ahead()
+        if evaluated or measured:
+            self._collect()
+        if measured and algorithm.order == "adapt-combine":
+            self._measure(inbox)
         assert self._losses is not None
         mean_losses = self._losses.cpu() / torch.from_numpy(self.trainer.local_steps)
         gathered = self.engine.gather({"losses": mean_losses, **self._measures})
-        scores = averaged = None
-        if number % self.evaluate_every == 0 or number == self.rounds:
-            scores, averaged = self._evaluate()
+        surveyed = self._survey(evaluated, measured)
         return Record(
             round=number,
             losses=gathered["losses"].tolist(),
-            scores=scores,
-            averaged_score=averaged,
-            consensus_distance=self._consensus_distance(),
+            **surveyed,
             interference=_rms(gathered.get("interference")),
             tail=_rms(gathered.get("tail")),
             recompression=_rms(gathered.get("recompression")),
@@ -230,36 +256,55 @@ class Run:
         self._add_seconds("train", started)
         return self.step_in_round >= total
 
-    def _mix(self, number: int) -> None:
-        """Message, exchange (several where an algorithm relays), combine."""
-        if not self._talks:
-            return
+    def _send_ahead(self) -> None:
+        """Starts the next round's exchange if it begins the round, so that its messages are known already."""
+        if self.algorithm.order == "combine-adapt" and self._talks and self.round < self.rounds and not self._ahead:
+            self._ahead = self._send(self.round + 1)
+
+    def _send(self, number: int) -> _Exchange:
+        """Message, and start of the (first) exchange of round `number`."""
         started = time.perf_counter()
-        relay = self.algorithm.relay
         graph = self.schedule.window((number - 1) * self.gossip_steps, self.gossip_steps)
-        *first, last = graph.hops if graph.hops and relay is not None else (graph,)
+        hops = graph.hops if graph.hops and self.algorithm.relay is not None else (graph,)
         message = self.algorithm.message(self.adapter, self.state, number)
-        for hop in first:
-            inbox = self._exchange(message, hop, number)
-            assert relay is not None
-            message, cut = relay(self.adapter, inbox, number)
+        exchange = _Exchange(hops, message, self.engine.start(message, hops[0], number))
+        self._add_seconds("exchange", started)
+        return exchange
+
+    def _mix(self, number: int) -> Inbox | None:
+        """Exchange (several where an algorithm relays) and combine; returns what arrived in the last."""
+        if not self._talks:
+            return None
+        (hops, message, pending), self._ahead = self._ahead or self._send(number), None
+        started = time.perf_counter()
+        inbox = pending.wait()
+        self._count(message, hops[0])
+        for hop in hops[1:]:
+            assert self.algorithm.relay is not None
+            message, cut = self.algorithm.relay(self.adapter, inbox, number)
             self._measures["recompression"] = self._measures.get("recompression", torch.zeros(())).hypot(cut)
-        inbox = self._exchange(message, last, number)
+            inbox = self.engine.start(message, hop, number).wait()
+            self._count(message, hop)
         started = self._add_seconds("exchange", started)
-        measured = consensus.interference_and_tail(self.adapter, inbox)
-        if measured is not None:
-            self._measures["interference"], self._measures["tail"] = measured
-        started = self._add_seconds("measure", started)
         self.adapter, self.state = self.algorithm.combine(self.adapter, self.state, inbox, number)
         self.trainer.moments_after(self.algorithm, self.state)
         self._add_seconds("combine", started)
+        return inbox
 
-    def _exchange(self, message: Tensors, graph: Graph, number: int) -> Inbox:
+    def _measure(self, inbox: Inbox | None) -> None:
+        """Interference and tail of the messages that arrived."""
+        started = time.perf_counter()
+        measured = consensus.interference_and_tail(self.adapter, inbox) if inbox is not None else None
+        if measured is not None:
+            self._measures["interference"], self._measures["tail"] = measured
+        self._add_seconds("measure", started)
+
+    def _count(self, message: Tensors, graph: Graph) -> None:
+        """Counts the bytes of an exchange."""
         self._bytes_sent += self._bytes_of(message, graph)
         wire = self.engine.wire_bytes(message, graph)
         if wire is not None:
             self._wire_bytes = (self._wire_bytes or 0.0) + wire
-        return self.engine.exchange(message, graph, number)
 
     def _bytes_of(self, message: Tensors, graph: Graph) -> float:
         """Bytes an agent sends in an exchange, mean over agents; to a server a message goes once.
@@ -290,29 +335,51 @@ class Run:
             return 1.0
         return np.array([self.attached.sites_of(i)[layer].rank / width for i in range(self.engine.num_agents)])
 
-    def _consensus_distance(self) -> float | None:
-        if self.engine.num_agents == 1:
-            return 0.0
-        started = time.perf_counter()
-        adapters = self.all_adapters()
-        result = consensus.distance(adapters) if adapters is not None else None
-        self._add_seconds("measure", started)
-        return result
+    def _collect(self) -> None:
+        """Starts to bring all adapters to the main process."""
+        self._collected()
+        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
+        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
+        self._collection = self.engine.collect({**self.adapter.tensors(), **more})
 
-    def _evaluate(self) -> tuple[list[float | None], float | None]:
-        """Scores of all agents, and of the averaged model."""
+    def _collected(self) -> Tensors:
+        """Ends the collection that is under way, if one is: all adapters in the main process."""
+        collection, self._collection = self._collection, None
+        return {} if collection is None else collection.wait()
+
+    def _survey(self, evaluated: bool, measured: bool) -> dict[str, Any]:
+        """Fields of the record: scores of all agents and of the averaged model, consensus distance, where due.
+
+        Only the main process waits for the collected adapters; the others go on while theirs leave.
+        """
+        scores = averaged = distance = None
         started = time.perf_counter()
-        scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
-        averaged = scores[0]
-        if self.engine.num_agents > 1:
-            adapters = self.all_adapters()
-            averaged = float(self.trainer.evaluate(consensus.averaged(adapters))[0]) if adapters is not None else None
-        self._add_seconds("evaluate", started)
-        return scores, averaged
+        if evaluated:
+            scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
+            started = self._add_seconds("evaluate", started)
+        if self.engine.is_main and (evaluated or measured):
+            adapters = _as_adapter(self._collected())
+            if measured:
+                distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
+            started = self._add_seconds("measure", started)
+            if scores is not None:
+                averaged = scores[0]
+                if adapters.num_agents > 1:
+                    averaged = float(self.trainer.evaluate(consensus.averaged(adapters))[0])
+                self._add_seconds("evaluate", started)
+        return {"scores": scores, "averaged_score": averaged, "consensus_distance": distance}
+
+    def _land(self) -> None:
+        """Waits for what is under way. An exchange that was started ahead is given up, to be repeated."""
+        self._collected()
+        if self._ahead is not None:
+            self._ahead.inbox.wait()
+            self._ahead = None
 
     def _add_seconds(self, phase: str, started: float) -> float:
         if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize()
+            # Not the whole device: what is under way need not be done.
+            torch.cuda.current_stream(self.trainer.device).synchronize()
         now = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - started
         return now
@@ -321,16 +388,9 @@ class Run:
 
     def all_adapters(self) -> Adapter | None:
         """The adapters of all N agents of the run, in the main process; None in others."""
-        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
-        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
-        gathered = self.engine.gather({**self.adapter.tensors(), **more}, everywhere=False)
-        if not gathered:
-            return None
-        parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
-        for key, tensor in gathered.items():
-            group, name = key.split("/", 1)
-            parts[group][name] = tensor
-        return Adapter(**parts)
+        self._collect()
+        gathered = self._collected()
+        return _as_adapter(gathered) if gathered else None
 
     def save_adapter(self, directory: str | Path, agent: int | str = AVERAGED) -> None:
         """Writes one agent's adapter, or the averaged model, as a PEFT directory."""
@@ -370,13 +430,14 @@ class Run:
             "wire_bytes": self._wire_bytes if self.step_in_round else None,
             "agents_per_pass": self.trainer.agents_per_pass,
         }
-        return self.engine.gather({k: t.cpu() for k, t in tensors.items()}, everywhere=False), values
+        return self.engine.collect({k: t.cpu() for k, t in tensors.items()}).wait(), values
 
     def restore(self, tensors: Tensors, values: dict[str, Any]) -> None:
         """Goes back to a snapshot of a run with the same configuration; the rest is then bit-equal.
 
         Every process passes the values, the main one the tensors; they need not have been as many at the snapshot.
         """
+        self._land()
         device = self.trainer.device
         mine = {k: t.to(device, copy=True) for k, t in self.engine.scatter(tensors).items()}
 
@@ -396,6 +457,15 @@ class Run:
         self._seconds = dict(values["seconds"])
         self._bytes_sent, self._wire_bytes = float(values.get("bytes_sent", 0.0)), values.get("wire_bytes")
         self.trainer.agents_per_pass = int(values["agents_per_pass"])
+
+
+def _as_adapter(tensors: Tensors) -> Adapter:
+    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
+    parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
+    for key, tensor in tensors.items():
+        group, name = key.split("/", 1)
+        parts[group][name] = tensor
+    return Adapter(**parts)
 
 
 def _exchanges(schedule: Schedule, gossip_steps: int | Literal["period"]) -> int:

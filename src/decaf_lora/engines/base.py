@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from decaf_lora.algorithms.base import Inbox, Tensors
 from decaf_lora.graphs import Graph
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """What is on its way while the process does other things."""
+
+    wait: Callable[[], T]
+    """Returns it once it is here. To be called once; several that are under way may be waited for in any order."""
 
 
 class Engine(Protocol):
@@ -21,17 +33,17 @@ class Engine(Protocol):
     is_main: bool
     """Whether this process prints and writes."""
 
-    def exchange(self, message: Tensors, graph: Graph, round_: int) -> Inbox:
-        """Sends every agent's message (name -> (n, ...)) to its neighbours and returns what arrived."""
+    def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Inbox]:
+        """Starts an exchange: every agent's message (name -> (n, ...)) to its neighbours, and what they send."""
 
     def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
         """Bytes that an exchange of such messages moves between processes, mean over agents; None in one process."""
 
-    def gather(self, tensors: Tensors, everywhere: bool = True) -> Tensors:
-        """name -> (n, ...) of this process to name -> (N, ...) of all agents.
+    def gather(self, tensors: Tensors) -> Tensors:
+        """name -> (n, ...) of this process to name -> (N, ...) of all agents, in every process: for what is small."""
 
-        With `everywhere` false the main process alone receives them, for what is large; the others return {}.
-        """
+    def collect(self, tensors: Tensors) -> Pending[Tensors]:
+        """Starts the same to the main process alone: for what is large. The others get {}, once theirs has left."""
 
     def scatter(self, tensors: Tensors) -> Tensors:
         """name -> (N, ...) of the main process to name -> (n, ...), everybody's own agents.

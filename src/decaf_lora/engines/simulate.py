@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decaf_lora.algorithms.base import Inbox, Tensors
+from decaf_lora.engines.base import Pending
 from decaf_lora.graphs import Graph
 
 
@@ -15,17 +16,22 @@ class Simulate:
         self.num_agents = num_agents
         self.agents = list(range(num_agents))
 
-    def exchange(self, message: Tensors, graph: Graph, round_: int) -> Inbox:
+    def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Inbox]:
         """The inbox of all agents under the graph's weights."""
-        return Inbox.from_weights(message, graph.weights, self.agents, self.agents)
+        inbox = Inbox.from_weights(message, graph.weights, self.agents, self.agents)
+        return Pending(lambda: inbox)
 
     def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
         """There is no wire."""
         return None
 
-    def gather(self, tensors: Tensors, everywhere: bool = True) -> Tensors:
+    def gather(self, tensors: Tensors) -> Tensors:
         """All agents are here already."""
         return tensors
+
+    def collect(self, tensors: Tensors) -> Pending[Tensors]:
+        """All agents are here already."""
+        return Pending(lambda: tensors)
 
     def scatter(self, tensors: Tensors) -> Tensors:
         """All agents live here."""

@@ -2,9 +2,16 @@
 
 Rank r of W holds a contiguous block of the N agents, the first N mod W ranks one more than the others. In an
 exchange a message crosses between two ranks once, however many agents of the receiving rank listen to it; all that
-goes from one rank to another in a round is one flat buffer, and all buffers are sent and received as one batch
+goes from one rank to another in an exchange is one flat buffer, and all buffers are sent and received as one batch
 (gloo between CPUs, NCCL between GPUs). What the processes say to each other besides tensors (who is here, the
 configuration, errors) goes through torch's key-value store, as JSON.
+
+Batches are posted and waited for apart, so several can be under way while the processes compute (gloo moves them in
+threads of its own, NCCL in its own stream) or talk about other things. That cannot deadlock: all ranks post the same
+batches and collectives in the same order. gloo matches the sends and receives of a pair of ranks first to first and
+blocks nobody who has not come to wait; NCCL runs what was posted in that order on every rank, so that the oldest that
+is not done has, or will have, all its partners. What lies on CPUs goes through gloo beside NCCL and does not queue
+behind messages between GPUs.
 
 A process that fails tells the others why through the store; one that dies is noticed by the broken connection.
 Either way every process ends with a `UserError`, and one of them prints it.
@@ -32,6 +39,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from decaf_lora.algorithms.base import Inbox, Tensors
+from decaf_lora.engines.base import Pending
 from decaf_lora.errors import UserError, unknown
 from decaf_lora.graphs import Graph
 
@@ -502,46 +510,42 @@ class Torchrun:
         """What this rank has handed to the transport in exchanges, so far."""
         self._plan = _Plan(np.empty(0))
 
-    def exchange(self, message: Tensors, graph: Graph, round_: int) -> Inbox:
-        """The inbox of this rank's agents: every rank sends each other rank one buffer, with the messages it needs."""
-        plan = self._plan_for(graph)
+    def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Inbox]:
+        """Every rank sends each other rank one buffer, with the messages it needs; to this rank's agents' inbox."""
+        plan, me = self._plan_for(graph), self.processes.rank
         rows, first = _Rows(message, self.wire), self.agents[0]
-        transport, device = self.processes.transport, next(iter(message.values())).device
+        device = next(iter(message.values())).device
+        lane = self._lane(device)
         outgoing = {
-            rank: rows.write({k: t[[agent - first for agent in agents]] for k, t in message.items()}, transport)
+            rank: rows.write({k: t[[agent - first for agent in agents]] for k, t in message.items()}, lane)
             for rank, agents in plan.send.items()
         }
         incoming = {
-            rank: torch.empty(len(agents), rows.size, dtype=torch.uint8, device=transport)
+            rank: torch.empty(len(agents), rows.size, dtype=torch.uint8, device=lane)
             for rank, agents in plan.receive.items()
         }
-        self._transfer(outgoing, incoming)
+        transfer = self._post(outgoing, incoming)
         self.bytes_sent += sum(buffer.nbytes for buffer in outgoing.values())
-        known = {rank: rows.read(buffer, device) for rank, buffer in incoming.items()}
-        known[self.processes.rank] = message
-        senders = [
-            agent
-            for rank in sorted(known)
-            for agent in (self.agents if rank == self.processes.rank else plan.receive[rank])
-        ]
-        tensors = {name: torch.cat([known[rank][name] for rank in sorted(known)]) for name in message}
-        return Inbox.from_weights(tensors, graph.weights, senders, self.agents)
+
+        def arrive() -> Inbox:
+            transfer.wait()
+            known = {rank: rows.read(buffer, device) for rank, buffer in incoming.items()}
+            known[me] = message
+            ranks = sorted(known)
+            senders = [agent for rank in ranks for agent in (self.agents if rank == me else plan.receive[rank])]
+            tensors = {name: torch.cat([known[rank][name] for rank in ranks]) for name in message}
+            return Inbox.from_weights(tensors, graph.weights, senders, self.agents)
+
+        return Pending(arrive)
 
     def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
         """Bytes that an exchange of such messages moves between ranks, mean over all N agents."""
         return _Rows(message, self.wire).size * self._plan_for(graph).crossings / self.num_agents
 
-    def gather(self, tensors: Tensors, everywhere: bool = True) -> Tensors:
-        """name -> (n, ...) of this rank to (N, ...) of all; {} on other ranks than 0 unless `everywhere`."""
+    def gather(self, tensors: Tensors) -> Tensors:
+        """name -> (n, ...) of this rank to (N, ...) of all, on every rank."""
         rows, device = _Rows(tensors), next(iter(tensors.values())).device
-        mine = rows.write(tensors, self.processes.transport)
-        if not everywhere:
-            if not self.is_main:
-                self._transfer({0: mine}, {})
-                return {}
-            incoming = {rank: mine.new_empty(len(block), rows.size) for rank, block in enumerate(self.blocks) if rank}
-            self._transfer({}, incoming)
-            return rows.read(torch.cat([mine, *incoming.values()]), device)
+        mine = rows.write(tensors, self._lane(device))
         # Ranks differ by at most one agent: the shorter are filled, as all_gather wants equal sizes.
         largest = len(self.blocks[0])
         filled = torch.cat([mine, mine.new_zeros(largest - len(mine), rows.size)])
@@ -550,19 +554,39 @@ class Torchrun:
             dist.all_gather(parts, filled)
         return rows.read(torch.cat([p[: len(b)] for p, b in zip(parts, self.blocks, strict=True)]), device)
 
+    def collect(self, tensors: Tensors) -> Pending[Tensors]:
+        """name -> (n, ...) of this rank to (N, ...) of all on rank 0; {} on the others, once theirs has left."""
+        rows, device = _Rows(tensors), next(iter(tensors.values())).device
+        mine = rows.write(tensors, self._lane(device))
+        if not self.is_main:
+            sent = self._post({0: mine}, {})
+
+            def leave() -> Tensors:
+                sent.wait()
+                return {}
+
+            return Pending(leave)
+        incoming = {rank: mine.new_empty(len(block), rows.size) for rank, block in enumerate(self.blocks) if rank}
+        transfer = self._post({}, incoming)
+
+        def arrive() -> Tensors:
+            transfer.wait()
+            return rows.read(torch.cat([mine, *incoming.values()]), device)
+
+        return Pending(arrive)
+
     def scatter(self, tensors: Tensors) -> Tensors:
         """name -> (N, ...) of rank 0 to everybody's own rows; on rank 0's device there, on the CPU elsewhere."""
         shapes = {k: (str(t.dtype).removeprefix("torch."), list(t.shape[1:])) for k, t in tensors.items()}
         shapes = self.processes.share("shapes", shapes if self.is_main else None)[0]
         rows = _Rows({k: torch.empty(1, *shape, dtype=getattr(torch, dtype)) for k, (dtype, shape) in shapes.items()})
-        transport = self.processes.transport
         if not self.is_main:
-            buffer = torch.empty(len(self.agents), rows.size, dtype=torch.uint8, device=transport)
-            self._transfer({}, {0: buffer})
+            buffer = torch.empty(len(self.agents), rows.size, dtype=torch.uint8)
+            self._post({}, {0: buffer}).wait()
             return rows.read(buffer, torch.device("cpu"))
         # One rank at a time: all at once would hold everybody's rows a second time.
         for rank, block in enumerate(self.blocks[1:], start=1):
-            self._transfer({rank: rows.write({k: t[block] for k, t in tensors.items()}, transport)}, {})
+            self._post({rank: rows.write({k: t[block] for k, t in tensors.items()}, torch.device("cpu"))}, {}).wait()
         return {k: t[self.agents] for k, t in tensors.items()}
 
     def any(self, flag: bool) -> bool:
@@ -572,14 +596,26 @@ class Torchrun:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
-    def _transfer(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
-        """Sends and receives all buffers (by rank) as one batch, and waits for them."""
+    def _lane(self, device: torch.device) -> torch.device:
+        """Where tensors of `device` are sent from, and received."""
+        return device if device.type == "cpu" else self.processes.transport
+
+    def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> Pending[None]:
+        """Starts to send and receive all buffers (by rank) as one batch, and keeps them until they are waited for."""
         operations = [dist.P2POp(dist.isend, buffer, rank) for rank, buffer in outgoing.items()]
         operations += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in incoming.items()]
+        works: list[Any] = []
         if operations:
             with self.processes.watched():
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
+                works = dist.batch_isend_irecv(operations)
+
+        def wait() -> None:
+            if operations:
+                with self.processes.watched():
+                    for work in works:
+                        work.wait()
+
+        return Pending(wait)
 
     def _plan_for(self, graph: Graph) -> _Plan:
         if self._plan.weights is not graph.weights:
