@@ -433,16 +433,6 @@ def test_help_and_recipes(capsys):
     assert decaf("--version") == 0
 
 
-@pytest.mark.parametrize("name", ["digits"])
-def test_every_recipe_is_a_full_config_that_round_trips(name, tmp_path):
-    from decaf_lora import config, recipes
-
-    made = recipes.get(name)
-    (tmp_path / "c.yaml").write_text(config.dump(made))
-    assert config.load(config.CompareConfig, tmp_path / "c.yaml") == made
-    assert config.differences(made, made) == []
-
-
 def test_report_writes_its_figures(finished, tmp_path, capsys):
     assert decaf("report", finished, "--figures", tmp_path / "figures") == 0
     names = {p.name for p in (tmp_path / "figures").iterdir()}

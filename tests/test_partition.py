@@ -1,6 +1,8 @@
 """Partitions against their definition, over random labels."""
 
 import math
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +166,17 @@ def test_few_shot_takes_what_there_is_when_allowed():
         partition.few_shot(labels, 0, 0)
 
 
+def test_up_to_takes_all_of_a_scarce_class_and_counts_such_classes():
+    labels = ["cat"] * 3 + ["dog"] * 9 + ["owl"] * 4
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have fewer than 4 examples \(at least 3\)"):
+        split = parse("up-to:4", labels, 2, 0)
+    assert split.label_table().sum(axis=0).tolist() == [3, 4, 4]
+    with warnings.catch_warnings(action="error"):
+        enough = parse("up-to:3/by-class", labels, 3, 0)
+    assert enough.name == "up-to:3/by-class"
+    assert_equal(replace(enough, name="shots:3/by-class"), parse("shots:3/by-class", labels, 3, 0))
+
+
 # --- the type -----------------------------------------------------------------------------------------------
 
 
@@ -243,6 +256,7 @@ def test_by_class_needs_a_class_for_every_agent():
         ("shots:4/iid", "shots:4"),
         ("shots:4/by_class", "shots:4/by-class"),
         ("Shots:4/Dirichlet:1", "shots:4/dirichlet:1"),
+        ("up_to:4/by-class", "up-to:4/by-class"),
     ],
 )
 def test_names(spec, name):
@@ -265,6 +279,8 @@ def test_names(spec, name):
         ("iid:3", "iid takes no number; write iid instead of iid:3"),
         ("by-class:2", "by-class takes no number"),
         ("shots:4/shots:2", "chooses shots twice; write it as shots:4"),
+        ("up-to:4/shots:2", "chooses shots twice; write it as up-to:4"),
+        ("up-to", "up-to is not readable; write it as up-to:40"),
         ("iid/by-class", "only shots can come before the slash"),
         ("shots:9", "class 0 has 6 examples, fewer than 9 shots"),
         ("dirichlet:0", "alpha is 0; it must be above 0"),

@@ -274,6 +274,48 @@ class TestTables:
         assert "ring, dirichlet:0.1, 2 seeds" in shown
         assert "a|b[bold]" in text  # shown, not read as markup
 
+    def test_one_setting_needs_no_table_of_settings(self) -> None:
+        assert set(records.tables(ROWS[:2])) == {"table.md", "table.csv", "table.tex"}
+
+    def test_the_layout_of_papers(self) -> None:
+        """Algorithms x (graph x partition), the columns graph by graph whatever the order of the rows."""
+        rows = [
+            row("local", 0, graph="ring", partition="iid", mean_score=0.5),
+            row("local", 0, graph="complete", partition="iid", mean_score=0.5),
+            row("d_c", 0, graph="ring", partition="iid", mean_score=0.6),
+            row("d_c", 1, graph="ring", partition="iid", mean_score=0.8),
+            row("d_c", 0, graph="complete", partition="iid", mean_score=None),
+            row("d_c", 0, graph="ring", partition="non-iid", mean_score=0.25),
+        ]
+        found = records.pivot(rows)
+        assert found.settings == [("ring", "iid"), ("ring", "non-iid"), ("complete", "iid")]
+        assert found.graphs == [("ring", 2), ("complete", 1)]
+        texts = records.tables(rows)
+        assert texts["scores.md"].splitlines()[:6] == [
+            "Mean score over agents",
+            "",
+            "| algorithm | ring, iid | ring, non-iid | complete, iid |",
+            "| --- | ---: | ---: | ---: |",
+            "| local | 0.500 | – | 0.500 |",
+            "| d_c | 0.700 ± 0.141 | 0.250 | n/a |",
+        ]
+        assert texts["scores.tex"].splitlines()[1:10] == [
+            r"\begin{tabular}{lrrr}",
+            r"\toprule",
+            r" & \multicolumn{2}{c}{ring} & \multicolumn{1}{c}{complete} \\",
+            r"\cmidrule(lr){2-3} \cmidrule(lr){4-4}",
+            r" & iid & non-iid & iid \\",
+            r"\midrule",
+            r"local & 0.500 & -- & 0.500 \\",
+            r"d\_c & 0.700 $\pm$ 0.141 & 0.250 & n/a \\",
+            r"\bottomrule",
+        ]
+        lines = list(csv.reader(io.StringIO(texts["scores.csv"])))
+        assert [line[0] for line in lines] == ["metric", *["mean_score"] * 2, *["averaged_score"] * 2]
+        assert lines[2][1:4] == ["d_c", str((0.6 + 0.8) / 2), lines[2][3]]
+        assert float(lines[2][3]) == pytest.approx(0.2 / math.sqrt(2))
+        assert lines[1][4:6] == ["", ""]
+
     @pytest.mark.parametrize(
         ("mean", "std", "text"),
         [

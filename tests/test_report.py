@@ -401,9 +401,43 @@ class TestSections:
         assert sections.words["h3"].count("Score by round") == 3
 
     def test_baselines_without_a_graph_are_in_each(self, sections: Page) -> None:
-        algorithms = [row[0] for row in sections.rows[1:] if len(row) == 8]
+        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] != "algorithm"]
         assert sorted(algorithms[:3]) == ["centralized", "decaf", "fedavg"]
         assert algorithms == algorithms[:3] * 3
+
+    def test_scores_of_all_settings_in_one_table(self, sections: Page) -> None:
+        rows = [row for row in sections.rows if len(row) == 4]
+        assert [row[1:] for row in rows if row[0] == "algorithm"] == [["iid", "by-class", "iid"]] * 2
+        decaf, fedavg, centralized = (
+            next(row for row in rows if row[0] == name) for name in ("decaf", "fedavg", "centralized")
+        )
+        assert fedavg[1] == fedavg[3]  # ran once for both graphs
+        assert len(set(centralized[1:])) == 1
+        assert all(re.fullmatch(r"0\.\d{3}", cell) for cell in decaf[1:])
+
+    def test_a_baseline_that_ran_once_is_under_every_graph(self, tmp_path: Path) -> None:
+        """As comparisons write them now: the graph is the first one, and a fact says that it is not used."""
+        for graph in (ring(4), complete(4)):
+            make_run(tmp_path / f"decaf-{graph.name}", graph=graph, agents=4, rounds=2)
+        other = make_run(tmp_path / "local-other", "local", graph=ring(4), agents=4, rounds=2, partition="iid")
+        for run in (make_run(tmp_path / "local", "local", graph=ring(4), agents=4, rounds=2), other):
+            facts = json.loads((run / "run.json").read_text())
+            records.write_json(run / "run.json", facts | {"uses_graph": False})
+        page = page_of(tmp_path)
+        titles = ["ring · dirichlet:0.1", "complete · dirichlet:0.1", "ring · iid"]
+        assert sorted(page.words["h2"]) == sorted(["Result", *titles, "How to repeat it", "Environment"])
+        of_local = next(row for row in page.rows if row[0] == "local")
+        assert of_local[1] == of_local[3]
+        assert page.words["h3"].count("Graph: complete") == 1
+
+    def test_an_earlier_comparison_with_baselines_under_every_graph(self, tmp_path: Path) -> None:
+        for graph in (ring(4), complete(4)):
+            for seed, name in enumerate(("local", "decaf", "centralized")):
+                make_run(tmp_path / f"{name}-{graph.name}", name, graph=graph, agents=4, rounds=2, seed=seed)
+        page = page_of(tmp_path)
+        assert len(page.words["h2"]) == 2 + 3
+        decaf = next(row for row in page.rows if row[0] == "decaf")
+        assert len(decaf) == 3
 
     def test_ids_differ_between_sections(self, sections: Page) -> None:
         assert len(sections.ids) == len(set(sections.ids))

@@ -31,6 +31,8 @@ from decaf_lora.errors import UserError, nearest
 _ALIASES = {
     "--algorithm": "--algorithm.name",
     "--task": "--task.name",
+    "--model": "--task.model",
+    "--data": "--task.data",
     "--lr": "--training.learning-rate",
     "--init-adapter": "--init-adapters",
 }
@@ -46,8 +48,11 @@ class Output:
     """Go on with the run in --out (same configuration)."""
     json: bool = False
     """Print the result rows as JSON instead of a table."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
     jobs: int = 0
-    """compare: runs at a time, each in its own process; 0 takes one a core, at most the number of runs."""
+    """compare: runs at a time, each in its own process; 0 takes one on a GPU, else one a core, at most the number
+    of runs."""
     engine: Literal["simulate", "torchrun"] = "simulate"
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
     backend: str = "auto"
@@ -195,7 +200,7 @@ def _compare(args: list[str]) -> int:
     _refuse_launcher(output)
     if output.jobs < 0:
         raise UserError("jobs: must be 0 (one a core) or more.")
-    jobs = output.jobs or (os.cpu_count() or 1)
+    jobs = output.jobs or execute.default_jobs(config.device)
     out = output.out or _default_out(name)
     err = Console(stderr=True, highlight=False)
     try:
@@ -262,7 +267,7 @@ def _configured(kind: type[RunConfig], command: str, args: list[str]) -> tuple[R
         if kind is RunConfig:
             base = RunConfig.model_validate({k: getattr(base, k) for k in RunConfig.model_fields})
     config, output = _parse(kind, base, f"decaf {command} {source}", rest)
-    return config, output, name
+    return recipes.shortened(config, output.scale), output, name
 
 
 def _parse(kind: type[RunConfig], base: RunConfig, prog: str, args: list[str]) -> tuple[RunConfig, Output]:
@@ -272,6 +277,9 @@ def _parse(kind: type[RunConfig], base: RunConfig, prog: str, args: list[str]) -
     def both(config: Any, output: Output) -> tuple[Any, Output]:
         return config, output
 
+    given = {a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")}
+    if "task.test_share" in given and "task.test_split" not in given:  # it replaces the recipe's test split
+        base = base.model_copy(update={"task": base.task.model_copy(update={"test_split": None})})
     both.__annotations__.update(
         config=Annotated[_unchecked(kind), arg(name="")], output=Annotated[Output, arg(name="")]
     )

@@ -38,10 +38,10 @@ class TaskConfig(_Frozen):
     """Split to score on; `test` if unset."""
     test_share: float | None = Field(None, gt=0, lt=1)
     """Hold this share of the training split out as test set, class by class, instead of `test_split`."""
-    max_train: int | None = Field(None, ge=1)
-    """Keep at most so many training examples, with the class mix of all."""
-    max_test: int | None = Field(None, ge=1)
-    """Keep at most so many test examples, with the class mix of all."""
+    max_train: int | float | None = None
+    """Keep at most so many training examples, or (below 1) this share, with the class mix of all."""
+    max_test: int | float | None = None
+    """Keep at most so many test examples, or (below 1) this share, with the class mix of all."""
     data_seed: int = Field(0, ge=0)
     """Draws the held-out share and the kept examples; the same for all seeds of a comparison."""
     text_column: str = "text"
@@ -87,6 +87,13 @@ class TaskConfig(_Frozen):
     """Leave out images that do not decode (they are counted and named) instead of refusing them."""
     eval_batch_size: int = Field(256, ge=1)
     """Test examples of one agent in one forward pass."""
+
+    @field_validator("max_train", "max_test")
+    @classmethod
+    def _check_limit(cls, value: float | None) -> float | None:
+        if value is not None and not (0 < value < 1 or (value >= 1 and isinstance(value, int))):
+            raise ValueError("must be a whole number of at least 1, or a share between 0 and 1")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:
@@ -224,7 +231,7 @@ class RunConfig(_Frozen):
     """Exchanges in a round, each on the next graph of a schedule; `period` takes a whole period of it, after
     which an exact schedule (base:3, one-peer-hypercube) has averaged as the complete graph does."""
     partition: str = "dirichlet:0.1"
-    """Who holds what: iid, shots:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
+    """Who holds what: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
     start: Literal["common", "independent"] = "common"
     """Whether all agents draw the same A at the start."""
     init_adapters: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ batch asks for them.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -95,8 +96,10 @@ def load(
     if config.test_share is not None:
         splits, numbers = _held_out(config, splits["train"], numbers["train"])
     for name, limit in (("train", config.max_train), ("test", config.max_test)):
+        if limit is not None and limit < 1:
+            limit = math.ceil(limit * len(splits[name]))
         if limit is not None and limit < len(splits[name]):
-            kept = np.sort(spread(numbers[name], config.data_seed, f"max_{name}")[:limit])
+            kept = np.sort(spread(numbers[name], config.data_seed, f"max_{name}")[: int(limit)])
             splits[name], numbers[name] = splits[name].select(kept), numbers[name][kept]
     _warn_of_absent_classes(numbers, classes)
     return Examples(splits["train"], splits["test"], numbers["train"], numbers["test"], classes, named)
@@ -163,7 +166,10 @@ def _open(config: TaskConfig, split: str | None = None) -> Any:
         if {file.suffix for file in path.iterdir()} & set(READERS) == {".txt"}:
             options = {"sample_by": "paragraph"}
     elif looks_local(name):
-        raise UserError(f"task.data: {path} does not exist.")
+        raise UserError(
+            f"task.data: {path} does not exist; put the data there or name other data (docs/reproducing.md says "
+            "where those of the recipes come from)."
+        )
     try:
         return datasets.load_dataset(name, config.subset, split=split, **options)
     except (ConnectionError, FileNotFoundError) as error:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import os
 import queue as queues
@@ -18,7 +19,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -350,6 +351,7 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
         "seed": config.seed,
         "task": engine.task.name,
         "score_name": engine.task.score_name,
+        "uses_graph": engine.algorithm.topology == "graph",
         "agents_per_pass": engine.trainer.agents_per_pass,
     }
 
@@ -414,36 +416,52 @@ def _ctrl_c(stop: Callable[[], None], launched: bool = False) -> Iterator[None]:
 # Several runs
 
 
+def default_jobs(device: str) -> int:
+    """Runs at a time unless the user says: one on a GPU, which one model may fill; else one a core."""
+    import torch
+
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return 1 if on_gpu else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison: the name of its folder and its configuration."""
+    """One run of a comparison: the name of its folder, its configuration, and the graphs that it stands for."""
 
     name: str
     config: RunConfig
+    graphs: tuple[str, ...]
 
 
 def cells(config: CompareConfig) -> list[Cell]:
-    """The runs of a comparison: graphs x partitions x seeds x algorithms."""
+    """The runs of a comparison: graphs x partitions x seeds x algorithms.
+
+    An algorithm that does not use the graph (local, centralized, fedavg) runs once for all graphs.
+    """
     from decaf_lora import algorithms
 
     out = []
-    for graph in config.graphs or (config.graph,):
-        for partition in config.partitions or (config.partition,):
-            for seed in config.seeds:
-                for name in config.algorithms:
-                    key = name.replace("-", "_")
-                    options = algorithms.accepted(key, config.algorithm.options())
-                    values = {k: getattr(config, k) for k in RunConfig.model_fields}
-                    learning_rate = config.learning_rates.get(key, config.training.learning_rate)
-                    values |= {
-                        "graph": graph,
-                        "partition": partition,
-                        "seed": seed,
-                        "algorithm": {"name": key, **options},
-                        "training": config.training.model_copy(update={"learning_rate": learning_rate}),
-                    }
-                    folder = f"{key}-{graph}-{partition}-seed{seed}".replace("/", "_").replace(":", "-")
-                    out.append(Cell(folder, RunConfig.model_validate(values)))
+    graphs = config.graphs or (config.graph,)
+    for graph, partition, seed, name in itertools.product(
+        graphs, config.partitions or (config.partition,), config.seeds, config.algorithms
+    ):
+        key = name.replace("-", "_")
+        options = algorithms.accepted(key, config.algorithm.options())
+        shared = len(graphs) > 1 and algorithms.make(key, **options).topology != "graph"
+        if shared and graph != graphs[0]:
+            continue
+        values = {k: getattr(config, k) for k in RunConfig.model_fields}
+        learning_rate = config.learning_rates.get(key, config.training.learning_rate)
+        values |= {
+            "graph": graph,
+            "partition": partition,
+            "seed": seed,
+            "algorithm": {"name": key, **options},
+            "training": config.training.model_copy(update={"learning_rate": learning_rate}),
+        }
+        parts = [key, partition, f"seed{seed}"] if shared else [key, graph, partition, f"seed{seed}"]
+        folder = "-".join(parts).replace("/", "_").replace(":", "-")
+        out.append(Cell(folder, RunConfig.model_validate(values), graphs if shared else (graph,)))
     return out
 
 
@@ -452,9 +470,10 @@ def compare(
 ) -> list[SummaryRow]:
     """Runs every cell of a comparison below `out`, `jobs` at a time; finished ones are kept with `resume`.
 
-    Writes summary.json, tables and the report over all. Raises Interrupted after Ctrl-C.
+    Writes summary.json, tables and the report over all; a run that stands for several graphs has a row under each.
+    Raises Interrupted after Ctrl-C.
     """
-    from decaf_lora.records import to_csv, to_latex, to_markdown
+    from decaf_lora.records import tables
     from decaf_lora.report import write_report
 
     _check_folder(config, out, resume)
@@ -472,11 +491,12 @@ def compare(
         else:
             left.append(cell)
     rows |= _run_all(left, out, jobs, watch)
-    ordered = [rows[cell.name] for cell in todo]
+    graphs = dict.fromkeys(graph for cell in todo for graph in cell.graphs)
+    ordered = [replace(rows[cell.name], graph=graph) for graph in graphs for cell in todo if graph in cell.graphs]
     with _disk(out):
         write_json(out / "summary.json", [asdict(row) for row in ordered])
-        for name, text in (("table.md", to_markdown), ("table.csv", to_csv), ("table.tex", to_latex)):
-            replace_text(out / name, text(ordered))
+        for name, text in tables(ordered).items():
+            replace_text(out / name, text)
         write_report(out)
     return ordered
 

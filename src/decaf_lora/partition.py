@@ -10,6 +10,7 @@ arXiv 1905.12022: every class is split by proportions of its own); `by_class` is
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -118,7 +119,7 @@ def few_shot(labels: ArrayLike, shots: int, seed: int, *, allow_fewer: bool = Fa
         scarce = counts.argmin()
         raise UserError(
             f"partition: class {names[scarce].item()!r} has {counts[scarce]} examples, fewer than {shots} "
-            f"shots; use at most {counts[scarce]} shots, or allow_fewer=True to take what there is."
+            f"shots; use at most {counts[scarce]} shots, or take what there is (up-to:{shots}; allow_fewer=True)."
         )
     generator = numpy_generator(seed, "partition", "few-shot")
     piles = _shuffled_by_class(ranks, np.arange(len(ranks)), generator)
@@ -298,6 +299,7 @@ def _dirichlet_counts(totals: Indices, agents: int, alpha: float, generator: np.
 KINDS: dict[str, str] = {
     "iid": "shuffled, equal shares of every class",
     "shots:40": "so many examples a class in all, equal shares; shots:40/RULE splits them by another rule",
+    "up-to:40": "the same, with all examples of a class that has fewer (they are counted in a warning)",
     "dirichlet:0.1": "label skew, the stronger the smaller the number",
     "by-class": "every class on one agent",
 }
@@ -307,8 +309,8 @@ def parse(spec: str, labels: ArrayLike, agents: int, seed: int) -> Partition:
     """The partition that a command line or a recipe names.
 
     Args:
-        spec: "iid", "shots:40", "dirichlet:0.1" or "by-class" ("_" reads as "-"), or shots split by another
-            rule: "shots:40/dirichlet:0.1".
+        spec: "iid", "shots:40", "up-to:40", "dirichlet:0.1" or "by-class" ("_" reads as "-"), or shots split by
+            another rule: "shots:40/dirichlet:0.1".
         labels: (M,).
         agents: N.
         seed: of every choice.
@@ -318,13 +320,16 @@ def parse(spec: str, labels: ArrayLike, agents: int, seed: int) -> Partition:
     """
     first, slash, rule = spec.strip().lower().replace("_", "-").partition("/")
     name, argument = _split(first)
-    examples, number = None, 0
-    if name == "shots":
-        number = _number(first, argument, int, "shots:40")
-        examples = few_shot(labels, number, seed)
+    examples, chosen = None, ""
+    if name in ("shots", "up-to"):
+        number = _number(first, argument, int, f"{name}:40")
+        chosen = f"{name}:{number}"
+        examples = few_shot(labels, number, seed, allow_fewer=name == "up-to")
+        if name == "up-to":
+            _warn_of_scarce_classes(labels, number)
         name, argument = _split(rule) if slash else ("iid", "")
-        if name == "shots":
-            raise UserError(f"partition: {spec} chooses shots twice; write it as shots:{number}.")
+        if name in ("shots", "up-to"):
+            raise UserError(f"partition: {spec} chooses shots twice; write it as {chosen}.")
     elif slash:
         raise UserError(f"partition: {spec} is not readable; only shots can come before the slash.")
 
@@ -341,7 +346,17 @@ def parse(spec: str, labels: ArrayLike, agents: int, seed: int) -> Partition:
         partition = by_class(labels, agents, examples=examples)
     if examples is None:
         return partition
-    return replace(partition, name=f"shots:{number}" + (f"/{partition.name}" if name != "iid" else ""))
+    return replace(partition, name=chosen + (f"/{partition.name}" if name != "iid" else ""))
+
+
+def _warn_of_scarce_classes(labels: ArrayLike, shots: int) -> None:
+    counts = np.unique(_check_labels(labels), return_counts=True)[1]
+    if scarce := int((counts < shots).sum()):
+        warnings.warn(
+            f"partition: {scarce} of {len(counts)} classes have fewer than {shots} examples (at least {counts.min()}); "
+            "all of these are taken.",
+            stacklevel=3,
+        )
 
 
 def _split(rule: str) -> tuple[str, str]:

@@ -10,10 +10,10 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -106,9 +106,13 @@ class Run:
     def seed(self) -> int:
         return int(self.facts["seed"])
 
+    @property
+    def uses_graph(self) -> bool:
+        """Whether who talks to whom is what the graph says: not so for a server, pooled data, no exchange."""
+        return bool(self.facts.get("uses_graph", self.graph not in GRAPHLESS and self.algorithm != "centralized"))
+
 
 Groups = dict[str, list[Run]]  # algorithm -> its runs, one a seed
-Compared = TypeVar("Compared", Run, Aggregate)
 Values = Sequence[float | None] | None
 
 
@@ -223,20 +227,23 @@ def _identity(run: Run | SummaryRow) -> tuple[str, str, str, int]:
     return run.algorithm, run.graph, run.partition, run.seed
 
 
-def _sections(items: Iterable[Compared]) -> dict[tuple[str, str], list[Compared]]:
-    """What is to be compared with what: the items under one graph and partition.
+def _sections(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """What is to be compared with what: the runs under one graph and partition.
 
     Baselines that have no use for the graph (a server, pooled data, no exchange) may have run once only; they
     belong to every graph of their partition.
     """
-    items = list(items)
-    bound = [item for item in items if item.graph not in GRAPHLESS and item.algorithm != "centralized"]
-    sections: dict[tuple[str, str], list[Compared]] = {(item.graph, item.partition): [] for item in bound or items}
-    for item in items:
-        own = (item.graph, item.partition)
-        partition = [setting for setting in sections if setting[1] == item.partition]
-        for setting in [own] if own in sections else partition or sections:
-            sections[setting].append(item)
+    bound = [run for run in runs if run.uses_graph]
+    sections: dict[tuple[str, str], list[Run]] = {(run.graph, run.partition): [] for run in bound or runs}
+    for run in runs:
+        own = (run.graph, run.partition)
+        partition = [setting for setting in sections if setting[1] == run.partition]
+        if "uses_graph" in run.facts:
+            settings = [own] if run.uses_graph else partition or [own]
+        else:  # written by an earlier version, which ran baselines under every graph
+            settings = [own] if own in sections else partition or list(sections)
+        for setting in settings:
+            sections.setdefault(setting, []).append(run)
     return sections
 
 
@@ -266,7 +273,7 @@ def _distinct(values: Iterable[object]) -> str:
 def _facts(runs: Sequence[Run]) -> dict[str, str]:
     """What was run, in a few words each."""
     peers = [run for run in runs if run.algorithm != "centralized"] or runs
-    bound = [run for run in peers if run.graph not in GRAPHLESS] or peers
+    bound = [run for run in peers if run.uses_graph] or peers
     facts = {
         "Task": _distinct(run.facts.get("task") for run in runs),
         "Algorithms" if len(runs) > 1 else "Algorithm": _distinct(run.algorithm for run in runs),
@@ -292,24 +299,46 @@ def _table(runs: Sequence[Run]) -> dict[str, Any]:
     The centralized baseline competes with nobody: it sees all the data.
     """
     algorithms = list(dict.fromkeys(run.algorithm for run in runs))
-    rows = records.aggregate(_row(run) for run in runs)
-    rows.sort(key=lambda row: algorithms.index(row.algorithm))
+    everything: list[SummaryRow] = []
     groups = []
-    for setting, members in _sections(rows).items():
+    for setting, of_setting in _sections(runs).items():
+        summary = [replace(_row(run), graph=setting[0], partition=setting[1]) for run in of_setting]
+        everything += summary
+        members = sorted(records.aggregate(summary), key=lambda row: algorithms.index(row.algorithm))
         best = _best([row for row in members if row.algorithm != "centralized"])
         lines = [
             [(text, (id(row), column) in best) for column, text in enumerate(records.cells(row))] for row in members
         ]
         # The title says what graph and partition (columns 1 and 2) are.
         groups.append((" · ".join(setting), [line[:1] + line[3:] for line in lines]))
-    notes = ["± is the standard deviation over seeds."] if any(row.seeds > 1 for row in rows) else []
+    several_seeds = any(row.seeds > 1 for row in records.aggregate(everything))
+    notes = ["± is the standard deviation over seeds."] if several_seeds else []
     if any(best for _, lines in groups for line in lines for _, best in line):
         notes.append("Highlighted: the best that does not pool the data.")
     notes.append("Scores are those of the last evaluated round.")
     return {
         "columns": records.COLUMNS[:1] + records.COLUMNS[3:],
         "groups": groups,
+        "pivots": [_pivot(everything, metric) for metric in records.SHOWN] if len(groups) > 1 else [],
         "note": " ".join(notes),
+    }
+
+
+def _pivot(rows: Sequence[SummaryRow], metric: str) -> dict[str, Any]:
+    """A score by algorithm and setting for the template, the best of each column marked as in the other table."""
+    pivot = records.pivot(rows, metric)
+    lines = {algorithm: pivot.cells(algorithm) for algorithm in pivot.lines}
+    best = set()
+    for column in range(len(pivot.settings)):
+        spreads = {name: of_all[column] for name, of_all in pivot.lines.items() if name != "centralized"}
+        means = {name: round(s.mean, 3) for name, s in spreads.items() if s is not None and s.mean is not None}
+        if len(means) > 1:
+            best |= {(name, column) for name, mean in means.items() if mean == max(means.values())}
+    return {
+        "title": records.SHOWN[metric].capitalize(),
+        "graphs": pivot.graphs,
+        "partitions": [partition for _, partition in pivot.settings],
+        "lines": [(name, [(text, (name, k) in best) for k, text in enumerate(of)]) for name, of in lines.items()],
     }
 
 
@@ -646,7 +675,7 @@ def _peer(groups: Groups) -> Run:
     """The run whose graph and partition stand for the section."""
     runs = [run for group in groups.values() for run in group]
     peers = [run for run in runs if run.algorithm != "centralized"] or runs
-    return next((run for run in peers if run.graph not in GRAPHLESS), peers[0])
+    return next((run for run in peers if run.uses_graph), peers[0])
 
 
 def _labels(groups: Groups) -> Plot | None:
