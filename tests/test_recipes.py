@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -311,3 +313,30 @@ def test_a_sweep_over_one_graph_keeps_its_names():
     names = {c.name for c in cells(recipes.get("digits"))}
     assert {"local-ring-dirichlet-0.1-seed0", "decaf-ring-dirichlet-0.1-seed2"} <= names
     assert len(names) == 18
+
+
+def test_a_split_of_coop_becomes_a_folder_of_data(tmp_path, capsys):
+    """Bytes as they were, names with the numbers; an absent image is named."""
+    from decaf_lora import data
+
+    images, splits = tmp_path / "frames", {"train": [], "val": [], "test": []}
+    for number, label in enumerate(("Yo_Yo", "Archery")):
+        (images / label).mkdir(parents=True)
+        for i, split in enumerate(("train", "train", "val", "test")):
+            Image.new("RGB", (8, 8), (i, number, 9)).save(images / label / f"v_{i}.png")
+            splits[split].append([f"{label}/v_{i}.png", number, label])
+    (tmp_path / "split.json").write_text(json.dumps(splits))
+    command = [sys.executable, ROOT / "scripts" / "coop_split.py", images, tmp_path / "split.json", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (images / "Yo_Yo" / "v_0.png").rename(tmp_path / "moved.png")  # the folder needs the images no more
+    found = data.load(TaskConfig(data=str(tmp_path / "out")), [], label="label", image="image")
+    assert found.classes == ["Yo_Yo", "Archery"]
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    assert found.test_labels.tolist() == [0, 1]
+    assert found.train[0]["image"]["bytes"] == (tmp_path / "moved.png").read_bytes()
+    command[-1] = tmp_path / "again"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 1
+    assert "1 of 8 images are not in" in again.stderr
+    assert "first: Yo_Yo/v_0.png" in again.stderr
