@@ -12,17 +12,15 @@ decaf compare runs/minilm/banking77/iid/table/config.yaml.
 
 import argparse
 import json
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from best_rates import rates_table, search, table
 from decaf_lora import config as configs
-from decaf_lora import execute
 from decaf_lora.config import CompareConfig
-from decaf_lora.records import SummaryRow, to_markdown, write_json
+from decaf_lora.records import to_markdown, write_json
 
 SETS: dict[str, tuple[int, dict[str, Any]]] = {
     "banking77": (10, {}),
@@ -31,10 +29,6 @@ SETS: dict[str, tuple[int, dict[str, Any]]] = {
 """Examples a class over all agents (770 and 750), and what differs from minilm.yaml."""
 PARTITIONS = {"dirichlet": "/dirichlet:0.1", "iid": ""}
 RATES = {"dirichlet": (0.005, 0.01, 0.02), "iid": (0.002, 0.005, 0.01)}
-FASTER = {"dlora_fa": 2}
-"""dlora_fa, which trains B alone, chooses among twice these."""
-Found = dict[str, dict[float, float]]
-"""Method -> learning rate -> mean accuracy over the agents."""
 
 
 def config(name: str, partition: str, data: Path, cache: Path) -> CompareConfig:
@@ -64,49 +58,6 @@ def json_lines(source: Path, folder: Path) -> Path:
         lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in splits[split]]
         (folder / f"{split}.jsonl").write_text("".join(lines))
     return folder
-
-
-def compare(config: CompareConfig, out: Path) -> list[SummaryRow]:
-    """`execute.compare`, going on with what is there."""
-    started = time.process_time()
-    rows = execute.compare(config, out, resume=(out / "config.yaml").exists())
-    print(f"{out}: {time.process_time() - started:.0f} s of processor time", flush=True)
-    return rows
-
-
-def search(config: CompareConfig, rates: tuple[float, ...], out: Path) -> Found:
-    """Every method at every rate, with the first seed."""
-    found: Found = {}
-    for i, rate in enumerate(rates):
-        tried = {a: rate * FASTER.get(a, 1) for a in config.algorithms}
-        one = config.model_copy(update={"learning_rates": tried, "seeds": config.seeds[:1]})
-        for row in compare(one, out / f"rates-{i}"):
-            assert row.mean_score is not None
-            found.setdefault(row.algorithm, {})[tried[row.algorithm]] = row.mean_score
-    return found
-
-
-def table(config: CompareConfig, found: Found, searched: Path, out: Path) -> list[SummaryRow]:
-    """Every method with all seeds at its best rate; the first seed's runs are the search's."""
-    best = {algorithm: max(scores, key=scores.__getitem__) for algorithm, scores in found.items()}
-    config = config.model_copy(update={"learning_rates": best})
-    if not out.exists():
-        out.mkdir()
-        (out / "config.yaml").write_text(configs.dump(config))
-        for cell in execute.cells(config.model_copy(update={"seeds": config.seeds[:1]})):
-            i = list(found[cell.config.algorithm.name]).index(cell.config.training.learning_rate)
-            shutil.copytree(searched / f"rates-{i}" / cell.name, out / cell.name)
-    return compare(config, out)
-
-
-def rates_table(found: Found) -> str:
-    """The search as Markdown, the best rate of a method bold."""
-    lines = ["| method |" + " learning rate: accuracy |" * 3, "| --- |" + " --- |" * 3]
-    for algorithm, scores in found.items():
-        best = max(scores, key=scores.__getitem__)
-        shown = [f"**{r:g}: {s:.3f}**" if r == best else f"{r:g}: {s:.3f}" for r, s in scores.items()]
-        lines.append(f"| {algorithm} | {' | '.join(shown)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

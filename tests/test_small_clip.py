@@ -12,6 +12,11 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from decaf_lora import config as configs
+from decaf_lora import execute
+from decaf_lora.config import CompareConfig
+from decaf_lora.partition import parse
+
 ROOT = Path(__file__).parent.parent
 NAMES = ["airplane", "bird", "cat"]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -102,15 +107,28 @@ def test_the_agents_images_are_turned_inverted_and_unseen(source, made):
             assert original[split][back.tobytes()] == rows.features["label"].int2str(row["label"])
 
 
-def test_agents_adapt_it_and_peft_loads_what_they_learnt(made, tmp_path):
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+def test_the_benchmark_deals_forty_images_a_class(partition):
     import results_clip
-    from decaf_lora import execute
 
-    (cell,) = execute.cells(results_clip.config(made, "shots:10", {"decaf": 0.02}, seeds=[0], rounds=2))
+    base = results_clip.config(partition)
+    labels = np.repeat(np.arange(10), 60)
+    shards = parse(base.partition, labels, base.agents, 0)
+    assert shards.label_table().sum(0).tolist() == [40] * 10
+    assert (shards.label_table() == 4).all() == (partition == "iid")
+
+
+def test_agents_adapt_it_and_peft_loads_what_they_learnt(made, tmp_path):
+    values = configs.load(CompareConfig, ROOT / "benchmarks" / "clip.yaml").model_dump()
+    values["task"] |= {"model": str(made / "model"), "data": str(made / "images")}
+    values |= {"partition": "shots:10", "rounds": 2, "algorithms": ["decaf"], "seeds": [0]}
+    values["training"]["learning_rate"] = 0.02
+    (cell,) = execute.cells(CompareConfig.model_validate(values))
     run = execute.build(cell.config)
     try:
         _, first, second = run.train()
         assert np.mean(second.losses) < np.mean(first.losses)
+        assert {site.split(".")[0] for site in run.attached.sites} == {"text_model", "vision_model"}
         batch = run.task.test_batch(np.arange(12))
         run.save_adapter(tmp_path / "agent", 4)
         theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(made / "model").eval(), tmp_path / "agent").eval()
