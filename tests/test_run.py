@@ -244,6 +244,42 @@ def test_fedavg_equals_dlora_on_a_complete_graph_with_equal_sizes():
     same(runs[0].adapter, runs[1].adapter)
 
 
+@pytest.mark.parametrize("start", ["common", "independent"])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_decaf_on_a_complete_graph_ends_in_one_product(n, start):
+    """All agents hold the rank-r SVD of the float64 mean of the products that the last local steps left."""
+    algorithm, before = algorithms.make("decaf"), []
+
+    def combine(adapter, state, inbox, round_):
+        before.append(adapter)
+        return algorithm.combine(adapter, state, inbox, round_)
+
+    task = Toy(extras=True)
+    shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
+    run = Run(
+        task,
+        algorithm._replace(combine=combine),
+        graphs.complete(n),
+        shards,
+        CONFIG.model_copy(update={"schedule": "constant"}),  # the last steps are as long as the first
+        rounds=3,
+        common_start=start == "common",
+    )
+    *_, last = run.train()
+    assert len(before) == 3
+    for layer in run.adapter.layers:
+        dense = (before[-1].B[layer].double() @ before[-1].A[layer].double()).numpy()
+        assert np.abs(dense - dense.mean(0)).max() > 1e-3  # the agents had parted
+        u, s, vh = np.linalg.svd(dense.mean(0))
+        expected = torch.from_numpy((u[:, :2] * s[:2]) @ vh[:2])
+        for agent in range(n):
+            product = run.adapter.B[layer][agent].double() @ run.adapter.A[layer][agent].double()
+            torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-6)
+    head = before[-1].extras["head.weight"].double().mean(0)
+    torch.testing.assert_close(run.adapter.extras["head.weight"].double(), head.expand(n, -1, -1), rtol=1e-5, atol=1e-6)
+    assert last.consensus_distance < 1e-5
+
+
 def test_decaf_stays_near_dlora_on_a_complete_graph():
     """Common start, frequent mixing: interference is second order, so the products agree closely."""
     runs = {name: make_run(name, graph=graphs.complete(4), rounds=1) for name in ("dlora", "decaf")}

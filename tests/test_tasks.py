@@ -7,7 +7,6 @@ there by the task's own code.
 import copy
 import dataclasses
 import itertools
-import json
 import os
 import re
 import shutil
@@ -24,13 +23,11 @@ import transformers
 from peft import PeftModel
 from PIL import Image
 from sklearn.metrics import f1_score
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -43,18 +40,13 @@ from decaf_lora.run import Run
 from decaf_lora.tasks import causal_lm
 from decaf_lora.tasks.base import repeat_for_agents
 from decaf_lora.tasks.sequence_classification import ClassScore
+from tiny import DECODERS, DUALS, ENCODERS, WORDS, tokenizer, write
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"needs real data in {DATA}; set DECAF_DATA")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-KNOWN = (
-    "the a red blue green cat dog bird sat ran flew on under over mat tree sky is it true false yes no maybe "
-    "question answer : ? . , photo of big small old new good bad film was not very user assistant"
-)
-WORDS = KNOWN.split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,121 +57,6 @@ def cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
-# Tiny models with their tokenizers, as directories
-
-
-def tokenizer(style="bert", pad="<pad>", eos="</s>", limit=32):
-    """Words of `WORDS`; `bert`: <s> a </s>, or <s> a </s> b </s>; `gpt`: the words alone."""
-    specials = ["<pad>", "<s>", "<unk>", "</s>"]  # CLIP pools at its highest token if </s> is number 2
-    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    if style == "bert":
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 3)]
-        )
-    elif style == "llama":
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = ["input_ids", "token_type_ids", "attention_mask"] if style == "bert" else ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        eos_token=eos,
-        bos_token="<s>",
-        unk_token="<unk>",
-        model_max_length=limit,
-        model_input_names=names,
-    )
-
-
-def qwen_tokenizer():
-    """Byte-level pairs, as AutoTokenizer insists on for this family; texts have no beginning token."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
-    backend.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    pairs = json.loads(backend.to_str())["model"]
-    merges = [tuple(pair) for pair in pairs["merges"]]
-    return transformers.Qwen2Tokenizer(vocab=pairs["vocab"], merges=merges, model_max_length=64)
-
-
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-}
-LLAMA = SMALL | {"num_key_value_heads": 1, "max_position_embeddings": 64}
-TOWERS = {
-    "text_config": {**SMALL, "max_position_embeddings": 16},
-    "vision_config": {
-        "image_size": 16,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },
-}
-ENCODERS = {
-    "bert": ("BertConfig", SMALL),
-    "roberta": ("RobertaConfig", SMALL | {"type_vocab_size": 1, "pad_token_id": 0}),
-    "distilbert": (
-        "DistilBertConfig",
-        {
-            "vocab_size": 60,
-            "dim": 16,
-            "hidden_dim": 24,
-            "n_layers": 2,
-            "n_heads": 2,
-            "max_position_embeddings": 32,
-            "pad_token_id": 0,
-        },
-    ),
-    "deberta-v2": (
-        "DebertaV2Config",
-        SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
-    ),
-}
-DECODERS = {
-    "llama": ("LlamaConfig", LLAMA),
-    "qwen2": ("Qwen2Config", LLAMA | {"vocab_size": 320, "bos_token_id": None, "eos_token_id": 0}),
-    "gpt2": (
-        "GPT2Config",
-        {
-            "vocab_size": 60,
-            "n_embd": 16,
-            "n_layer": 2,
-            "n_head": 2,
-            "n_positions": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 3,
-        },
-    ),
-}
-DUALS = {
-    "clip": ("CLIPConfig", TOWERS | {"projection_dim": 8}),
-    "siglip": ("SiglipConfig", TOWERS),
-}
-
-
-def new_model(kind, family, table):
-    name, values = table[family]
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = kind.from_config(getattr(transformers, name)(**values)).eval()
-        for parameter in model.parameters():  # far from the flat start of a new model
-            if parameter.dim() > 1:
-                parameter.data.normal_(std=0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """Family -> directory, made when first asked for."""
@@ -187,26 +64,7 @@ def directories(tmp_path_factory):
 
     def directory(family):
         if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            if family in ENCODERS:
-                new_model(AutoModel, family, ENCODERS).save_pretrained(made[family])
-                tok = tokenizer()
-                if family in ("roberta", "distilbert"):
-                    tok.model_input_names = ["input_ids", "attention_mask"]
-                tok.save_pretrained(made[family])
-            elif family in DECODERS:
-                new_model(AutoModelForCausalLM, family, DECODERS).save_pretrained(made[family])
-                styles = {"gpt2": "gpt", "llama": "llama"}
-                tok = tokenizer(styles[family], pad=None, limit=64) if family in styles else qwen_tokenizer()
-                tok.save_pretrained(made[family])
-            else:
-                new_model(AutoModel, family, DUALS).save_pretrained(made[family])
-                tok = tokenizer(limit=16)
-                tok.model_input_names = ["input_ids"] + ["attention_mask"] * (family == "clip")
-                tok.save_pretrained(made[family])
-                kind = getattr(transformers, {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[family])
-                size = {"height": 16, "width": 16}
-                kind(size=size, crop_size=size).save_pretrained(made[family])
+            made[family] = write(family, tmp_path_factory.mktemp(family))
         return str(made[family])
 
     return directory
@@ -361,6 +219,31 @@ def moved(adapter, seed=3):
     return dataclasses.replace(
         adapter, B={k: 0.2 * torch.randn(t.shape, generator=generator) for k, t in adapter.B.items()}
     )
+
+
+TARGETS = {
+    "bert": {"query", "value"},
+    "roberta": {"query", "value"},
+    "distilbert": {"q_lin", "v_lin"},
+    "deberta-v2": {"value_proj"},
+    "llama": {"q_proj", "v_proj"},
+    "qwen2": {"q_proj", "v_proj"},
+    "gpt2": {"c_attn"},
+    "clip": {"q_proj", "k_proj", "v_proj"},
+    "siglip": {"q_proj", "k_proj", "v_proj"},
+}
+
+
+@pytest.mark.parametrize("family", list(TARGETS))
+def test_the_default_targets_are_the_attention_of_every_block(family, directories, texts, images):
+    name, options = CASES[family]
+    task = make(name=name, model=directories(family), data=images if name == "image-text" else texts, **options)
+    sites = list(attach(task.model, task.default_lora()).sites)
+    assert {site.rpartition(".")[2] for site in sites} == TARGETS[family]
+    towers = 2 if family in DUALS else 1
+    assert len(sites) == towers * 2 * len(TARGETS[family])  # all are models of two blocks
+    if towers == 2:
+        assert {site.split(".")[0] for site in sites} == {"text_model", "vision_model"}
 
 
 # Sequence classification

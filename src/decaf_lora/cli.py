@@ -34,6 +34,7 @@ _ALIASES = {
     "--model": "--task.model",
     "--data": "--task.data",
     "--lr": "--training.learning-rate",
+    "--skip-bad": "--task.skip-bad",
     "--init-adapter": "--init-adapters",
 }
 
@@ -69,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     console = Console(stderr=True, highlight=False)
-    # Our own progress display replaces the libraries' bars.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        # The libraries' bars (downloads, preprocessing) are for a person who watches, and one process of several.
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "RANK" in os.environ:  # a lost process is one line of ours, not pages of torch's C++
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

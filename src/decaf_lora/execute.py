@@ -290,6 +290,8 @@ def lora_config(config: RunConfig, default: Any) -> Any:
 
 
 _tasks: dict[tuple[str, str], Any] = {}
+_loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+"""Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
 
 
 def _task(config: TaskConfig, device: str) -> Any:
@@ -298,7 +300,8 @@ def _task(config: TaskConfig, device: str) -> Any:
 
     key = (config.model_dump_json(), device)
     if key not in _tasks:
-        task = tasks.make(config)
+        with _loading:
+            task = tasks.make(config)
         task.model.to(_device(device))
         _tasks.clear()
         _tasks[key] = task
@@ -510,7 +513,10 @@ def _run_all(left: list[Cell], out: Path, jobs: int, watch: Watch) -> dict[str, 
         threads = max(1, (os.cpu_count() or 1) // jobs)
         rows = {}
         with ProcessPoolExecutor(
-            min(jobs, len(left)), mp_context=context, initializer=_start_worker, initargs=(events, threads)
+            min(jobs, len(left)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(events, manager.Lock(), threads),
         ) as pool:
             futures = {pool.submit(_run_in_worker, cell, out): cell for cell in left}
             done = threading.Event()
@@ -542,11 +548,12 @@ def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
 _events: Any = None
 
 
-def _start_worker(events: Any, threads: int) -> None:
-    global _events
-    _events = events
+def _start_worker(events: Any, loading: Any, threads: int) -> None:
+    global _events, _loading
+    _events, _loading = events, loading
     # Ctrl-C reaches every process of the terminal; one that is between two runs has nothing to save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live display may be on by then
     import torch
 
     torch.set_num_threads(threads)

@@ -32,24 +32,28 @@ def _live(total: int, console: Console) -> Iterator[Watch]:
         TimeElapsedColumn(),
         console=console,
     )
-    with progress:
-        overall = progress.add_task("runs", total=total, facts="") if total > 1 else None
-        tasks: dict[str, TaskID] = {}
+    overall = progress.add_task("runs", total=total, facts="") if total > 1 else None
+    tasks: dict[str, TaskID] = {}
 
-        def watch(event: Event) -> None:
-            if event.key not in tasks:
-                tasks[event.key] = progress.add_task(event.key, total=event.rounds, facts="")
-            task = tasks[event.key]
-            progress.update(task, completed=event.round - (event.fraction < 1), facts=_facts(event))
-            if event.fraction >= 1 and event.loss is None:
-                if overall is not None:
-                    progress.update(overall, advance=1)
-                    progress.remove_task(task)
-                    progress.console.print(_done(event), highlight=False)
-                else:
-                    progress.update(task, completed=event.rounds)
+    def watch(event: Event) -> None:
+        # Not before: a live display swallows the bars of reading and preprocessing, which come first.
+        progress.start()
+        if event.key not in tasks:
+            tasks[event.key] = progress.add_task(event.key, total=event.rounds, facts="")
+        task = tasks[event.key]
+        progress.update(task, completed=event.round - (event.fraction < 1), facts=_facts(event))
+        if event.fraction >= 1 and event.loss is None:
+            if overall is not None:
+                progress.update(overall, advance=1)
+                progress.remove_task(task)
+                progress.console.print(_done(event), highlight=False)
+            else:
+                progress.update(task, completed=event.rounds)
 
+    try:
         yield watch
+    finally:
+        progress.stop()
 
 
 def _lines(total: int, console: Console) -> Watch:
