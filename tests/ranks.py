@@ -169,6 +169,9 @@ COMBINED = [
     ("decaf", {"order": "combine-adapt"}, "ring", 1, (1, 4, 2, 3, 2, 8)),
     ("dlora_fa", {}, "star", 1, (1, 4, 2, 3, 2, 8)),
     ("decaf", {"relay_rank": 8}, "base:3", "period", (1, 4, 2, 3, 2, 8)),
+    ("dlora", {"messages": "int8", "quasi_global": 0.9}, "base:3", "period"),
+    ("decaf_tracked", {"messages": "int8", "truncation_feedback": 1.0}, "ring", 2, (1, 4, 2, 3, 2, 8)),
+    ("decaf", {"quasi_global": 0.5, "gauge": "balanced", "truncation_feedback": 0.9}, "star", 1),
 ]
 """Algorithm, its options, graph, exchanges a round, and the agents' ranks where they differ."""
 VALUES = {"gauge": GAUGES, "relay_rank": (4,), "tracking_gamma": (0.5,)}

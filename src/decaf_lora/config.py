@@ -166,6 +166,13 @@ class AlgorithmConfig(_Frozen):
     `decaf_tracked` is decaf with it."""
     tracking_gamma: float | None = Field(None, gt=0, le=1)
     """How far a correction moves at each update: 1 is plain gradient tracking, less damps it."""
+    truncation_feedback: float | None = Field(None, gt=0, le=1)
+    """decaf: keep what a truncation cuts, at rank r, and add it times this to the next mix; 1 forgets nothing."""
+    quasi_global: float | None = Field(None, ge=0, lt=1)
+    """dlora, dlora_fa, decaf: point the momentum after mixing where the network went (quasi-global momentum), over
+    rounds that fade by this factor; sends nothing more."""
+    messages: Literal["full", "int8"] | None = None
+    """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
 
     def options(self) -> dict[str, Any]:
         """The options that were set."""

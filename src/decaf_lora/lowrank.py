@@ -55,6 +55,10 @@ class Truncated(NamedTuple):
     """(..., d_out, rank)"""
     tail: Tensor
     """(...) Frobenius norm of what was cut, sqrt(sum_{l > rank} sigma_l^2)."""
+    rest_a: Tensor
+    """(..., rest, d_in): A of the best rank-`rest` approximation of what was cut, balanced, filled with zeros."""
+    rest_b: Tensor
+    """(..., d_out, rest): B of it."""
 
 
 @torch.no_grad()
@@ -69,6 +73,8 @@ def mix_truncate(
     a_scale: float | Tensor | None = None,
     method: Method = "auto",
     null_tolerance: float | None = None,
+    carried: tuple[Tensor, Tensor] | None = None,
+    rest: int = 0,
 ) -> Truncated:
     """The rank-`rank` truncated SVD of `sum_j w_j B_j A_j`, split into factors by `gauge`.
 
@@ -101,6 +107,10 @@ def mix_truncate(
         method: "qr" is right to about 1e-15 sum_j ||w_j B_j|| ||A_j||, "gram" to 1e-7, which suffices for
             float32 unless the contributions cancel each other; "auto" is "qr" for float64, else the faster.
         null_tolerance: None: 1e-6, or 1e-12 for float64.
+        carried: (..., r, d_in), (..., d_out, r), one more product of the contributors' r that is added to Z with
+            weight 1 and is no part of the reference.
+        rest: how many singular directions after the first `rank` to return as `rest_a`, `rest_b`; they come from the
+            same core.
 
     Raises:
         UserError: shapes that do not fit, `rank` not in 1 .. min(d_out, d_in), an unknown gauge or method.
@@ -119,6 +129,8 @@ def mix_truncate(
         raise unknown("method", method, get_args(Method))
     if reference is not None:
         _check_reference(*reference, rank, d_in, d_out)
+    if carried is not None:
+        _check_reference(*carried, A.shape[-2], d_in, d_out, "carried")
     dtype = _result_dtype(A, B)
     if method == "auto":
         method = _faster(A, B)
@@ -126,7 +138,12 @@ def mix_truncate(
         null_tolerance = 1e-12 if dtype == torch.float64 else 1e-6
 
     # From here on in float64, and with B transposed: contiguous rows (rank, d_out) are far faster to work on.
-    Ut, s, Vt, tail = _svd(A, B.mT, weights, rank, method)
+    Ut, s, Vt, tail = _svd(*_with_carried(A, B.mT, weights, carried), rank + rest, method)
+    rest_s, s = s[..., rank:], s[..., :rank]
+    if rest:
+        tail = tail.hypot(torch.linalg.vector_norm(rest_s, dim=-1))
+    rest_a, rest_bt = (rest_s.sqrt().unsqueeze(-1) * x[..., rank:, :] for x in (Vt, Ut))
+    Ut, Vt = Ut[..., :rank, :], Vt[..., :rank, :]
     null = s <= null_tolerance * s[..., :1]
     any_null = bool(null.any())
     if any_null or gauge != "balanced":
@@ -154,7 +171,7 @@ def mix_truncate(
             h = torch.where(sigma[..., -1:] * ANCHOR_CONDITION > sigma[..., :1], sigma, h)
         A_new = (Q * h.unsqueeze(-2)) @ (Pt @ Vt)
         Bt_new = (Q / h.unsqueeze(-2)) @ (Pt * s.unsqueeze(-2)) @ Ut
-    results = A_new, Bt_new.mT, tail
+    results = A_new, Bt_new.mT, tail, rest_a, rest_bt.mT
     return Truncated(*(x.to(A.device, dtype, memory_format=torch.contiguous_format) for x in results))
 
 
@@ -308,6 +325,20 @@ def _svd(A: Tensor, Bt: Tensor, weights: Tensor, rank: int, method: Method) -> t
     largest = Ut.gather(-1, Ut.abs().argmax(-1, keepdim=True))
     sign = torch.ones_like(largest).copysign(largest)
     return Ut * sign, s, Vt * sign, tail
+
+
+def _with_carried(
+    A: Tensor, Bt: Tensor, weights: Tensor, carried: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B^T and weights with `carried` as one more contributor of weight 1."""
+    if carried is None:
+        return A, Bt, weights
+    weights = weights.expand(*A.shape[:-2])
+    return (
+        torch.cat((A, carried[0].unsqueeze(-3).to(A)), -3),
+        torch.cat((Bt, carried[1].mT.unsqueeze(-3).to(Bt)), -3),
+        torch.cat((weights, torch.ones_like(weights[..., :1])), -1),
+    )
 
 
 def _svd_qr(As: Tensor, Bs: Tensor, w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -472,10 +503,10 @@ def _check_pairs(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> None:
         raise UserError(f"A, B: the leading axes {tuple(A1.shape[:-2])} and {tuple(A2.shape[:-2])} do not broadcast.")
 
 
-def _check_reference(Aref: Tensor, Bref: Tensor, rank: int, d_in: int, d_out: int) -> None:
+def _check_reference(Aref: Tensor, Bref: Tensor, rank: int, d_in: int, d_out: int, name: str = "reference") -> None:
     if Aref.shape[-2:] != (rank, d_in) or Bref.shape[-2:] != (d_out, rank):
         raise UserError(
-            f"reference: need the shapes (..., {rank}, {d_in}) and (..., {d_out}, {rank}), "
+            f"{name}: need the shapes (..., {rank}, {d_in}) and (..., {d_out}, {rank}), "
             f"got {tuple(Aref.shape)} and {tuple(Bref.shape)}."
         )
 

@@ -294,7 +294,10 @@ class Run:
     def _measure(self, inbox: Inbox | None) -> None:
         """Interference and tail of the messages that arrived."""
         started = time.perf_counter()
-        measured = consensus.interference_and_tail(self.adapter, inbox) if inbox is not None else None
+        if inbox is None:
+            measured = None
+        else:
+            measured = consensus.interference_and_tail(self.adapter, self.algorithm.decode(inbox))
         if measured is not None:
             self._measures["interference"], self._measures["tail"] = measured
         self._add_seconds("measure", started)

@@ -229,6 +229,37 @@ def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:
     return adapter.trim(mixed)
 
 
+def take(prefix: str, tensors: Tensors) -> Tensors:
+    """Those of `tensors` whose names start with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def put(prefix: str, tensors: Tensors) -> Tensors:
+    """`tensors` under names with `prefix` in front."""
+    return {prefix + name: t for name, t in tensors.items()}
+
+
+def leave(prefix: str, tensors: Tensors) -> Tensors:
+    """`tensors` but for those whose names start with `prefix`: what belongs to the algorithm underneath."""
+    return {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+
+
+def turned(tensors: Tensors, frames: Tensors) -> Tensors:
+    """Factors (n, ...), or gradients of factors, in the frame that `frames`, layer -> (n, r, r), turn to.
+
+    Names end as in `Adapter.tensors()`.
+    """
+    out = {}
+    for key, tensor in tensors.items():
+        *_, group, name = key.split("/")
+        if group == "A" and name in frames:
+            tensor = frames[name] @ tensor
+        elif group == "B" and name in frames:
+            tensor = tensor @ frames[name].mT
+        out[key] = tensor
+    return out
+
+
 def _no_state(adapter: Adapter) -> State:
     return {}
 
@@ -243,6 +274,10 @@ def _no_message(adapter: Adapter, state: State, round_: int) -> Tensors:
 
 def _keep(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
     return adapter, state
+
+
+def _as_it_is(inbox: Inbox) -> Inbox:
+    return inbox
 
 
 def _no_steer(state: State, gradients: Tensors, round_: int) -> tuple[Tensors, State]:
@@ -286,7 +321,9 @@ class Algorithm(NamedTuple):
     moments: Callable[[State, Tensors, Tensors], tuple[Tensors, Tensors]] = _keep_moments
     """(state, first, second) -> what becomes of the optimizer's moments after `combine`; names as in
     `Adapter.tensors()`; SGD passes its momentum as `first` and an empty `second`."""
-    stacks: frozenset[Factor] = frozenset()
+    decode: Callable[[Inbox], Inbox] = _as_it_is
+    """What arrived, as the factors and other tensors that it stands for: `combine` begins with it."""
+    stacks: frozenset[str] = frozenset()
     """What `combine` needs from every sender apart, not only as the weighted average: with several exchanges
     in a round it is forwarded whole, while the rest of a message is averaged on the way."""
     relay: Callable[[Adapter, Inbox, int], tuple[Tensors, Tensor]] | None = None

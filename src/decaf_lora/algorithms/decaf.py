@@ -16,6 +16,8 @@ With several exchanges in a round the factors are stacked and forwarded, and tru
 Z_i = sum_j (W_m .. W_1)_ij s_j B_j A_j. `relay_rank` R bounds the stack: between exchanges it is cut to rank R,
 
     (A_i, B_i) <- TSVD_R(sum_j (W_t)_ij B_j A_j),    what is cut off is recorded as `recompression`.
+
+`truncation_feedback` f keeps what a truncation cuts and adds it to the agent's next one (feedback.py).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from decaf_lora import lowrank
+from decaf_lora.algorithms import feedback
 from decaf_lora.algorithms.base import (
     Adapter,
     Algorithm,
@@ -38,7 +41,7 @@ from decaf_lora.algorithms.base import (
     reset_moments,
 )
 from decaf_lora.algorithms.dlora import send_factors
-from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.algorithms.options import Messages, with_options
 from decaf_lora.errors import UserError, unknown
 
 GAUGES: tuple[str, ...] = (
@@ -59,6 +62,9 @@ def decaf(
     relay_rank: int | None = None,
     tracking: bool = False,
     tracking_gamma: float = 1.0,
+    truncation_feedback: float | None = None,
+    quasi_global: float | None = None,
+    messages: Messages = "full",
 ) -> Algorithm:
     """Product gossip with truncation.
 
@@ -66,7 +72,8 @@ def decaf(
     moments: what becomes of Adam's moments after the factors changed frame. reference: the frame that rotated
     gauges turn to, the neighbourhood's plain factor average or the agent's own factors before mixing.
     relay_rank: with several exchanges in a round, the rank (at least r) to which stacks are cut between them;
-    None forwards them whole. tracking: see tracking.py.
+    None forwards them whole. tracking: see tracking.py; truncation_feedback (f): feedback.py; quasi_global (mu):
+    quasi_global.py; messages: int8.py.
     """
     if gauge == "rotated":
         gauge = DEFAULT_GAUGE
@@ -74,6 +81,7 @@ def decaf(
         raise unknown("algorithm.gauge", gauge, (*GAUGES, "rotated"))
     if moments not in ("keep", "reset", "transport"):
         raise unknown("algorithm.moments", moments, ("keep", "reset", "transport"))
+    feedback.check(truncation_feedback)
     if relay_rank is not None and relay_rank < 1:
         raise UserError(f"algorithm.relay_rank: {relay_rank} is below 1; give a rank, or leave it unset.")
 
@@ -83,6 +91,8 @@ def decaf(
         state = {
             f"a_scale/{k}": (a.square().sum(-1).sum(-1) / adapter.rank_of(k).to(a)).sqrt() for k, a in adapter.A.items()
         }
+        if truncation_feedback is not None:
+            state |= feedback.init(adapter)
         if moments == "transport":
             for k, a in adapter.A.items():
                 state[f"frame/{k}"] = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).repeat(len(a), 1, 1)
@@ -95,14 +105,21 @@ def decaf(
             old_b = torch.stack([adapter.B[k] for k in layers])
             a_scale = torch.stack([state[f"a_scale/{k}"] for k in layers])
             scale = torch.stack([adapter.scale[k] for k in layers])
-            mixed_a, mixed_b = torch.zeros_like(old_a), torch.zeros_like(old_b)
+            mixed_a, mixed_b, rest_a, rest_b = (torch.zeros_like(x) for x in (old_a, old_b, old_a, old_b))
             for whole in inbox.groups:
                 for rank, group in whole.split(adapter.rank_of(layers[0])):
                     to = group.receivers
                     own = (old_a[:, to, :rank], old_b[:, to, :, :rank]) if reference == "own" else None
-                    mixed_a[:, to, :rank], mixed_b[:, to, :, :rank] = _mix(
-                        inbox, group, layers, gauge, rank, own, a_scale[:, to], scale[:, to]
+                    carried = None
+                    if truncation_feedback is not None:
+                        carried = feedback.carried(state, layers, to, truncation_feedback)
+                    mixed_a[:, to, :rank], mixed_b[:, to, :, :rank], *rest = _mix(
+                        inbox, group, layers, gauge, rank, own, a_scale[:, to], scale[:, to], carried
                     )
+                    if carried is not None:
+                        rest_a[:, to], rest_b[:, to] = rest
+            if truncation_feedback is not None:
+                state |= feedback.kept(layers, rest_a, rest_b)
             for index, layer in enumerate(layers):
                 new_a[layer], new_b[layer] = mixed_a[index], mixed_b[index]
             if moments == "transport":
@@ -130,7 +147,7 @@ def decaf(
     )
     rules = {"keep": algorithm.moments, "reset": reset_moments, "transport": transport}
     algorithm = algorithm._replace(moments=rules[moments])
-    return tracked(algorithm, tracking_gamma) if tracking else algorithm
+    return with_options(algorithm, tracking, tracking_gamma, quasi_global, messages)
 
 
 def decaf_tracked(
@@ -140,9 +157,23 @@ def decaf_tracked(
     reference: Literal["average", "own"] = "average",
     relay_rank: int | None = None,
     tracking_gamma: float = 1.0,
+    truncation_feedback: float | None = None,
+    quasi_global: float | None = None,
+    messages: Messages = "full",
 ) -> Algorithm:
     """DeCAF with gradient tracking (tracking.py)."""
-    return decaf(gauge, order, moments, reference, relay_rank, True, tracking_gamma)
+    return decaf(
+        gauge,
+        order,
+        moments,
+        reference,
+        relay_rank,
+        True,
+        tracking_gamma,
+        truncation_feedback,
+        quasi_global,
+        messages,
+    )
 
 
 def _mix(
@@ -154,10 +185,12 @@ def _mix(
     own: tuple[Tensor, Tensor] | None,
     a_scale: Tensor,
     scale: Tensor,
-) -> tuple[Tensor, Tensor]:
+    carried: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, ...]:
     """(L, g, r, d_in), (L, g, d_out, r): the new factors of layers of one shape for the group's receivers.
 
-    `a_scale` and `scale` (L, g): the receivers' own norm of a row of A, and LoRA scale.
+    `a_scale` and `scale` (L, g): the receivers' own norm of a row of A, and LoRA scale. `carried`: factors of what is
+    added to their mixed products; then two more such factors are returned, of what the truncation cut.
     """
     a = inbox.stacked([f"A/{k}" for k in layers], group)
     b = inbox.stacked([f"B/{k}" for k in layers], group)
@@ -165,8 +198,8 @@ def _mix(
     weights, expand = group.weights.to(a), group.expand
     if theirs is not None:
         weights = weights * theirs.to(weights)
-    if own is not None or not all(bool((x == x[:, :1]).all()) for x in (a_scale, scale)):
-        # Frame or scale differ between receivers, so equal rows of the mixing matrix cannot be shared.
+    if own is not None or carried is not None or not all(bool((x == x[:, :1]).all()) for x in (a_scale, scale)):
+        # Frame, scale or what is added differ between receivers, so equal rows of the mixing matrix cannot be shared.
         a, b, weights = a[:, expand], b[:, expand], weights[..., expand, :]
         expand = torch.arange(len(group.receivers))
     else:
@@ -174,9 +207,17 @@ def _mix(
     if theirs is not None:
         weights = weights / scale.to(weights)[..., None]
     out = lowrank.mix_truncate(
-        a, b, weights, rank, gauge=cast(lowrank.Gauge, gauge.replace("-", "_")), reference=own, a_scale=a_scale
+        a,
+        b,
+        weights,
+        rank,
+        gauge=cast(lowrank.Gauge, gauge.replace("-", "_")),
+        reference=own,
+        a_scale=a_scale,
+        carried=carried,
+        rest=0 if carried is None else a.shape[-2],
     )
-    return out.A[:, expand], out.B[:, expand]
+    return tuple(x[:, expand] for x in (out.A, out.B, out.rest_a, out.rest_b))
 
 
 def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Tensor]:

@@ -9,7 +9,7 @@ not the product of the means; the difference, the consensus interference, is rec
 from typing import Literal
 
 from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_tensors, reset_moments
-from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.algorithms.options import Messages, with_options
 from decaf_lora.errors import UserError
 
 
@@ -35,12 +35,14 @@ def dlora(
     moments: Literal["keep", "reset"] = "keep",
     tracking: bool = False,
     tracking_gamma: float = 1.0,
+    quasi_global: float | None = None,
+    messages: Messages = "full",
 ) -> Algorithm:
     """Factor-wise gossip.
 
     order: train then mix, or mix then train. moments: what becomes of Adam's moments after mixing. tracking: see
-    tracking.py.
+    tracking.py; quasi_global (mu): quasi_global.py; messages: int8.py.
     """
     algorithm = Algorithm(name="dlora", order=order, message=send_factors, combine=average_factors)
     algorithm = with_moments(algorithm, moments)
-    return tracked(algorithm, tracking_gamma) if tracking else algorithm
+    return with_options(algorithm, tracking, tracking_gamma, quasi_global, messages)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
 from decaf_lora.algorithms.dlora import average_factors, with_moments
-from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.algorithms.options import Messages, with_options
 
 _TRAINED: frozenset[Factor] = frozenset({"B", "extras"})
 
@@ -21,6 +21,8 @@ def dlora_fa(
     moments: Literal["keep", "reset"] = "keep",
     tracking: bool = False,
     tracking_gamma: float = 1.0,
+    quasi_global: float | None = None,
+    messages: Messages = "full",
 ) -> Algorithm:
     """Gossip on B with a frozen common A; options as for `dlora`."""
 
@@ -31,4 +33,4 @@ def dlora_fa(
         name="dlora_fa", order=order, trains=lambda round_: _TRAINED, message=message, combine=average_factors
     )
     algorithm = with_moments(algorithm, moments)
-    return tracked(algorithm, tracking_gamma) if tracking else algorithm
+    return with_options(algorithm, tracking, tracking_gamma, quasi_global, messages)

@@ -34,7 +34,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors
+from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, leave, put, take, turned
 from decaf_lora.errors import UserError
 
 PREFIX = "track/"
@@ -55,49 +55,49 @@ def tracked(algorithm: Algorithm, gamma: float = 1.0, period: int = 1) -> Algori
         kinds = ("c", "sum") if period == 1 else ("c", "sum", "own", "mixing")
         zeros = {f"{kind}/{name}": torch.zeros_like(t) for kind in kinds for name, t in trained.items()}
         steps = next(iter(trained.values())).new_zeros(adapter.num_agents)
-        return algorithm.init(adapter) | _named(zeros | {"steps": steps})
+        return algorithm.init(adapter) | put(PREFIX, zeros | {"steps": steps})
 
     def steer(state: State, gradients: Tensors, round_: int) -> tuple[Tensors, State]:
-        gradients, inner = algorithm.steer(_others(state), gradients, round_)
+        gradients, inner = algorithm.steer(leave(PREFIX, state), gradients, round_)
         works = torch.stack([g.flatten(1).any(1) for g in gradients.values()]).any(0)
         sums = {f"sum/{name}": state[f"{PREFIX}sum/{name}"] + g for name, g in gradients.items()}
         steered = {name: g + state[f"{PREFIX}c/{name}"] for name, g in gradients.items()}
-        steps = state[f"{PREFIX}steps"]
-        return steered, state | inner | _named(sums | {"steps": steps + works.to(steps)})
+        steps = state[PREFIX + "steps"]
+        return steered, state | inner | put(PREFIX, sums | {"steps": steps + works.to(steps)})
 
     def message(adapter: Adapter, state: State, round_: int) -> Tensors:
         if _first(round_):
-            correction = _part(state, "c")
+            correction = take(PREFIX + "c/", state)
             d = {name: g + correction[name] for name, g in _means(state).items()}
             d = _over_scale(adapter, d, -1)
         else:
-            d = _part(state, "mixing")
-        return algorithm.message(adapter, _others(state), round_) | _named(d)
+            d = take(PREFIX + "mixing/", state)
+        return algorithm.message(adapter, leave(PREFIX, state), round_) | put(PREFIX, d)
 
     def combine(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
-        rest = replace(inbox, tensors=_others(inbox.tensors))
-        new, inner = algorithm.combine(adapter, _others(state), rest, round_)
+        rest = replace(inbox, tensors=leave(PREFIX, inbox.tensors))
+        new, inner = algorithm.combine(adapter, leave(PREFIX, state), rest, round_)
         frames = algorithm.turn(adapter, rest, new) if algorithm.turn is not None else {}
-        c, own = _part(state, "c"), _means(state) if _first(round_) else _part(state, "own")
+        c, own = take(PREFIX + "c/", state), _means(state) if _first(round_) else take(PREFIX + "own/", state)
         mixed = {name: inbox.average(PREFIX + name) for name in c}
         if round_ % period == 0:
             news = _over_scale(adapter, mixed, 1)
             c = {name: (1 - gamma) * t + gamma * (news[name] - own[name]) for name, t in c.items()}
             c = adapter.trim(c)
-        sums, steps = _part(state, "sum"), state[f"{PREFIX}steps"]
+        sums, steps = take(PREFIX + "sum/", state), state[PREFIX + "steps"]
         if _first(round_):  # they have just been sent
             sums, steps = {name: torch.zeros_like(t) for name, t in sums.items()}, torch.zeros_like(steps)
         parts = {"c": c, "sum": sums} | ({"own": own, "mixing": mixed} if period > 1 else {})
-        turned = {f"{kind}/{k}": t for kind, part in parts.items() for k, t in _turned(part, frames).items()}
-        return new, inner | _named(turned | {"steps": steps})
+        named = {f"{kind}/{k}": t for kind, part in parts.items() for k, t in part.items()}
+        return new, inner | put(PREFIX, turned(named, frames) | {"steps": steps})
 
     def relay(adapter: Adapter, inbox: Inbox, round_: int) -> tuple[Tensors, Tensor]:
         assert algorithm.relay is not None
-        sent, cut = algorithm.relay(adapter, replace(inbox, tensors=_others(inbox.tensors)), round_)
+        sent, cut = algorithm.relay(adapter, replace(inbox, tensors=leave(PREFIX, inbox.tensors)), round_)
         return sent | {k: inbox.average(k) for k in inbox.tensors if k.startswith(PREFIX)}, cut
 
     def moments(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-        return algorithm.moments(_others(state), first, second)
+        return algorithm.moments(leave(PREFIX, state), first, second)
 
     def _first(round_: int) -> bool:
         return (round_ - 1) % period == 0
@@ -114,25 +114,10 @@ def tracked(algorithm: Algorithm, gamma: float = 1.0, period: int = 1) -> Algori
     )
 
 
-def _named(tensors: Tensors) -> Tensors:
-    return {PREFIX + name: t for name, t in tensors.items()}
-
-
-def _others(tensors: Tensors) -> Tensors:
-    """What belongs to the algorithm underneath."""
-    return {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
-
-
-def _part(state: State, kind: str) -> Tensors:
-    """name -> (n, ...) of one kind of the state."""
-    prefix = f"{PREFIX}{kind}/"
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-
 def _means(state: State) -> Tensors:
     """name -> (n, ...) G, the mean gradient since it was last sent; 0 before the first step."""
-    steps = state[f"{PREFIX}steps"].clamp_min(1)
-    return {name: t / steps.view(-1, *[1] * (t.dim() - 1)) for name, t in _part(state, "sum").items()}
+    steps = state[PREFIX + "steps"].clamp_min(1)
+    return {name: t / steps.view(-1, *[1] * (t.dim() - 1)) for name, t in take(PREFIX + "sum/", state).items()}
 
 
 def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
@@ -141,16 +126,3 @@ def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
         return gradients
     scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
     return {name: g * scales[name] if name in scales else g for name, g in gradients.items()}
-
-
-def _turned(tensors: Tensors, frames: Tensors) -> Tensors:
-    """Gradients (n, ...) of factors in the frame that `frames`, layer -> (n, r, r), turn to."""
-    out = {}
-    for key, tensor in tensors.items():
-        group, name = key.split("/", 1)
-        if group == "A" and name in frames:
-            tensor = frames[name] @ tensor
-        elif group == "B" and name in frames:
-            tensor = tensor @ frames[name].mT
-        out[key] = tensor
-    return out
