@@ -123,8 +123,8 @@ def overlap(agents: int, rounds: int, repeats: int) -> None:
     class Waiting(Torchrun):
         """Waits for what it starts."""
 
-        def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Any]:
-            inbox = super().start(message, graph, round_).wait()
+        def start(self, message: Tensors, graph: Graph, round_: int, sizes: Any = None) -> Pending[Any]:
+            inbox = super().start(message, graph, round_, sizes).wait()
             return Pending(lambda: inbox)
 
         def collect(self, tensors: Tensors) -> Pending[Tensors]:

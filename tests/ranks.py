@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import pytest
 import torch
 
 from decaf_lora import algorithms, checkpoint, graphs, partition
@@ -126,7 +127,9 @@ def make_run(case, engine, task=None, options=None, **values) -> Run:
 
 def outcome(run: Run) -> dict:
     """Adapters of all agents, optimizer moments and records, without what may differ between engines."""
-    records = [{**vars(record), "seconds": None, "wire_bytes": None} for record in run.train()]
+    whole = list(run.train())
+    run.told = sum(record.wire_bytes or 0 for record in whole)
+    records = [{**vars(record), "seconds": None, "wire_bytes": None} for record in whole]
     return {"tensors": run.snapshot()[0], "records": records}
 
 
@@ -222,9 +225,13 @@ def equals_with_options(path: Path) -> int:
     expected = torch.load(path, weights_only=False)
     with connect(device="cpu", timeout=60) as processes:
         for case in (*option_cases(), *COMBINED):
-            got = outcome(run_with_options(case, functools.partial(Torchrun, processes=processes)))
+            run = run_with_options(case, functools.partial(Torchrun, processes=processes))
+            got = outcome(run)
+            sent = sum(processes.share("sent", run.engine.bytes_sent))
             if processes.is_main and not same(got, expected[str(case)]):
                 print("differs:", case)
+            if processes.is_main and sent != pytest.approx(run.told * 6):
+                print("bytes:", case, sent, run.told * 6)
     return 0
 
 
@@ -328,6 +335,49 @@ def rounds_on_the_wire(wire: str) -> int:
             else:
                 assert (got["x"] - x[agent]).abs().max() <= 0.5001 * x[agent].abs().max() / 127
                 assert not torch.equal(got["x"], x[agent])
+    return 0
+
+
+def sends_own_sizes(wire: str) -> int:
+    """Of tensors that are larger than an agent's own size only that part crosses, and zeros arrive for the rest."""
+    with connect(device="cpu", timeout=60) as processes:
+        engine, simulate = Torchrun(5, processes, wire), Simulate(5)
+        generator = torch.Generator().manual_seed(0)
+        sizes = {"A": (1, [1, 3, 2, 3, 1]), "B": (2, [1, 3, 2, 3, 1])}
+        message = {"A": torch.randn(5, 3, 7, generator=generator), "B": torch.randn(5, 4, 3, generator=generator)}
+        for name, (axis, own) in sizes.items():
+            for agent, size in enumerate(own):
+                message[name][agent].narrow(axis - 1, size, 3 - size).zero_()
+        message["whole"] = torch.randn(5, 6, generator=generator)
+        graph = graphs.ring(5)
+        mine = {k: t[engine.agents] for k, t in message.items()}
+        got = engine.start(mine, graph, 1, sizes).wait()
+        expected = simulate.start(message, graph, 1).wait()
+        for name in message:
+            ours, theirs = got.average(name), expected.average(name)[engine.agents]
+            assert torch.equal(ours, theirs) if wire == "exact" else torch.allclose(ours, theirs, atol=0.05)
+        home = {agent: rank for rank, block in enumerate(engine.blocks) for agent in block}
+        pairs = {(j, home[i]) for i in home for j in ((i - 1) % 5, (i + 1) % 5) if home[i] != home[j]}
+        width, scales = {"exact": (4, 0), "bfloat16": (2, 0), "int8": (1, 12)}[wire]
+        crossing = sum(sizes["A"][1][j] * (7 + 4) * width + 6 * width + scales for j, _ in pairs)
+        assert sum(processes.share("sent", engine.bytes_sent)) == crossing
+        assert engine.wire_bytes(mine, graph, sizes) == pytest.approx(crossing / 5)
+    return 0
+
+
+def agents_apart() -> int:
+    """One agent a rank: what crosses is what the algorithm sends, also where ranks are unequal."""
+    with connect(device="cpu", timeout=60) as processes:
+        for name, options in (("decaf", {}), ("dlora", {"tracking": True}), ("dlora_fa", {})):
+            task = Toy(examples=60, tests=12, extras=True)
+            lora = [dataclasses.replace(task.default_lora(), r=r, lora_alpha=r) for r in (1, 4, 2)]
+            shards = partition.iid(task.labels, 3, seed=0)
+            engine = functools.partial(Torchrun, processes=processes)
+            run = Run(
+                task, algorithms.make(name, **options), graphs.star(3), shards, lora=lora, rounds=1, engine=engine
+            )
+            *_, last = run.train()
+            assert last.wire_bytes == pytest.approx(last.bytes_sent), (name, last.wire_bytes, last.bytes_sent)
     return 0
 
 

@@ -147,8 +147,8 @@ class Logged(Simulate):
         super().__init__(num_agents)
         self.events = events
 
-    def start(self, message, graph, round_):
-        return self.logged(f"exchange {round_}", super().start(message, graph, round_))
+    def start(self, message, graph, round_, sizes=None):
+        return self.logged(f"exchange {round_}", super().start(message, graph, round_, sizes))
 
     def collect(self, tensors):
         return self.logged("collection", super().collect(tensors))

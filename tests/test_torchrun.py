@@ -71,6 +71,18 @@ def test_the_wire_rounds_only_what_crosses(world, wire, tmp_path):
     assert ended.codes == dict.fromkeys(range(world), 0), ended.output
 
 
+@pytest.mark.parametrize("wire", ["exact", "bfloat16", "int8"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_of_unequal_agents_only_their_own_part_crosses(world, wire, tmp_path):
+    ended = ranks.start(tmp_path, world, ranks.sends_own_sizes, wire)
+    assert ended.codes == dict.fromkeys(range(world), 0), ended.output
+
+
+def test_with_one_agent_a_rank_what_crosses_is_what_the_algorithm_sends(tmp_path):
+    ended = ranks.start(tmp_path, 3, ranks.agents_apart)
+    assert ended.codes == dict.fromkeys(range(3), 0), ended.output
+
+
 # Checkpoints and faults
 
 

@@ -21,7 +21,7 @@ from decaf_lora import consensus
 from decaf_lora.adapters import attach, load_peft, save_peft
 from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors
 from decaf_lora.config import TrainingConfig
-from decaf_lora.engines import Engine, Pending, Simulate
+from decaf_lora.engines import Engine, Pending, Simulate, Sizes
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
@@ -39,6 +39,7 @@ class _Exchange(NamedTuple):
     hops: tuple[Graph, ...]
     """The graphs of all exchanges of the round."""
     message: Tensors
+    sizes: Sizes
     inbox: Pending[Inbox]
 
 
@@ -267,7 +268,8 @@ class Run:
         graph = self.schedule.window((number - 1) * self.gossip_steps, self.gossip_steps)
         hops = graph.hops if graph.hops and self.algorithm.relay is not None else (graph,)
         message = self.algorithm.message(self.adapter, self.state, number)
-        exchange = _Exchange(hops, message, self.engine.start(message, hops[0], number))
+        sizes = self._own_sizes(message)
+        exchange = _Exchange(hops, message, sizes, self.engine.start(message, hops[0], number, sizes))
         self._add_seconds("exchange", started)
         return exchange
 
@@ -275,16 +277,16 @@ class Run:
         """Exchange (several where an algorithm relays) and combine; returns what arrived in the last."""
         if not self._talks:
             return None
-        (hops, message, pending), self._ahead = self._ahead or self._send(number), None
+        (hops, message, sizes, pending), self._ahead = self._ahead or self._send(number), None
         started = time.perf_counter()
         inbox = pending.wait()
-        self._count(message, hops[0])
+        self._count(message, hops[0], sizes)
         for hop in hops[1:]:
             assert self.algorithm.relay is not None
             message, cut = self.algorithm.relay(self.adapter, inbox, number)
             self._measures["recompression"] = self._measures.get("recompression", torch.zeros(())).hypot(cut)
             inbox = self.engine.start(message, hop, number).wait()
-            self._count(message, hop)
+            self._count(message, hop, {})  # what is forwarded is a mixture, and has no agent's own size
         started = self._add_seconds("exchange", started)
         self.adapter, self.state = self.algorithm.combine(self.adapter, self.state, inbox, number)
         self.trainer.moments_after(self.algorithm, self.state)
@@ -302,14 +304,14 @@ class Run:
             self._measures["interference"], self._measures["tail"] = measured
         self._add_seconds("measure", started)
 
-    def _count(self, message: Tensors, graph: Graph) -> None:
+    def _count(self, message: Tensors, graph: Graph, sizes: Sizes) -> None:
         """Counts the bytes of an exchange."""
-        self._bytes_sent += self._bytes_of(message, graph)
-        wire = self.engine.wire_bytes(message, graph)
+        self._bytes_sent += self._bytes_of(message, graph, sizes)
+        wire = self.engine.wire_bytes(message, graph, sizes)
         if wire is not None:
             self._wire_bytes = (self._wire_bytes or 0.0) + wire
 
-    def _bytes_of(self, message: Tensors, graph: Graph) -> float:
+    def _bytes_of(self, message: Tensors, graph: Graph, sizes: Sizes) -> float:
         """Bytes an agent sends in an exchange, mean over agents; to a server a message goes once.
 
         Of a composed exchange: what is averaged goes to all receivers in each hop; what is stacked is forwarded
@@ -317,7 +319,8 @@ class Run:
         """
         whole = averaged = np.zeros(self.engine.num_agents)
         for name, tensor in message.items():
-            size = tensor[0].numel() * tensor.element_size() * self._own_share(name, tensor)
+            axis, own = sizes.get(name, (0, [1]))
+            size = tensor[0].numel() * tensor.element_size() * np.asarray(own) / (tensor.shape[axis] if axis else 1)
             if name.split("/", 1)[0] in self.algorithm.stacks:
                 whole = whole + size
             else:
@@ -328,15 +331,17 @@ class Run:
         hops = sum(np.asarray(hop.degrees) for hop in graph.hops) if graph.hops else receivers
         return float(np.mean(whole * receivers + averaged * hops))
 
-    def _own_share(self, name: str, tensor: Tensor) -> float | np.ndarray:
-        """(N,) what part of a tensor agents need to send: of factors, as many rows as their own rank."""
-        *_, factor, layer = "", *name.split("/")
-        if self.attached.uniform or factor not in ("A", "B"):
-            return 1.0
-        width = tensor.shape[1 if factor == "A" else 2]
-        if width != self.attached.sites[layer].rank:  # forwarded, at a rank of its own
-            return 1.0
-        return np.array([self.attached.sites_of(i)[layer].rank / width for i in range(self.engine.num_agents)])
+    def _own_sizes(self, message: Tensors) -> Sizes:
+        """Where agents differ in rank: of their factors they send as many rows or columns as their own."""
+        if self.attached.uniform:
+            return {}
+        sizes: dict[str, tuple[int, list[int]]] = {}
+        for name in message:
+            *_, factor, layer = "", *name.split("/")
+            if factor in ("A", "B"):
+                ranks = [self.attached.sites_of(i)[layer].rank for i in range(self.engine.num_agents)]
+                sizes[name] = (1 if factor == "A" else 2, ranks)
+        return sizes
 
     def _collect(self) -> None:
         """Starts to bring all adapters to the main process."""

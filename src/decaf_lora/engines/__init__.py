@@ -1,7 +1,7 @@
 """Engines: where do agents live and how do messages travel?"""
 
-from decaf_lora.engines.base import Engine, Pending
+from decaf_lora.engines.base import Engine, Pending, Sizes
 from decaf_lora.engines.simulate import Simulate
 from decaf_lora.engines.torchrun import Processes, Torchrun, connect
 
-__all__ = ["Engine", "Pending", "Processes", "Simulate", "Torchrun", "connect"]
+__all__ = ["Engine", "Pending", "Processes", "Simulate", "Sizes", "Torchrun", "connect"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -10,6 +10,10 @@ from decaf_lora.algorithms.base import Inbox, Tensors
 from decaf_lora.graphs import Graph
 
 T = TypeVar("T")
+
+Sizes = Mapping[str, tuple[int, Sequence[int]]]
+"""Tensor of a message -> (axis, size along it of each of the N agents), where agents differ. What lies beyond an
+agent's size is 0 and does not travel."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class Engine(Protocol):
     is_main: bool
     """Whether this process prints and writes."""
 
-    def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Inbox]:
+    def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
         """Starts an exchange: every agent's message (name -> (n, ...)) to its neighbours, and what they send."""
 
-    def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
+    def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
         """Bytes that an exchange of such messages moves between processes, mean over agents; None in one process."""
 
     def gather(self, tensors: Tensors) -> Tensors:

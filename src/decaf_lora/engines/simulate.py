@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decaf_lora.algorithms.base import Inbox, Tensors
-from decaf_lora.engines.base import Pending
+from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.graphs import Graph
 
 
@@ -16,12 +16,12 @@ class Simulate:
         self.num_agents = num_agents
         self.agents = list(range(num_agents))
 
-    def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Inbox]:
+    def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
         """The inbox of all agents under the graph's weights."""
         inbox = Inbox.from_weights(message, graph.weights, self.agents, self.agents)
         return Pending(lambda: inbox)
 
-    def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
+    def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
         """There is no wire."""
         return None
 

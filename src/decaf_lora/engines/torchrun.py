@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from decaf_lora.algorithms.base import Inbox, Tensors
-from decaf_lora.engines.base import Pending
+from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.errors import UserError, unknown
 from decaf_lora.graphs import Graph
 
@@ -464,6 +464,65 @@ def _numbers(part: Tensor, dtype: torch.dtype) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format).flatten().view(dtype)
 
 
+class _Parcels:
+    """Messages name -> (k, ...) of some agents as one flat buffer of bytes, and back.
+
+    Agents of the same sizes lie together, in the order of the first; each one's row holds its own part only.
+    """
+
+    def __init__(self, message: Tensors, wire: Wire, sizes: Sizes | None) -> None:
+        self.wire, self.sizes = wire, {k: v for k, v in (sizes or {}).items() if k in message}
+        self.shapes = {name: t[:0] for name, t in message.items()}
+        self._rows: dict[tuple[int, ...], _Rows] = {}
+
+    def size(self, agent: int) -> int:
+        """Bytes of an agent's message."""
+        return self._rows_of(self._profile(agent)).size
+
+    def write(self, message: Tensors, agents: Sequence[int], device: torch.device) -> Tensor:
+        """The messages of `agents`, name -> (k, ...), to bytes on `device`."""
+        parts = []
+        for profile, places in self._profiles(agents).items():
+            own = self._cut({k: t[places] for k, t in message.items()}, profile)
+            parts.append(self._rows_of(profile).write(own, device).flatten())
+        return torch.cat(parts)
+
+    def read(self, buffer: Tensor, agents: Sequence[int], device: torch.device) -> Tensors:
+        """Bytes to name -> (k, ...) on `device`."""
+        if not self.sizes:
+            return self._rows_of(()).read(buffer.view(len(agents), -1), device)
+        message = {k: t.new_zeros(len(agents), *t.shape[1:], device=device) for k, t in self.shapes.items()}
+        start = 0
+        for profile, places in self._profiles(agents).items():
+            rows = self._rows_of(profile)
+            end = start + len(places) * rows.size
+            own = rows.read(buffer[start:end].view(len(places), -1), device)
+            for name, part in self._cut(message, profile).items():
+                part[places] = own[name]
+            start = end
+        return message
+
+    def _profile(self, agent: int) -> tuple[int, ...]:
+        return tuple(sizes[agent] for _, sizes in self.sizes.values())
+
+    def _profiles(self, agents: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
+        """Sizes of every tensor that has some -> places in `agents` of those who have them."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, agent in enumerate(agents):
+            places.setdefault(self._profile(agent), []).append(place)
+        return places
+
+    def _cut(self, message: Tensors, profile: tuple[int, ...]) -> Tensors:
+        """Views of the part that agents with this profile have."""
+        own = {k: message[k].narrow(axis, 0, n) for (k, (axis, _)), n in zip(self.sizes.items(), profile, strict=True)}
+        return {**message, **own}
+
+    def _rows_of(self, profile: tuple[int, ...]) -> _Rows:
+        if profile not in self._rows:
+            self._rows[profile] = _Rows(self._cut(self.shapes, profile), self.wire)
+        return self._rows[profile]
+
+
 # --- the engine ---------------------------------------------------------------------------------------------
 
 
@@ -476,8 +535,8 @@ class _Plan:
     """rank -> those of this rank's agents that it listens to."""
     receive: dict[int, list[int]] = field(default_factory=dict)
     """rank -> those of its agents that this rank listens to."""
-    crossings: int = 0
-    """Messages between ranks in the whole run's exchange, over all pairs."""
+    crossings: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """(N,) to how many other ranks each agent's message goes."""
 
 
 class Torchrun:
@@ -510,18 +569,18 @@ class Torchrun:
         """What this rank has handed to the transport in exchanges, so far."""
         self._plan = _Plan(np.empty(0))
 
-    def start(self, message: Tensors, graph: Graph, round_: int) -> Pending[Inbox]:
+    def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
         """Every rank sends each other rank one buffer, with the messages it needs; to this rank's agents' inbox."""
         plan, me = self._plan_for(graph), self.processes.rank
-        rows, first = _Rows(message, self.wire), self.agents[0]
+        parcels, first = _Parcels(message, self.wire, sizes), self.agents[0]
         device = next(iter(message.values())).device
         lane = self._lane(device)
         outgoing = {
-            rank: rows.write({k: t[[agent - first for agent in agents]] for k, t in message.items()}, lane)
+            rank: parcels.write({k: t[[agent - first for agent in agents]] for k, t in message.items()}, agents, lane)
             for rank, agents in plan.send.items()
         }
         incoming = {
-            rank: torch.empty(len(agents), rows.size, dtype=torch.uint8, device=lane)
+            rank: torch.empty(sum(map(parcels.size, agents)), dtype=torch.uint8, device=lane)
             for rank, agents in plan.receive.items()
         }
         transfer = self._post(outgoing, incoming)
@@ -529,7 +588,7 @@ class Torchrun:
 
         def arrive() -> Inbox:
             transfer.wait()
-            known = {rank: rows.read(buffer, device) for rank, buffer in incoming.items()}
+            known = {rank: parcels.read(buffer, plan.receive[rank], device) for rank, buffer in incoming.items()}
             known[me] = message
             ranks = sorted(known)
             senders = [agent for rank in ranks for agent in (self.agents if rank == me else plan.receive[rank])]
@@ -538,9 +597,10 @@ class Torchrun:
 
         return Pending(arrive)
 
-    def wire_bytes(self, message: Tensors, graph: Graph) -> float | None:
+    def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
         """Bytes that an exchange of such messages moves between ranks, mean over all N agents."""
-        return _Rows(message, self.wire).size * self._plan_for(graph).crossings / self.num_agents
+        parcels, crossings = _Parcels(message, self.wire, sizes), self._plan_for(graph).crossings
+        return float(sum(parcels.size(agent) * int(k) for agent, k in enumerate(crossings)) / self.num_agents)
 
     def gather(self, tensors: Tensors) -> Tensors:
         """name -> (n, ...) of this rank to (N, ...) of all, on every rank."""
@@ -619,12 +679,11 @@ class Torchrun:
 
     def _plan_for(self, graph: Graph) -> _Plan:
         if self._plan.weights is not graph.weights:
-            me, heard, crossings = self.processes.rank, graph.weights != 0, 0
+            me, heard = self.processes.rank, graph.weights != 0
             send, receive = {}, {}
             # (W, N): whether any agent of a rank listens to an agent.
             needs = np.stack([heard[block].any(axis=0) for block in self.blocks])
             for rank, block in enumerate(self.blocks):
-                crossings += int(needs[rank].sum() - needs[rank, block].sum())
                 if rank != me:
                     send[rank] = [agent for agent in self.agents if needs[rank, agent]]
                     receive[rank] = [agent for agent in block if needs[me, agent]]
@@ -632,6 +691,6 @@ class Torchrun:
                 graph.weights,
                 {rank: agents for rank, agents in send.items() if agents},
                 {rank: agents for rank, agents in receive.items() if agents},
-                crossings,
+                needs.sum(axis=0) - np.concatenate([needs[rank, block] for rank, block in enumerate(self.blocks)]),
             )
         return self._plan
