@@ -14,7 +14,10 @@ from decaf_lora.errors import UserError, unknown
 
 
 def digits() -> CompareConfig:
-    """A tiny CLIP meets turned, inverted handwritten digits; 10 agents on a ring, Dirichlet(0.1)."""
+    """Tiny CLIP on turned digits: ring, Dirichlet(0.1).
+
+    The demo: it needs no download and takes minutes on 2 cores.
+    """
     return CompareConfig(
         task=TaskConfig(name="digits"),
         lora=LoraOptions(r=2, lora_alpha=2),
@@ -38,7 +41,7 @@ GRAPHS = ("ring", "complete", "bipartite", "complete-bipartite")
 
 
 def flowers102() -> CompareConfig:
-    """CLIP ViT-B/16 on Oxford Flowers 102, 40 shots a class, rank 2; 4 graphs, IID and non-IID."""
+    """CLIP ViT-B/16 on Flowers 102: 4 graphs, IID and non-IID."""
     task = TaskConfig(
         name="image-text",
         data="dpdl-benchmark/oxford_flowers102",
@@ -52,7 +55,7 @@ def flowers102() -> CompareConfig:
 
 
 def ucf101() -> CompareConfig:
-    """CLIP ViT-B/16 on UCF101 (middle frames), 40 shots a class, rank 2; 4 graphs, IID and non-IID."""
+    """CLIP ViT-B/16 on UCF101 frames: 4 graphs, IID and non-IID."""
     task = TaskConfig(
         name="image-text",
         # The Hub has every frame of every video only; docs/reproducing.md makes this folder of middle frames.
@@ -63,7 +66,7 @@ def ucf101() -> CompareConfig:
 
 
 def food101() -> CompareConfig:
-    """CLIP ViT-B/16 on Food-101, 40 shots a class, rank 2; 4 graphs, IID and non-IID."""
+    """CLIP ViT-B/16 on Food-101: 4 graphs, IID and non-IID."""
     task = TaskConfig(
         name="image-text",
         data="ethz/food101",
@@ -74,7 +77,7 @@ def food101() -> CompareConfig:
 
 
 def wic() -> CompareConfig:
-    """LLaMA-2-7B on WiC (SuperGLUE), F1, rank 4; 4 graphs, IID and non-IID."""
+    """LLaMA-2-7B on WiC (SuperGLUE): 4 graphs, IID and non-IID."""
     task = TaskConfig(
         name="causal-lm",
         data="aps/super_glue",
@@ -91,7 +94,7 @@ def wic() -> CompareConfig:
 
 
 def boolq() -> CompareConfig:
-    """LLaMA-2-7B on BoolQ (SuperGLUE), F1, rank 4; 4 graphs, IID and non-IID."""
+    """LLaMA-2-7B on BoolQ (SuperGLUE): 4 graphs, IID and non-IID."""
     task = TaskConfig(
         name="causal-lm",
         data="aps/super_glue",
