@@ -177,7 +177,13 @@ COMBINED = [
     ("decaf", {"quasi_global": 0.5, "gauge": "balanced", "truncation_feedback": 0.9}, "star", 1),
 ]
 """Algorithm, its options, graph, exchanges a round, and the agents' ranks where they differ."""
-VALUES = {"gauge": GAUGES, "relay_rank": (4,), "tracking_gamma": (0.5,)}
+VALUES = {
+    "gauge": GAUGES,
+    "relay_rank": (4,),
+    "tracking_gamma": (0.5,),
+    "truncation_feedback": (1.0, 0.5),
+    "quasi_global": (0.0, 0.9),
+}
 """Values to try of the options that are not a choice among few."""
 
 
