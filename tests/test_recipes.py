@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor
 
 from decaf_lora import algorithms, config, graphs, partition, recipes, tasks
 from decaf_lora.cli import main
 from decaf_lora.config import CompareConfig, RunConfig, TaskConfig
 from decaf_lora.execute import cells
-from test_tasks import DECODERS, DUALS, cache, new_model, tokenizer  # noqa: F401 - cache: an own datasets cache
+from tiny import write
 
 PAPER = [name for name in recipes.RECIPES if name.startswith("paper/")]
 ROOT = Path(__file__).parents[1]
@@ -155,12 +154,17 @@ def test_a_share_of_the_test_examples(tmp_path):
 # Small models and data of one's own, through the command line
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("llama")
-    new_model(AutoModelForCausalLM, "llama", DECODERS).save_pretrained(directory)
-    tokenizer("llama", pad=None, limit=64).save_pretrained(directory)
-    return directory
+    return write("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +184,7 @@ def senses(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("clip")
-    new_model(AutoModel, "clip", DUALS).save_pretrained(directory)
-    tokenizer(limit=16).save_pretrained(directory)
-    size = {"height": 16, "width": 16}
-    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(directory)
-    return directory
+    return write("clip", tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

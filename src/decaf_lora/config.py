@@ -82,7 +82,9 @@ class TaskConfig(_Frozen):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     num_workers: int = Field(0, ge=0)
-    """Processes that preprocess, and threads that decode images; 0 uses the main one."""
+    """Processes that preprocess texts, and threads that preprocess images; 0 uses the main one."""
+    image_cache: float = Field(0.5, ge=0)
+    """GiB of preprocessed images that each split may keep in memory; others are decoded whenever they are asked for."""
     skip_bad: bool = False
     """Leave out images that do not decode (they are counted and named) instead of refusing them."""
     eval_batch_size: int = Field(256, ge=1)

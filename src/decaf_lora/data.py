@@ -38,9 +38,6 @@ READERS = {
 }
 """File suffix -> the reader of `datasets`. A text file holds one example a paragraph."""
 
-PIXELS_IN_MEMORY = 2**29
-"""Bytes of preprocessed images of one split up to which they are kept after their first use."""
-
 Labels = NDArray[np.int64]
 
 
@@ -363,41 +360,51 @@ class Ragged:
 class Pixels:
     """Images as a processor makes them: called with indices (m,), gives pixel values (m, channels, h, w).
 
-    Images are decoded for the batch that asks for them, by `workers` threads, and kept only if those of all
-    `rows` fit into `PIXELS_IN_MEMORY`.
+    Images are decoded and processed for the batch that asks for them, by `workers` threads. The first ones that
+    fit into `cache` bytes are kept: few-shot learning of a large set comes back to few of its images.
     """
 
-    def __init__(self, rows: Dataset, column: str, processor: Any, workers: int = 0, folder: str = "") -> None:
+    def __init__(
+        self, rows: Dataset, column: str, processor: Any, workers: int = 0, folder: str = "", cache: float = 2**29
+    ) -> None:
         self._rows, self._column, self._processor, self._folder = rows, column, processor, folder
         self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._cache = cache
         self._kept: Tensor | None = None
-        self._have = np.zeros(len(rows), bool)
+        self._place = np.full(len(rows), -1)
+        self._used = 0
 
     def __call__(self, indices: NDArray[np.int64]) -> Tensor:
-        if self._kept is None and self._have.size:
-            self._kept = self._allocate(indices[:1])
-        if self._kept is None or not self._kept.numel():
-            return self._decode(indices)
-        new = np.unique(indices[~self._have[indices]])
-        if new.size:
-            self._kept[torch.from_numpy(new)] = self._decode(new)
-            self._have[new] = True
-        return self._kept[torch.from_numpy(np.asarray(indices))]
+        wanted, where = np.unique(indices, return_inverse=True)
+        place = self._place[wanted]
+        new = place < 0
+        parts = []
+        if new.any():
+            parts.append(self._decode(wanted[new]))
+            self._keep(wanted[new], parts[0])
+        if not new.all():
+            assert self._kept is not None
+            parts.append(self._kept[torch.from_numpy(place[~new])])
+        order = np.argsort(np.concatenate([np.flatnonzero(new), np.flatnonzero(~new)]))
+        return torch.cat(parts)[torch.from_numpy(order[where])]
 
-    def _allocate(self, sample: NDArray[np.int64]) -> Tensor:
-        """Room for all images, or none."""
-        one = self._decode(sample)[0]
-        fits = one.numel() * one.element_size() * len(self._rows) <= PIXELS_IN_MEMORY
-        return torch.empty(len(self._rows) if fits else 0, *one.shape, dtype=one.dtype)
+    def _keep(self, indices: NDArray[np.int64], pixels: Tensor) -> None:
+        """Takes as many of these images (m, channels, h, w) as there is room for."""
+        if self._kept is None:
+            room = min(len(self._rows), int(self._cache // (pixels[0].numel() * pixels.element_size())))
+            self._kept = pixels.new_empty(room, *pixels.shape[1:])
+        count = min(len(indices), len(self._kept) - self._used)
+        self._kept[self._used : self._used + count] = pixels[:count]
+        self._place[indices[:count]] = np.arange(self._used, self._used + count)
+        self._used += count
 
     def _decode(self, indices: NDArray[np.int64]) -> Tensor:
         files = self._rows[indices.tolist()][self._column]
 
-        def decode(file: Any) -> Any:
-            return decode_image(file, self._folder)
+        def pixels(file: Any) -> Tensor:
+            return self._processor(images=[decode_image(file, self._folder)], return_tensors="pt")["pixel_values"]
 
-        images = list(self._pool.map(decode, files) if self._pool else map(decode, files))
-        return self._processor(images=images, return_tensors="pt")["pixel_values"]
+        return torch.cat(list(self._pool.map(pixels, files) if self._pool else map(pixels, files)))
 
 
 def decode_image(file: dict[str, Any], folder: str = "") -> Any:

@@ -76,7 +76,9 @@ _PRETRAINED = _ANY | {
 
 BUILT_IN: dict[str, BuiltIn] = {
     "digits": BuiltIn(lambda config: digits(), frozenset(_ANY)),
-    "image-text": BuiltIn(_image_text, frozenset(_PRETRAINED | {"image_column", "templates", "skip_bad"})),
+    "image-text": BuiltIn(
+        _image_text, frozenset(_PRETRAINED | {"image_column", "image_cache", "templates", "skip_bad"})
+    ),
     "sequence-classification": BuiltIn(
         _sequence_classification, frozenset(_PRETRAINED | {"text_column", "text_pair_column", "max_length"})
     ),

@@ -157,7 +157,14 @@ def make(config: TaskConfig) -> ImageText:
         raise UserError(f"task.model: the checkpoint lacks {len(new)} tensors of the model (first: {new[0]}).")
     names = [name.replace("_", " ") for name in examples.classes]
     train, test = (
-        data.Pixels(rows, image, processor.image_processor, config.num_workers, data.image_folder(config))
+        data.Pixels(
+            rows,
+            image,
+            processor.image_processor,
+            config.num_workers,
+            data.image_folder(config),
+            config.image_cache * 2**30,
+        )
         for rows in (examples.train, examples.test)
     )
     return ImageText(
