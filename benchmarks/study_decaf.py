@@ -43,8 +43,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def one(key: tuple[str, str, float, int], start: str) -> dict[str, Any]:
-    """One run; returns its row."""
+Methods = dict[str, tuple[str, dict[str, Any]]]
+
+
+def one(key: tuple[str, str, float, int], start: str, methods: Methods = METHODS) -> dict[str, Any]:
+    """One run of one of `methods`; returns its row."""
     import torch
 
     torch.set_num_threads(1)
@@ -53,7 +56,7 @@ def one(key: tuple[str, str, float, int], start: str) -> dict[str, Any]:
     from decaf_lora.recipes import digits
 
     method, partition, learning_rate, seed = key
-    name, options = METHODS[method]
+    name, options = methods[method]
     base = digits().model_dump()
     base = {k: v for k, v in base.items() if k in RunConfig.model_fields}
     base["training"] |= {"learning_rate": learning_rate, "agents_per_pass": 10}
@@ -79,6 +82,7 @@ def one(key: tuple[str, str, float, int], start: str) -> dict[str, Any]:
         "consensus_distance": last.consensus_distance,
         "interference": last.interference,
         "tail": last.tail,
+        "bytes_sent": last.bytes_sent,
         "seconds": time.perf_counter() - started,
     }
 

@@ -5,7 +5,8 @@
 R_i = 0 at the start. It is the next r singular directions of the same Z_i, so it costs no second SVD, stays a product
 of rank r, which needs no frame, and is never sent. f in (0, 1] is the leak. With f = 1, and where rank 2 r holds Z_i,
 nothing is lost: Pi is doubly stochastic, so sum_i s_i (B_i A_i + R_i) does not change by mixing. What lies beyond
-rank 2 r is lost as before, and so is what a relay cuts between the exchanges of a round.
+rank 2 r is lost as before, and so is what a relay cuts between the exchanges of a round. The records' `tail` stays
+what truncating the messages alone would cut.
 
 Error feedback: Seide, Fu, Droppo, Li and Yu, Interspeech 2014; Karimireddy, Rebjock, Stich and Jaggi, arXiv 1901.09847,
 there for compressed gradients. The leak, the low rank of the memory, and its use on the product consensus are ours.
