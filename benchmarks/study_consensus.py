@@ -1,0 +1,334 @@
+"""What should one use under drift and on sparse graphs? The study behind docs/study-consensus.md, on the demo task.
+
+    python benchmarks/study_consensus.py bars --out study.jsonl       # runs what is missing of a part, prints its table
+    python benchmarks/study_consensus.py settings --out study.jsonl
+    python benchmarks/study_consensus.py bytes --out study.jsonl
+    python benchmarks/study_consensus.py all --out study.jsonl --figures docs/images   # all parts, and the figures
+
+One factor at a time around the demo's setting: 10 agents, Dirichlet(0.1), 30 rounds of 5 AdamW steps, batch 16, rank
+2, cosine, common start. A method counts at its own best learning rate. It is looked for on the first seeds (two in
+`bars`, one elsewhere), outwards from 0.02, 0.03 and 0.04 until the best of at least four lies between two worse ones;
+the best, by the mean score over those seeds, is then run on the other seeds too. One process, one thread; a run of the
+demo's length takes about ten seconds. Finished runs are kept in --out.
+
+Bytes are those that an agent sends to its peers. FedAvg is counted as what it is without a server, an exchange on
+the complete graph: N - 1 messages a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from decaf_lora.config import RunConfig
+from decaf_lora.recipes import digits
+
+RATES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.09, 0.13)
+FIRST_RATES = (0.02, 0.03, 0.04)
+MIXED = (2, 4, 8, 16, 2, 4, 8, 16, 2, 4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm with its options, and how it exchanges; `graph` None takes the setting's."""
+
+    algorithm: str
+    options: dict[str, Any] = field(default_factory=dict)
+    graph: str | None = None
+    gossip_steps: int | str = 1
+
+
+METHODS: dict[str, Method] = {
+    "local": Method("local"),
+    "DLoRA": Method("dlora"),
+    "DeCAF": Method("decaf"),
+    "FedAvg": Method("fedavg"),
+    "centralized": Method("centralized"),
+    "tracked": Method("decaf_tracked"),
+    "tracked, 2 exchanges": Method("decaf_tracked", {"relay_rank": 2}, None, 2),
+    "tracked, 4 exchanges": Method("decaf_tracked", {"relay_rank": 2}, None, 4),
+    "tracked, exact": Method("decaf_tracked", {"relay_rank": 2}, "base:5", "period"),
+    "DLoRA tracked, exact": Method("dlora", {"tracking": True}, "base:5", "period"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method meets; the defaults are the demo's."""
+
+    agents: int = 10
+    graph: str = "ring"
+    partition: str = "dirichlet:0.1"
+    steps: int = 5
+    rounds: int = 30
+    start: str = "common"
+    ranks: tuple[int, ...] = (2,)
+    """One for all, or each agent's."""
+    brought: bool = False
+    """Whether agents bring adapters that they trained alone, 30 rounds from starts of their own."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One run."""
+
+    method: str
+    setting: Setting
+    rate: float
+    seed: int
+
+    def text(self) -> str:
+        """The key of a finished run in the file: settings as far as they differ from the demo's."""
+        default = asdict(Setting())
+        setting = {k: v for k, v in asdict(self.setting).items() if v != default[k]}
+        return json.dumps({**asdict(self), "setting": setting}, sort_keys=True)
+
+
+def one(key: Key) -> dict[str, Any]:
+    """Runs it; returns its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = trained_alone(key, Path(folder)) if key.setting.brought else None
+        return run(key, start)
+
+
+def trained_alone(key: Key, folder: Path) -> str:
+    """The adapters of a local run; returns their places as `init_adapters` takes them."""
+    from decaf_lora import execute
+
+    setting = replace(key.setting, rounds=30, start="independent", brought=False)
+    alone = execute.build(configured(Key("local", setting, 0.02, key.seed)))
+    try:
+        list(alone.train())
+        for agent in range(setting.agents):
+            alone.save_adapter(folder / str(agent), agent)
+    finally:
+        alone.close()
+    return str(folder / "{agent}")
+
+
+def configured(key: Key, init_adapters: str | None = None) -> RunConfig:
+    """The configuration of a run."""
+    method, setting = METHODS[key.method], key.setting
+    values = {k: v for k, v in digits().model_dump().items() if k in RunConfig.model_fields}
+    values["training"] |= {"learning_rate": key.rate, "steps": setting.steps, "agents_per_pass": 10}
+    first = setting.ranks[0]
+    # The scaling stays 1 at every rank.
+    values["lora"] |= {"r": first, "lora_alpha": first, "ranks": setting.ranks if len(setting.ranks) > 1 else ()}
+    values |= {
+        "agents": setting.agents,
+        "graph": method.graph or setting.graph,
+        "gossip_steps": method.gossip_steps,
+        "partition": setting.partition,
+        "rounds": setting.rounds,
+        "start": setting.start,
+        "seed": key.seed,
+        "algorithm": {"name": method.algorithm, **method.options},
+        "evaluate_every": max(1, setting.rounds // 6) if key.seed == 0 else setting.rounds,
+        "init_adapters": () if init_adapters is None else (init_adapters,),
+    }
+    if init_adapters is not None:
+        values["lora"]["ranks"] = ()  # they follow the adapters
+    return RunConfig.model_validate(values)
+
+
+def run(key: Key, init_adapters: str | None) -> dict[str, Any]:
+    """Trains; returns the row."""
+    from decaf_lora import execute
+
+    started = time.process_time()
+    training = execute.build(configured(key, init_adapters))
+    try:
+        records = list(training.train())
+    finally:
+        training.close()
+    last, sent = records[-1], 0.0
+    factor = key.setting.agents - 1 if METHODS[key.method].algorithm == "fedavg" else 1
+    curve = []
+    for record in records:
+        sent += record.bytes_sent * factor
+        if record.scores:
+            curve.append([record.round, sent, statistics.fmean(record.scores)])
+    return {
+        "key": key.text(),
+        "mean": statistics.fmean(last.scores),
+        "worst": min(last.scores),
+        "averaged": last.averaged_score,
+        "first": statistics.fmean(records[0].scores),
+        "consensus_distance": last.consensus_distance,
+        "tail": last.tail,
+        "recompression": last.recompression,
+        "bytes": sent,
+        "curve": curve,
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+class Study:
+    """The finished runs in a file, and those that are missing."""
+
+    def __init__(self, path: Path, may_run: bool) -> None:
+        self.path, self.may_run = path, may_run
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.rows = {row["key"]: row for row in rows}
+
+    def row(self, key: Key) -> dict[str, Any] | None:
+        """The row of a run, which is done now if it is missing."""
+        text = key.text()
+        if text not in self.rows and self.may_run:
+            row = one(key)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.rows[text] = row
+            what = f"{key.method}  lr {key.rate:g}  seed {key.seed}: {row['mean']:.3f}  {row['cpu_seconds']:.0f} s"
+            print(what, key.setting, flush=True)
+        return self.rows.get(text)
+
+    def best(
+        self, method: str, setting: Setting, seeds: tuple[int, ...], choosers: int = 1
+    ) -> tuple[float, list[dict[str, Any]]] | None:
+        """The learning rate that is best on the first `choosers` seeds, and its rows, one a seed."""
+        tried: dict[float, float] = {}
+        wanted = [*FIRST_RATES]
+        while wanted:
+            for rate in wanted:
+                rows = [self.row(Key(method, setting, rate, seed)) for seed in seeds[:choosers]]
+                if not all(rows):
+                    return None
+                tried[rate] = statistics.fmean(row["mean"] for row in rows if row)
+            place = RATES.index(max(tried, key=lambda rate: tried[rate]))
+            around = [RATES[i] for i in (place + 1, place - 1) if 0 <= i < len(RATES)]
+            wanted = [rate for rate in around if rate not in tried]
+            if not wanted and len(tried) < 4:
+                wanted = [next(rate for rate in reversed(RATES[: RATES.index(min(tried))]))]
+        rows = [self.row(Key(method, setting, RATES[place], seed)) for seed in seeds]
+        return (RATES[place], [row for row in rows if row]) if all(rows) else None
+
+
+def shown(rows: list[dict[str, Any]], column: str = "mean") -> str:
+    """Mean and standard deviation over the rows."""
+    values = [row[column] for row in rows]
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+# --- the parts ----------------------------------------------------------------------------------------------
+
+BARS = ("FedAvg", "tracked, exact", "tracked, 4 exchanges", "DLoRA", "centralized", "tracked", "tracked, 2 exchanges")
+BARS += ("DeCAF",)
+
+
+def bars(study: Study) -> Iterator[str]:
+    """The demo's setting, five seeds; rates other than the best are shown with the mean over the two that chose."""
+    seeds = (0, 1, 2, 3, 4)
+    rates = " | ".join(f"lr {rate:g}" for rate in RATES)
+    yield f"| method | {rates} | worst agent | averaged model | an agent sends |"
+    yield "| --- |" + " ---: |" * (len(RATES) + 3)
+    for method in BARS:
+        best = study.best(method, Setting(), seeds, choosers=2)
+        if best is None:
+            continue
+        cells = []
+        for rate in RATES:
+            some = [row["mean"] for k in seeds[:2] if (row := study.rows.get(Key(method, Setting(), rate, k).text()))]
+            text = f"{statistics.fmean(some):.3f}" if len(some) == 2 else ""
+            cells.append(f"**{shown(best[1])}**" if rate == best[0] else text)
+        rows = best[1]
+        cells += [shown(rows, "worst"), shown(rows, "averaged"), f"{rows[0]['bytes'] / 1e3:.0f} kB"]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+COMPARED = ("DLoRA", "DeCAF", "tracked", "tracked, exact", "FedAvg")
+SETTINGS: dict[str, tuple[Setting, tuple[str, ...]]] = {
+    "the demo": (Setting(), COMPARED),
+    "Base-3, an exchange a round": (Setting(graph="base:3"), COMPARED[:3]),
+    "complete graph": (Setting(graph="complete"), COMPARED[:3]),
+    "IID": (Setting(partition="iid"), COMPARED),
+    "whole classes": (Setting(partition="by-class"), COMPARED),
+    "independent starts": (Setting(start="independent"), COMPARED),
+    "rank 7": (Setting(ranks=(7,)), ("DLoRA", "tracked", "tracked, exact")),
+    "ranks 2, 4, 8, 16": (Setting(ranks=MIXED), ("DLoRA", "tracked", "tracked, exact")),
+    "20 local steps": (Setting(steps=20), COMPARED),
+    "50 agents": (Setting(agents=50), ("DLoRA", "tracked", "tracked, exact", "FedAvg")),
+}
+
+
+def settings(study: Study) -> Iterator[str]:
+    """One factor at a time, three seeds; the learning rate is chosen on seed 0."""
+    yield "| setting | " + " | ".join(COMPARED) + " |"
+    yield "| --- |" + " ---: |" * len(COMPARED)
+    for name, (setting, methods) in SETTINGS.items():
+        cells = []
+        for method in COMPARED:
+            best = study.best(method, setting, (0, 1, 2)) if method in methods else None
+            cells.append("" if best is None else f"{shown(best[1])} ({best[0]:g})")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "DLoRA": ((30, 60, 150), (1, 5)),
+    "FedAvg": ((7, 15, 30), (1, 5, 20)),
+    "tracked, exact": ((6, 12, 30), (1, 5, 20)),
+}
+"""Method -> rounds and local steps: about a fifth, two fifths and all of the bytes of 30 rounds of the exact method."""
+
+
+def bytes_(study: Study) -> Iterator[str]:
+    """Accuracy against the bytes that an agent sends, two seeds; the learning rate is chosen on seed 0."""
+    yield "| method | rounds | local steps | an agent sends | accuracy | lr |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for method, (all_rounds, all_steps) in BYTES.items():
+        for rounds in all_rounds:
+            for steps in all_steps:
+                setting = replace(Setting(), rounds=rounds, steps=steps)
+                best = study.best(method, setting, (0, 1))
+                if best is not None:
+                    rate, rows = best
+                    sent = f"{rows[0]['bytes'] / 1e3:.0f} kB"
+                    yield f"| {method} | {rounds} | {steps} | {sent} | {shown(rows)} | {rate:g} |"
+
+
+MERGED: dict[str, Setting] = {
+    f"{rounds} rounds": Setting(rounds=rounds, ranks=MIXED, brought=True, steps=5) for rounds in (1, 5, 10)
+}
+
+
+def merging(study: Study) -> Iterator[str]:
+    """Agents bring adapters of unequal ranks, trained alone; three seeds; the learning rate is chosen on seed 0."""
+    yield "| method | as brought | " + " | ".join(f"after {name}" for name in MERGED) + " |"
+    yield "| --- | ---: |" + " ---: |" * len(MERGED)
+    for method in ("DLoRA", "DeCAF", "tracked, exact"):
+        cells, first = [], ""
+        for setting in MERGED.values():
+            best = study.best(method, setting, (0, 1, 2))
+            cells.append("" if best is None else f"{shown(best[1])} ({best[0]:g})")
+            first = first if best is None else shown(best[1], "first")
+        yield f"| {method} | {first} | {' | '.join(cells)} |"
+
+
+PARTS = {"bars": bars, "settings": settings, "bytes": bytes_, "merging": merging}
+
+
+def main() -> None:
+    """Runs what is missing and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--out", type=Path, required=True, help="file of finished runs (JSON lines)")
+    parser.add_argument("--table", action="store_true", help="only print the tables of what is there")
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    study = Study(arguments.out, not arguments.table)
+    for name in PARTS if arguments.part == "all" else [arguments.part]:
+        lines = list(PARTS[name](study))
+        print("\n".join(["", f"**{name}**", "", *lines]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
