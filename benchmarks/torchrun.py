@@ -144,7 +144,7 @@ def overlap(agents: int, rounds: int, repeats: int) -> None:
     class Random(Task):
         """Random points, and a model with as many and as wide layers as the messages above are for."""
 
-        name, num_test = "random", 32
+        name, num_test = "random", 48
 
         def __init__(self) -> None:
             self.model = Deep()
@@ -242,8 +242,7 @@ def main() -> None:
     if given.json:
         from decaf_lora.records import environment
 
-        old = json.loads(given.json.read_text()) if given.only and given.json.exists() else {}
-        given.json.write_text(json.dumps({**old, "environment": environment(), **results}, indent=2) + "\n")
+        given.json.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -479,11 +479,12 @@ class _Parcels:
         """Bytes of an agent's message."""
         return self._rows_of(self._profile(agent)).size
 
-    def write(self, message: Tensors, agents: Sequence[int], device: torch.device) -> Tensor:
-        """The messages of `agents`, name -> (k, ...), to bytes on `device`."""
+    def write(self, message: Tensors, first: int, agents: Sequence[int], device: torch.device) -> Tensor:
+        """The messages of `agents` to bytes on `device`; row 0 of `message` is that of agent `first`."""
         parts = []
         for profile, places in self._profiles(agents).items():
-            own = self._cut({k: t[places] for k, t in message.items()}, profile)
+            chosen = [agents[place] - first for place in places]
+            own = {name: t[chosen] for name, t in self._cut(message, profile).items()}
             parts.append(self._rows_of(profile).write(own, device).flatten())
         return torch.cat(parts)
 
@@ -572,13 +573,10 @@ class Torchrun:
     def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
         """Every rank sends each other rank one buffer, with the messages it needs; to this rank's agents' inbox."""
         plan, me = self._plan_for(graph), self.processes.rank
-        parcels, first = _Parcels(message, self.wire, sizes), self.agents[0]
+        parcels = _Parcels(message, self.wire, sizes)
         device = next(iter(message.values())).device
         lane = self._lane(device)
-        outgoing = {
-            rank: parcels.write({k: t[[agent - first for agent in agents]] for k, t in message.items()}, agents, lane)
-            for rank, agents in plan.send.items()
-        }
+        outgoing = {rank: parcels.write(message, self.agents[0], agents, lane) for rank, agents in plan.send.items()}
         incoming = {
             rank: torch.empty(sum(map(parcels.size, agents)), dtype=torch.uint8, device=lane)
             for rank, agents in plan.receive.items()
