@@ -19,7 +19,8 @@ from decaf_lora.records import to_markdown, write_json
 from decaf_lora.report import write_figures
 
 PARTITIONS = {"dirichlet": "shots:40/dirichlet:0.1", "iid": "shots:40"}
-RATES = (0.005, 0.01, 0.02)
+RATES = (0.01, 0.02, 0.04)
+FASTER = {"dlora_fa": 4}
 
 
 def config(partition: str) -> CompareConfig:
@@ -39,12 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for partition in arguments.partitions:
         folder, base = arguments.out.resolve() / partition, config(partition)
-        if arguments.clip:
-            where = {
-                name: str(arguments.clip.resolve() / part) for name, part in (("model", "model"), ("data", "images"))
-            }
-            base = base.model_copy(update={"task": base.task.model_copy(update=where)})
-        found = search(base, RATES, folder / "search")
+        found = search(base, RATES, folder / "search", FASTER)
         write_json(folder / "search.json", found)
         rows = table(base, found, folder / "search", folder / "table")
         write_figures(folder / "table", folder / "figures")

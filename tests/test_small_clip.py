@@ -138,3 +138,19 @@ def test_agents_adapt_it_and_peft_loads_what_they_learnt(made, tmp_path):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     finally:
         run.close()
+
+
+def test_the_benchmark_searches_and_ends_in_a_table_and_figures(made, tmp_path, monkeypatch, capsys):
+    import results_clip
+
+    full = results_clip.config("iid").model_dump()
+    task = full["task"] | {"model": str(made / "model"), "data": str(made / "images")}
+    few = {"task": task, "partition": "shots:10", "algorithms": ["dlora_fa"], "rounds": 1, "seeds": [0, 1]}
+    monkeypatch.setattr(results_clip, "config", lambda partition: CompareConfig.model_validate(full | few))
+    monkeypatch.setattr(results_clip, "RATES", (0.01,))
+    monkeypatch.setattr(sys, "argv", ["results_clip.py", "--out", str(tmp_path), "--partitions", "iid"])
+    results_clip.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| dlora_fa |")]
+    assert "0.04: " in rows[0]  # four times the others' rate
+    assert rows[1].startswith("| dlora_fa | ring | shots:10 | 2 |")
+    assert {p.suffix for p in (tmp_path / "iid" / "figures").iterdir()} == {".png"}
