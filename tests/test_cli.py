@@ -1,5 +1,6 @@
 """The command as users and scripts call it: results on disk, and one line and exit code 2 for every mistake."""
 
+import contextlib
 import json
 import os
 import signal
@@ -342,6 +343,30 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     assert finished.returncode == 0, finished.stderr
     rows = json.loads((out / "summary.json").read_text())
     assert [(r["algorithm"], r["seed"]) for r in rows] == [("decaf", 0), ("dlora", 0), ("decaf", 1), ("dlora", 1)]
+
+
+def test_ctrl_c_while_two_processes_load(tmp_path):
+    """No run starts after a Ctrl-C that came while the task was loading: it would go on to its end."""
+    toy = (Path(__file__).parent / "toy.py").read_text()
+    slow = f"    Path({str(tmp_path / 'loading')!r}).touch()\n    time.sleep(3)\n    return Toy()\n"
+    (tmp_path / "slow.py").write_text(f"import time\nfrom pathlib import Path\n\n{toy}\n\ndef make():\n{slow}")
+    out = tmp_path / "cmp"
+    arguments = ["compare", "digits", *SMALL, "--task", f"{tmp_path / 'slow.py'}:make", "--rounds", "1000000"]
+    arguments += ["--seeds", "0", "1", "--algorithms", "decaf", "dlora", "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "decaf_lora", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not (tmp_path / "loading").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "Go on with: decaf compare digits" in err
 
 
 # graph, recipes, help

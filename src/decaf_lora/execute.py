@@ -409,6 +409,8 @@ def _ctrl_c(stop: Callable[[], None], launched: bool = False) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    if _stopped:  # while the task was loading
+        stop()
     try:
         yield
     finally:
@@ -551,15 +553,25 @@ _events: Any = None
 def _start_worker(events: Any, loading: Any, threads: int) -> None:
     global _events, _loading
     _events, _loading = events, loading
-    # Ctrl-C reaches every process of the terminal; one that is between two runs has nothing to save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal; one that is between two runs, or loads, has nothing to save.
+    signal.signal(signal.SIGINT, _note_stop)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live display may be on by then
     import torch
 
     torch.set_num_threads(threads)
 
 
+_stopped = False
+
+
+def _note_stop(number: int, frame: Any) -> None:
+    global _stopped
+    _stopped = True
+
+
 def _run_in_worker(cell: Cell, out: Path) -> SummaryRow:
+    if _stopped:
+        raise Interrupted(out, 0)
     return _run_cell(cell, out, _events.put)
 
 
