@@ -146,34 +146,54 @@ def write_report(directory: Path | str) -> Path:
     runs = _read(directory)
     with matplotlib.rc_context(STYLE):
         sections = [
-            {
-                "title": f"{graph} · {partition}",
-                "plots": [
-                    (plot, _inline(plot, prefix=f"s{number}f{index}-"))
-                    for index, plot in enumerate(_plots(_by_algorithm(members)))
-                ],
-            }
-            for number, ((graph, partition), members) in enumerate(_sections(runs).items())
+            (f"{graph} · {partition}", _plots(_by_algorithm(members)))
+            for (graph, partition), members in _sections(runs).items()
         ]
-    environment = jinja2.Environment(
+    path = directory / "report.html"
+    configurations = {run.name: run.config for run in runs}
+    write_page(path, _title(runs), _facts(runs), _table(runs), sections, configurations, _environment(runs))
+    return path
+
+
+def write_page(
+    path: Path,
+    title: str,
+    facts: dict[str, str],
+    table: dict[str, Any],
+    sections: Sequence[tuple[str, Sequence[Plot]]],
+    configurations: dict[str, str],
+    environment: dict[str, str],
+) -> None:
+    """Write a page of figures to `path`.
+
+    facts: a few words each on what was done. table: `columns`, `note` and `groups`, (title, rows) of (text,
+    highlighted) cells. sections: (title, figures, made under `STYLE`). configurations: name -> how to repeat it.
+    """
+    loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2").render(
-        title=_title(runs),
-        facts=_facts(runs),
-        table=_table(runs),
-        sections=sections,
-        runs=runs,
-        environment=_environment(runs),
+    with matplotlib.rc_context(STYLE):
+        inlined = [
+            {
+                "title": name,
+                "plots": [(plot, _inline(plot, prefix=f"s{number}f{index}-")) for index, plot in enumerate(plots)],
+            }
+            for number, (name, plots) in enumerate(sections)
+        ]
+    page = loader.get_template("report.html.j2").render(
+        title=title,
+        facts=facts,
+        table=table,
+        sections=inlined,
+        configurations=configurations,
+        environment=environment,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    path = directory / "report.html"
     records.replace_text(path, page)
-    return path
 
 
 def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
@@ -419,7 +439,7 @@ def _draw(axes: Axes, groups: Groups, value: Callable[[Record], Values], log: bo
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.margins(x=0.02)
     if log and axes.lines:
-        _log_axis(axes)
+        log_axis(axes)
     return unseen
 
 
@@ -430,7 +450,7 @@ def _line(algorithm: str, colour: str, marker: str, points: int) -> dict[str, An
     return {"color": colour, "marker": marker, "markevery": max(1, points // 10)}
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
     """A logarithmic y axis whose labels are plain text: 0.02, 0.05, or 10⁻⁶, 10⁻⁵ on a long one."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -447,7 +467,7 @@ def _power(value: float) -> str:
     return f"10{raised}" if mantissa == "1" else f"{mantissa}·10{raised}"
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """One legend for all axes, above them, if there is anything to tell apart."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
@@ -486,7 +506,7 @@ def _score_name(groups: Groups) -> str:
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float = HALF, height: float = 3.6) -> Figure:
+def new_figure(width: float = HALF, height: float = 3.6) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -507,7 +527,7 @@ def _plots(groups: Groups) -> list[Plot]:
 
 
 def _scores(groups: Groups) -> Plot | None:
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     _draw(axes, groups, lambda record: record.scores)
     caption = "Each agent's own model on the test data, mean over agents." + _band(groups)
@@ -521,12 +541,12 @@ def _scores(groups: Groups) -> Plot | None:
     if not axes.lines:
         return None
     axes.set_ylabel(_score_name(groups))
-    _legend(figure)
+    legend(figure)
     return Plot("Score by round", caption, f"Line chart of the score by round for {_names(groups)}.", figure)
 
 
 def _scores_by_bytes(groups: Groups) -> Plot | None:
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     ends, flat = [], []
     for algorithm, (colour, marker) in _looks(groups).items():
@@ -550,7 +570,7 @@ def _scores_by_bytes(groups: Groups) -> Plot | None:
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.set_xlabel("bytes sent by one agent")
     axes.set_ylabel(_score_name(groups))
-    _legend(figure)
+    legend(figure)
     caption = "The same score against what one agent has sent so far (mean over agents)."
     if flat:
         caption += f" Horizontal: the final score of what sends nothing ({', '.join(flat)})."
@@ -565,26 +585,26 @@ def _sent(run: Run, rounds: np.ndarray) -> np.ndarray:
 
 
 def _losses(groups: Groups) -> Plot | None:
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     _draw(axes, groups, lambda record: record.losses)
     if not axes.lines:
         return None
     axes.set_ylabel("training loss")
-    _legend(figure)
+    legend(figure)
     caption = "Mean over the local steps of a round and over agents, each on its own data." + _band(groups)
     alt = f"Line chart of the training loss by round for {_names(groups)}."
     return Plot("Training loss by round", caption, alt, figure)
 
 
 def _consensus(groups: Groups) -> Plot | None:
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     unseen = _draw(axes, groups, lambda record: _one(record.consensus_distance), log=True)
     if not axes.lines:
         return None
     axes.set_ylabel("distance (log scale)")
-    _legend(figure)
+    legend(figure)
     caption = "How far the agents' products BA are from their mean: Frobenius norm, RMS over agents."
     alt = f"Line chart of the consensus distance by round for {_names(groups)}."
     return Plot("Consensus distance by round", caption + _band_over_seeds(groups) + _zeros(unseen), alt, figure)
@@ -605,7 +625,7 @@ def _truncation(groups: Groups) -> Plot | None:
     shown = [name for name, (_, value) in parts.items() if any((value(record) or [0])[0] for record in everything)]
     if not shown:
         return None
-    figure = _figure(WHOLE, 3.4) if len(shown) > 1 else _figure()
+    figure = new_figure(WHOLE, 3.4) if len(shown) > 1 else new_figure()
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     zeros, meanings = [], []
     for axes, name in zip(panels, shown, strict=True):
@@ -616,7 +636,7 @@ def _truncation(groups: Groups) -> Plot | None:
         if len(shown) > 1:
             axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("Frobenius norm (log scale)")
-    _legend(figure)
+    legend(figure)
     caption = f"{' '.join(meanings)} RMS over layers and agents.{_band_over_seeds(groups)}{_zeros(zeros)}"
     alt = f"Line chart of {' and '.join(shown)} by round for {_names(groups)}."
     title = "Interference against truncation" if len(shown) > 1 else shown[0].capitalize()
@@ -639,7 +659,7 @@ def _final_scores(groups: Groups) -> Plot | None:
     finals = {algorithm: scores for algorithm, scores in finals.items() if scores}
     if max(map(len, finals.values()), default=0) < 2:
         return None
-    figure = _figure(height=max(3.2, 1.0 + 0.42 * len(finals)))
+    figure = new_figure(height=max(3.2, 1.0 + 0.42 * len(finals)))
     axes, unequal = figure.add_subplot(), False
     for place, (algorithm, (colour, _)) in enumerate(_looks(finals).items()):
         scores = np.array(finals[algorithm])
@@ -687,7 +707,7 @@ def _labels(groups: Groups) -> Plot | None:
     classes, agents = counts.shape
     names = run.facts["partition"].get("classes") or range(classes)
     names = [text if len(text := str(name)) <= 24 else text[:23] + "…" for name in names]
-    figure = _figure(HALF if agents <= 24 else WHOLE, float(np.clip(1.1 + 0.24 * classes, 2.0, 6.4)))
+    figure = new_figure(HALF if agents <= 24 else WHOLE, float(np.clip(1.1 + 0.24 * classes, 2.0, 6.4)))
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap=HEAT, vmin=0, aspect="auto", interpolation="none")
     if classes <= 20 and agents <= 16 and counts.max() < 10_000:
@@ -719,7 +739,7 @@ def _graph(groups: Groups) -> Plot | None:
     weights = run.facts["graph"].get("weights")
     if not weights or len(weights) == 1:
         return None
-    figure = _figure(height=3.9)
+    figure = new_figure(height=3.9)
     axes = figure.add_subplot()
     server = run.graph == "server"
     draw(Graph(np.array(weights), run.graph, require_symmetric=False, connected=False, is_server=server), axes)
@@ -742,7 +762,7 @@ def _seconds(groups: Groups) -> Plot | None:
     phases = dict.fromkeys(phase for seconds in means.values() for phase in seconds)
     if not any(second > 0 for seconds in means.values() for second in seconds.values()):
         return None
-    figure = _figure(height=max(3.2, 1.2 + 0.4 * len(means)))
+    figure = new_figure(height=max(3.2, 1.2 + 0.4 * len(means)))
     axes = figure.add_subplot()
     left = np.zeros(len(means))
     for phase, colour in zip(phases, itertools.cycle(PHASE_COLOURS)):
@@ -751,7 +771,7 @@ def _seconds(groups: Groups) -> Plot | None:
         left += widths
     _name_rows(axes, means)
     axes.set_xlabel("seconds")
-    _legend(figure)
+    legend(figure)
     caption = "Wall-clock time of a run by phase" + (", mean over seeds." if _seeds(groups) > 1 else ".")
     return Plot("Where the time went", caption, f"Bar chart of the seconds by phase for {_names(groups)}.", figure)
 
