@@ -68,7 +68,7 @@ def start(folder: Path, world: int, work, *arguments, ranks=None, port=None, env
         children[rank] = CONTEXT.Process(target=_child, args=(folder / f"{rank}.log", variables, work, arguments, own))
         children[rank].start()
     for child in children.values():
-        child.join(timeout=120)
+        child.join(timeout=600)  # against a hang; a busy machine may well take minutes
         if child.is_alive():
             child.kill()
             child.join()
