@@ -56,5 +56,5 @@ def test_the_model_reads_text_and_scores_answers(benchmark, tmp_path):
         (cell, *_) = execute.cells(benchmark.answers(model, DATA, name))
         run = execute.build(cell.config)
         assert (run.task.classes, run.task.score_name) == (["false", "true"], "F1 (true)")
-        assert (len(run.task.labels), run.task.num_test) == (train, 100)
+        assert (len(run.task.labels), run.task.num_test) == (train, 80)
         run.close()
