@@ -4,9 +4,9 @@
     python benchmarks/paper_cost.py --measure  # real steps of the real architectures: half a minute of one core
 
 Memory is planned for the longest sequences (`task.max_length`), arithmetic for usual batches (`LENGTHS`). The second
-command takes one step of one agent on CLIP ViT-B/16 (weights drawn at random) and on two of LLaMA-2-7B's 32 blocks at full
-width, counts the operations in closed form and by torch's counter, and times them (CPU time of one thread), next to a
-plain matrix product on the same core.
+command takes one step of one agent on CLIP ViT-B/16 (weights drawn at random) and on two of LLaMA-2-7B's 32 blocks at
+full width, counts the operations in closed form and by torch's counter, and times them (CPU time of one thread), beside
+a plain matrix product on the same core.
 """
 
 import argparse

@@ -171,8 +171,8 @@ class AlgorithmConfig(_Frozen):
     truncation_feedback: float | None = Field(None, gt=0, le=1)
     """decaf: keep what a truncation cuts, at rank r, and add it times this to the next mix; 1 forgets nothing."""
     quasi_global: float | None = Field(None, ge=0, lt=1)
-    """dlora, dlora_fa, decaf: after mixing, turn the momentum to where the network went (quasi-global momentum): 0 in the
-    last round, above 0 in all rounds, each counting this much of the next. Sends nothing more."""
+    """dlora, dlora_fa, decaf: after mixing, turn the momentum to where the network went (quasi-global momentum): 0 in
+    the last round, above 0 in all rounds, each counting this much of the next. Sends nothing more."""
     messages: Literal["full", "int8"] | None = None
     """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
 
