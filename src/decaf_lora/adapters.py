@@ -30,6 +30,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 from decaf_lora import lowrank
 from decaf_lora.algorithms.base import Adapter, Tensors
@@ -278,7 +279,8 @@ def _key(config: LoraConfig) -> str:
 def _matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Site], list[str]]:
     """The configuration with its targets resolved, the layers that it adapts, and the modules it trains in full."""
     _refuse_unsupported(config)
-    skeleton, resolved = _peft_skeleton(model, config)
+    with _disable_current_modes():  # plain tensors also within a dry run
+        skeleton, resolved = _peft_skeleton(model, config)
     sites: dict[str, Site] = {}
     modules = []
     for name, module in skeleton.named_modules():
@@ -314,10 +316,12 @@ def _refuse_unsupported(config: LoraConfig) -> None:
 
 def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, LoraConfig]:
     """PEFT's own model over a copy of `model` on the meta device: its matching without its memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
-    }
-    memo.update({id(b): torch.empty_like(b, device="meta") for b in model.buffers()})
+
+    def without_memory(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(without_memory(p), requires_grad=False) for p in model.parameters()}
+    memo.update({id(b): without_memory(b) for b in model.buffers()})
     skeleton = copy.deepcopy(model, memo)
     resolved = copy.deepcopy(config)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from pydantic import BaseModel
@@ -62,6 +62,31 @@ class Output:
     """torchrun: number format of messages between processes."""
     timeout: float = 600.0
     """torchrun: seconds to wait for a process that does not come, or falls silent."""
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What to plan for, and how to show it."""
+
+    json: bool = False
+    """Print the plan as JSON instead of tables."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+    processes: int = 1
+    """Processes of torchrun that the agents are split over; the plan is of the one that holds most."""
+    tflops: float | None = None
+    """Throughput to compute hours with, in 10^12 floating-point operations a second."""
+    measure: bool = False
+    """Load the model and the data, time a step here, and compute hours with that."""
+    sequence_length: int | None = None
+    """Tokens of a sequence (image-text: of a prompt); if unset, of the longest example of local data, else
+    task.max_length or the model's limit."""
+    num_classes: int | None = None
+    """Number of classes, where the data are not here to count them."""
+    num_train: int | None = None
+    """Number of training examples, where the data are not here to count them."""
+    num_test: int | None = None
+    """Number of test examples, where the data are not here to count them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,6 +240,27 @@ def _compare(args: list[str]) -> int:
     return 0
 
 
+def _plan(args: list[str]) -> int:
+    config, options, name = _configured(RunConfig, "plan", args, Planning)
+    if options.tflops is not None and options.tflops <= 0:
+        raise UserError(f"tflops: {options.tflops:g} is not above 0.")
+    if options.measure and options.tflops is not None:
+        raise UserError("measure: it finds the throughput that --tflops states; give one.")
+    from decaf_lora import plan
+
+    sizes = plan.DataSizes(options.sequence_length, options.num_classes, options.num_train, options.num_test)
+    made = plan.estimate(config, sizes, processes=options.processes, tflops=options.tflops)
+    if options.measure:
+        made = plan.measured(made, config)
+    if options.json:
+        print(json.dumps({"name": name, **made.as_dict()}, indent=2))
+        return 0
+    console = Console(highlight=False)
+    for part in plan.shown(made, name):
+        console.print(part)
+    return 0
+
+
 def _results(rows: list[Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
@@ -247,8 +293,16 @@ def _default_out(name: str) -> Path:
     return Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _configured(kind: type[RunConfig], command: str, args: list[str]) -> tuple[RunConfig, Output, str]:
-    """The configuration that recipe or file and overrides say, where its results go, and its name."""
+Options = TypeVar("Options", Output, Planning)
+
+
+def _configured(
+    kind: type[RunConfig],
+    command: str,
+    args: list[str],
+    options: type[Options] = Output,  # type: ignore[assignment]
+) -> tuple[RunConfig, Options, str]:
+    """The configuration that recipe or file and overrides say, the command's own options, and its name."""
     from decaf_lora import recipes
 
     if not args or args[0] in ("-h", "--help"):
@@ -269,24 +323,26 @@ def _configured(kind: type[RunConfig], command: str, args: list[str]) -> tuple[R
         base, name = recipes.get(source), source
         if kind is RunConfig:
             base = RunConfig.model_validate({k: getattr(base, k) for k in RunConfig.model_fields})
-    config, output = _parse(kind, base, f"decaf {command} {source}", rest)
+    config, output = _parse(kind, base, f"decaf {command} {source}", rest, options)
     return recipes.shortened(config, output.scale), output, name
 
 
-def _parse(kind: type[RunConfig], base: RunConfig, prog: str, args: list[str]) -> tuple[RunConfig, Output]:
+def _parse(
+    kind: type[RunConfig], base: RunConfig, prog: str, args: list[str], options: type[Options]
+) -> tuple[RunConfig, Options]:
     args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
-    _check_options(args, [*fields(kind), *(f.name for f in dataclasses.fields(Output)), "help"])
+    _check_options(args, [*fields(kind), *(f.name for f in dataclasses.fields(options)), "help"])
 
-    def both(config: Any, output: Output) -> tuple[Any, Output]:
+    def both(config: Any, output: Any) -> tuple[Any, Output]:
         return config, output
 
     given = {a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")}
     if "task.test_share" in given and "task.test_split" not in given:  # it replaces the recipe's test split
         base = base.model_copy(update={"task": base.task.model_copy(update={"test_split": None})})
     both.__annotations__.update(
-        config=Annotated[_unchecked(kind), arg(name="")], output=Annotated[Output, arg(name="")]
+        config=Annotated[_unchecked(kind), arg(name="")], output=Annotated[options, arg(name="")]
     )
-    both.__defaults__ = (_unchecked_values(base), Output())
+    both.__defaults__ = (_unchecked_values(base), options())
     values, output = _tyro(both, prog, args, description=(kind.__doc__ or "").strip())
     return build(kind, asdict(values)), output
 
@@ -534,6 +590,7 @@ def _report(args: list[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (_compare, "several algorithms side by side: table and report"),
     "run": (_run, "one run of one algorithm"),
+    "plan": (_plan, "what a run would cost: memory, bytes, arithmetic"),
     "recipes": (_recipes, "what is ready to use"),
     "graph": (_graph, "show a graph and its mixing matrix"),
     "export": (_export, "write an agent's adapter as a PEFT directory"),

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +147,19 @@ def _user_factory(name: str) -> Callable[..., Any]:
 
 # Pretrained parts
 
+Loader = Callable[[TaskConfig, Any, dict[str, Any]], tuple[Any, list[str]]]
+_loader: ContextVar[Loader | None] = ContextVar("loader", default=None)
+
+
+@contextlib.contextmanager
+def loading_by(loader: Loader) -> Iterator[None]:
+    """Inside, `pretrained_model` calls `loader`: for a model of which only the shapes are wanted (plan.py)."""
+    token = _loader.set(loader)
+    try:
+        yield
+    finally:
+        _loader.reset(token)
+
 
 def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any, list[str]]:
     """The model `config.model` as the transformers class `kind` loads it, in eval mode, and the names of the
@@ -154,6 +168,8 @@ def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any
     Those are drawn from a fixed seed: every agent and every process starts from the same ones, and the global
     generators are left alone. Raises UserError if there is no such model, or no GPU for a quantized one.
     """
+    if (instead := _loader.get()) is not None:
+        return instead(config, kind, options)
     options = {"dtype": getattr(torch, config.dtype), **options}
     if config.quantization == "4bit":
         options |= _four_bit()

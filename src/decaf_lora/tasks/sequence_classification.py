@@ -191,7 +191,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         {name: ragged.take(by_length) for name, ragged in sequences["test"].items()},
         examples.test_labels[by_length],
         examples.classes,
-        heads=_heads(model, new),
+        heads=heads(model, new),
         fills={"input_ids": pad},
         score=score,
     )
@@ -222,7 +222,7 @@ def _padding_token(tokenizer: Any, model: Any) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def _heads(model: nn.Module, new: Sequence[str]) -> list[str]:
+def heads(model: nn.Module, new: Sequence[str]) -> list[str]:
     """The modules to train in full: the head, and those of the `new` parameters outside it."""
     heads = [name for name, _ in model.named_children() if name in HEADS]
     if not heads:
