@@ -6,12 +6,12 @@ table are the search's.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from decaf_lora import config as configs
 from decaf_lora import execute
-from decaf_lora.config import CompareConfig
+from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.records import SummaryRow
 
 FASTER = {"dlora_fa": 2}
@@ -28,16 +28,42 @@ def compare(config: CompareConfig, out: Path) -> list[SummaryRow]:
     return rows
 
 
-def search(config: CompareConfig, rates: tuple[float, ...], out: Path, faster: Mapping[str, float] = FASTER) -> Found:
-    """Every method at every rate, times its own factor in `faster`, with the first seed."""
+def search(
+    config: CompareConfig,
+    rates: Sequence[float],
+    out: Path,
+    faster: Mapping[str, float] = FASTER,
+    extend: bool = False,
+) -> Found:
+    """Every method at every rate, times its own factor in `faster`, with the first seed.
+
+    With `extend` a method goes on by factors of 2 for as long as its best rate is the lowest or the highest one.
+    """
     found: Found = {}
-    for i, rate in enumerate(rates):
-        tried = {a: rate * faster.get(a, 1) for a in config.algorithms}
-        one = config.model_copy(update={"learning_rates": tried, "seeds": config.seeds[:1]})
-        for row in compare(one, out / f"rates-{i}"):
+    todo, done = [(rate, config.algorithms) for rate in rates], 0
+    while todo:
+        rate, algorithms = todo.pop(0)
+        tried = {a: rate * faster.get(a, 1) for a in algorithms}
+        update = {"algorithms": algorithms, "learning_rates": tried, "seeds": config.seeds[:1]}
+        for row in compare(config.model_copy(update=update), out / f"rates-{done}"):
             assert row.mean_score is not None
             found.setdefault(row.algorithm, {})[tried[row.algorithm]] = row.mean_score
-    return found
+        done += 1
+        if extend and not todo:
+            todo = beyond(found, faster)
+    return {algorithm: dict(sorted(scores.items())) for algorithm, scores in found.items()}
+
+
+def beyond(found: Found, faster: Mapping[str, float]) -> list[tuple[float, tuple[str, ...]]]:
+    """The rates to try next, before the factors in `faster`, and the methods whose best one is at an end so far."""
+    wanted: dict[float, tuple[str, ...]] = {}
+    for algorithm, scores in found.items():
+        best = max(scores, key=scores.__getitem__)
+        following = {min(scores): best / 2, max(scores): best * 2}.get(best)
+        if following is not None:
+            rate = following / faster.get(algorithm, 1)
+            wanted[rate] = (*wanted.get(rate, ()), algorithm)
+    return sorted(wanted.items())
 
 
 def table(config: CompareConfig, found: Found, searched: Path, out: Path) -> list[SummaryRow]:
@@ -48,8 +74,9 @@ def table(config: CompareConfig, found: Found, searched: Path, out: Path) -> lis
         out.mkdir()
         (out / "config.yaml").write_text(configs.dump(config))
         for cell in execute.cells(config.model_copy(update={"seeds": config.seeds[:1]})):
-            i = list(found[cell.config.algorithm.name]).index(cell.config.training.learning_rate)
-            shutil.copytree(searched / f"rates-{i}" / cell.name, out / cell.name)
+            runs = searched.glob(f"rates-*/{cell.name}")
+            (same,) = (run for run in runs if configs.load(RunConfig, run / "config.yaml") == cell.config)
+            shutil.copytree(same, out / cell.name)
     return compare(config, out)
 
 

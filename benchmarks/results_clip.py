@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for partition in arguments.partitions:
         folder, base = arguments.out.resolve() / partition, config(partition)
-        found = search(base, RATES, folder / "search", FASTER)
+        found = search(base, RATES, folder / "search", FASTER, extend=True)
         write_json(folder / "search.json", found)
         rows = table(base, found, folder / "search", folder / "table")
         write_figures(folder / "table", folder / "figures")
