@@ -140,6 +140,20 @@ def test_agents_adapt_it_and_peft_loads_what_they_learnt(made, tmp_path):
         run.close()
 
 
+def test_a_search_goes_on_while_the_best_rate_is_at_an_end():
+    import best_rates
+
+    found = {
+        "local": {0.01: 0.3, 0.02: 0.2},
+        "dlora": {0.01: 0.2, 0.02: 0.3},
+        "dlora_fa": {0.04: 0.2, 0.08: 0.3},
+        "decaf": {0.01: 0.2, 0.02: 0.3, 0.04: 0.2},
+        "fedavg": {0.01: 0.3, 0.02: 0.3},  # equal: the first one counts
+    }
+    onward = best_rates.beyond(found, {"dlora_fa": 4})
+    assert onward == [(0.005, ("local", "fedavg")), (0.04, ("dlora", "dlora_fa"))]
+
+
 def test_the_benchmark_searches_and_ends_in_a_table_and_figures(made, tmp_path, monkeypatch, capsys):
     import results_clip
 
