@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from decaf_lora.dry_run import DryRun
+from decaf_lora.dry_run import DryRun, UnknownNumberError
 
 
 def faked(module):
@@ -77,8 +77,10 @@ def test_unknown_numbers_are_finite_positive_and_differ():
         assert not bool(torch.isnan(x).any())
         assert not bool((x == x[:1]).all())
         assert bool((x > 0).all())
-        with pytest.raises(RuntimeError, match="mask"):
+        with pytest.raises(UnknownNumberError, match="mask"):
             x[x.bool()]
+        with pytest.raises(UnknownNumberError, match="nonzero"):
+            x.nonzero()
 
 
 def test_modes_end_with_the_context():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from decaf_lora import algorithms, execute, graphs, partition, plan, recipes
 from decaf_lora.cli import main
@@ -197,10 +197,66 @@ def test_a_model_of_seven_billion_parameters():
     tokens = 10 * 32 * 512
     assert planned.flops_per_step == pytest.approx(tokens * 3 * 2 * 6.48e9, rel=0.1)
     assert planned.hours == pytest.approx(planned.flops / 1e14 / 3600)
-    four_bit = config.model_copy(update={"task": config.task.model_copy(update={"quantization": "4bit"})})
-    base = {part.name: part.bytes for part in plan.estimate(four_bit).parts}["base model"]
-    linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
-    assert base == pytest.approx(linear * 4.127 / 8 + 2 * (planned.parameters - linear), rel=1e-3)
+
+
+def tiny_llama(directory, **values):
+    """A directory with the config.json of a small LLaMA and nothing else."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    LlamaConfig(vocab_size=100, max_position_embeddings=32, **shape, **values).save_pretrained(directory)
+    return TaskConfig(name="causal-lm", model=str(directory), data="nowhere/to-be-read", eval_batch_size=4)
+
+
+def parts_of(config):
+    return {part.name: part.bytes for part in plan.estimate(config).parts}
+
+
+def test_a_base_in_four_bits_and_in_bfloat16(tmp_path):
+    task = tiny_llama(tmp_path)
+    plain = small(task=task)
+    half = small(task=task.model_copy(update={"dtype": "bfloat16"}))
+    four = small(task=task.model_copy(update={"dtype": "bfloat16", "quantization": "4bit"}))
+    linear, rest = 2 * (4 * 64 * 64 + 3 * 64 * 96), 2 * 100 * 64 + 5 * 64
+    base = {name: parts_of(config)["base model"] for name, config in (("f", plain), ("h", half), ("q", four))}
+    frequencies = base["f"] - 4 * (linear + rest)  # of the rotary embedding, float32
+    assert 0 < frequencies < 200
+    assert base["h"] == 2 * (linear + rest) + frequencies
+    assert base["q"] == pytest.approx(linear * 4.127 / 8 + 2 * rest + frequencies, rel=1e-3)
+
+
+def test_checkpointing_and_smaller_passes_need_less(tmp_path):
+    task = tiny_llama(tmp_path)
+    kept = "activations kept for the backward pass"
+    plain = parts_of(small(task=task))[kept]
+    assert parts_of(small(task=task.model_copy(update={"gradient_checkpointing": True})))[kept] < plain / 3
+    one = small(task=task, training=TrainingConfig(steps=1, batch_size=4, agents_per_pass=1))
+    assert parts_of(one)[kept] == pytest.approx(plain / 3, rel=0.05)
+    double = small(task=task, training=TrainingConfig(steps=1, batch_size=8, agents_per_pass=3))
+    assert parts_of(double)[kept] == pytest.approx(2 * plain, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "models"),
+    [
+        ("decaf", {"graph": "ring", "agents": 4}, 2 + 2 * 5),
+        ("decaf", {"graph": "complete", "agents": 4}, 2 + 2 * 2),
+        ("decaf", {"graph": "complete", "agents": 4, "options": {"reference": "own"}}, 2 + 2 * 5),
+        ("dlora_fa", {"graph": "complete", "agents": 4}, 2 + 2 * 2),
+        ("dlora_fa", {"graph": "complete", "agents": 4, "start": "independent"}, 5 + 2 * 5),
+        ("fedavg", {"agents": 4}, 2 + 2 * 2),
+        ("local", {"agents": 4}, 2 + 2 * 5),
+        ("local", {"agents": 1}, 3),
+        ("centralized", {"agents": 4}, 3),
+    ],
+)
+def test_equal_models_are_evaluated_once(monkeypatch, name, values, models):
+    config = small(name, task=TaskConfig(name=TOY), rounds=4, **values)
+    assert plan.estimate(config).evaluations == models
+    run = execute.build(config)
+    seen = []
+    statistics = run.task.statistics
+    monkeypatch.setattr(run.task, "statistics", lambda batch, n: seen.append(n) or statistics(batch, n))
+    list(run.train())
+    assert sum(seen) == models
 
 
 # The command, and bad input

@@ -61,6 +61,10 @@ FLOPS: dict[Any, Any] = {
 """Operation -> its floating-point operations; a multiplication and an addition count as two."""
 
 
+class UnknownNumberError(RuntimeError):
+    """The code makes a shape of numbers that only a real run has."""
+
+
 @dataclass
 class Phase:
     """What a stretch of code cost: bytes in use before it and after it, the most in between, and its FLOPs."""
@@ -144,6 +148,8 @@ class DryRun(TorchDispatchMode):
             real = self._compute(func, args, kwargs, tensors)
             if real is not None:
                 return tree_map_only(Tensor, self.fake, real)
+            if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_):
+                raise UnknownNumberError(f"{func.overloadpacket} makes a shape of numbers that only a real run has")
         out = func(*args, **kwargs)
         counter = FLOPS.get(func.overloadpacket)
         if counter is not None:
@@ -188,7 +194,7 @@ class DryRun(TorchDispatchMode):
                 continue
             value = self._value(index)
             if value is None:
-                raise RuntimeError("a dry run cannot index with a mask that depends on the model's numbers")
+                raise UnknownNumberError("it indexes with a mask made of numbers that only a real run has")
             with _disable_current_modes():
                 where = value.nonzero(as_tuple=True)
             found += [self.fake(w) for w in where]

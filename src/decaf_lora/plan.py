@@ -31,7 +31,7 @@ from decaf_lora import algorithms, execute, graphs, partition, tasks
 from decaf_lora.algorithms.base import Adapter, Inbox, Tensors
 from decaf_lora.config import RunConfig, TaskConfig, TrainingConfig
 from decaf_lora.data import Ragged, looks_local
-from decaf_lora.dry_run import DryRun, Phase
+from decaf_lora.dry_run import DryRun, Phase, UnknownNumberError
 from decaf_lora.engines import Simulate
 from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.errors import UserError
@@ -133,8 +133,9 @@ class Plan:
     flops_per_step: float
     """Of all agents together."""
     flops_per_evaluation: float | None
-    """Of all agents and the averaged model on the whole test set; None where its size is not known."""
+    """Of one model on the whole test set; None where its size is not known."""
     evaluations: int
+    """Of single models, the agents' and the averaged one, in the whole run; equal ones are evaluated once."""
     assumptions: tuple[str, ...]
     tflops: float | None = None
     """Throughput that `hours` is computed with, in 10^12 FLOP/s."""
@@ -179,7 +180,10 @@ def estimate(
     `tflops` is the throughput to compute hours with. Raises UserError where the model's shapes or a needed size cannot
     be known.
     """
-    return _Planner(config, sizes or DataSizes(), processes).plan(tflops)
+    try:
+        return _Planner(config, sizes or DataSizes(), processes).plan(tflops)
+    except UnknownNumberError as error:
+        raise UserError(f"task: {config.task.name} cannot be planned: {error}.") from error
 
 
 def measured(plan: Plan, config: RunConfig) -> Plan:
@@ -226,7 +230,7 @@ def shown(plan: Plan, name: str) -> list[Any]:
     work.add_row("training, all agents, FLOP", *(f"{x:.3g}" for x in flops))
     if plan.flops_per_evaluation is not None:
         evaluating = plan.flops_per_evaluation * plan.evaluations
-        work.add_row(f"{plan.evaluations} evaluations, FLOP", "", "", f"{evaluating:.3g}")
+        work.add_row(f"evaluating {plan.evaluations} models, FLOP", "", "", f"{evaluating:.3g}")
     if plan.hours is not None:
         work.add_row(f"hours at {plan.tflops:.3g} TFLOP/s", "", "", f"{plan.hours:.3g}")
     facts = [
@@ -300,7 +304,7 @@ class _Planner:
         algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
         graph = graphs.parse(config.graph, config.agents, config.seed)
         task, data = planned_task(config, self.sizes)
-        self.assumptions += data.assumptions
+        self.assumptions += [*data.assumptions, *self._numbers(task)]
         num_test, task.num_test = task.num_test, min(task.num_test, config.task.eval_batch_size)
         pooled = algorithm.topology == "pooled"
         processes = 1 if pooled else self.processes
@@ -335,9 +339,10 @@ class _Planner:
             phases["evaluate"].peak = max(phases["evaluate"].peak, first.peak)
             parts = self._parts(run, weights, max(kept), phases["train"])
             bytes_per_round = self._bytes_per_round(run)
-        evaluated = 1 if self._end_alike(run) else per_pass
-        evaluate = phases["forward"].flops / (evaluated * task.num_test)
-        models = 2 if self._end_alike(run) else count + (count > 1)
+        alike, most = self._end_alike(run), count + (count > 1)
+        evaluate = phases["forward"].flops / ((1 if alike else per_pass) * task.num_test)
+        start_alike = config.start == "common" and not config.init_adapters
+        models = [min(2, most) if equal else most for equal in (start_alike, alike)]
         return Plan(
             model=config.task.model or config.task.name,
             agents=config.agents,
@@ -352,8 +357,8 @@ class _Planner:
             steps_per_round=steps,
             bytes_per_round=bytes_per_round,
             flops_per_step=phases["train"].flops * count / per_pass,
-            flops_per_evaluation=evaluate * num_test * models if data.num_test_known else None,
-            evaluations=1 + math.ceil(config.rounds / config.evaluate_every),
+            flops_per_evaluation=evaluate * num_test if data.num_test_known else None,
+            evaluations=models[0] + models[1] * math.ceil(config.rounds / config.evaluate_every),
             assumptions=tuple(self.assumptions),
             tflops=tflops,
         )
@@ -403,9 +408,36 @@ class _Planner:
             setattr(run, method, during(name, getattr(run, method)))
         return phases
 
+    def _numbers(self, task: Task) -> list[str]:
+        base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)
+        autocast = ", under bfloat16 autocast" if self.config.training.precision == "bfloat16" else ""
+        says = [f"numbers: base {base.removeprefix('torch.')}, adapters and optimizer float32{autocast}"]
+        attention = getattr(getattr(task.model, "config", None), "_attn_implementation", None)
+        fused = " (fused, as on the CPU)" if attention == "sdpa" else ""
+        return says + ([f"attention: {attention}{fused}"] if attention else [])
+
     def _end_alike(self, run: Run) -> bool:
-        """Whether all agents end a round with equal adapters, which are then evaluated once."""
-        return run.algorithm.topology == "server"
+        """Whether all agents end a round with equal adapters: found by mixing small random ones for real."""
+        algorithm, n = run.algorithm, run.engine.num_agents
+        if algorithm.topology not in ("graph", "server") or algorithm.order != "adapt-combine":
+            return False
+        if run.schedule.period != 1 or not run.attached.uniform:
+            return False
+        graph = run.schedule.window(0, run.gossip_steps)
+        if graph.hops and algorithm.relay is not None:
+            return False
+        with real_tensors():
+            draw, one = torch.Generator().manual_seed(0), torch.ones(n)
+            start = torch.randn(1 if self.config.start == "common" else n, 1, 3, generator=draw).expand(n, 1, 3)
+            before = Adapter({"x": start}, {"x": torch.zeros(n, 3, 1)}, {"x": one}, {"y": torch.zeros(n, 2)})
+            state, trained = algorithm.init(before), before.tensors(algorithm.trains(1))
+            moved = {k: t + torch.randn(t.shape, generator=draw) for k, t in trained.items()}
+            adapter = before.with_tensors(moved)
+            message = algorithm.message(adapter, state, 1)
+            everybody = list(range(n))
+            inbox = Inbox.from_weights(message, graph.weights, everybody, everybody)
+            after = algorithm.combine(adapter, state, inbox, 1)[0]
+            return all(bool((t == t[:1]).all()) for t in after.tensors().values())
 
     def _training(self, here: int) -> TrainingConfig:
         training = self.config.training
@@ -608,13 +640,14 @@ def _sequence_classification(
         [str(c) for c in range(classes)],
         heads=heads(model, new),
     )
-    return task, [f"sequence length: {length} tokens ({source})"]
+    return task, [f"sequence length: {length} tokens, padded ({source})"]
 
 
 def _causal_lm(config: TaskConfig, sizes: DataSizes, classes: int, train: int, test: int) -> tuple[Task, list[str]]:
     model, _ = tasks.pretrained_model(config, AutoModelForCausalLM)
     length, source = _length(config, sizes, model)
-    says = [f"sequence length: {length} tokens ({source})"]
+    kind = "packed" if config.packing else "padded"
+    says = [f"sequence length: {length} tokens, {kind} ({source})"]
     labels = np.arange(train) % classes
     if config.answers:
         says.append("answers: one token after the prompt")
