@@ -87,5 +87,5 @@ def rates_table(found: Found) -> str:
     for algorithm, scores in found.items():
         best = max(scores, key=scores.__getitem__)
         shown = [f"**{r:g}: {s:.3f}**" if r == best else f"{r:g}: {s:.3f}" for r, s in scores.items()]
-        lines.append(f"| {algorithm} | {' | '.join(shown)} |")
+        lines.append(f"| {algorithm} | {' | '.join(shown + [''] * (columns - len(shown)))} |")
     return "\n".join(lines)
