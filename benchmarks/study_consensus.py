@@ -3,11 +3,12 @@
     python benchmarks/study_consensus.py bars --out study.jsonl       # runs what is missing of a part, prints its table
     python benchmarks/study_consensus.py settings --out study.jsonl
     python benchmarks/study_consensus.py bytes --out study.jsonl
-    python benchmarks/study_consensus.py all --out study.jsonl --figures docs/images   # all parts, and the figures
+    python benchmarks/study_consensus.py merging --out study.jsonl
+    python benchmarks/study_consensus.py all --out study.jsonl
 
 One factor at a time around the demo's setting: 10 agents, Dirichlet(0.1), 30 rounds of 5 AdamW steps, batch 16, rank
 2, cosine, common start. A method counts at its own best learning rate. It is looked for on the first seeds (two in
-`bars`, one elsewhere), outwards from 0.02, 0.03 and 0.04 until the best of at least four lies between two worse ones;
+`bars`, one elsewhere), outwards from 0.02, 0.03, 0.04 and 0.06 until the best lies between two worse ones;
 the best, by the mean score over those seeds, is then run on the other seeds too. One process, one thread; a run of the
 demo's length takes about ten seconds. Finished runs are kept in --out.
 
@@ -31,7 +32,7 @@ from decaf_lora.config import RunConfig
 from decaf_lora.recipes import digits
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.09, 0.13)
-FIRST_RATES = (0.02, 0.03, 0.04)
+FIRST_RATES = (0.02, 0.03, 0.04, 0.06)
 MIXED = (2, 4, 8, 16, 2, 4, 8, 16, 2, 4)
 
 
@@ -205,8 +206,6 @@ class Study:
             place = RATES.index(max(tried, key=lambda rate: tried[rate]))
             around = [RATES[i] for i in (place + 1, place - 1) if 0 <= i < len(RATES)]
             wanted = [rate for rate in around if rate not in tried]
-            if not wanted and len(tried) < 4:
-                wanted = [next(rate for rate in reversed(RATES[: RATES.index(min(tried))]))]
         rows = [self.row(Key(method, setting, RATES[place], seed)) for seed in seeds]
         return (RATES[place], [row for row in rows if row]) if all(rows) else None
 
