@@ -1,6 +1,7 @@
 """The command as users and scripts call it: results on disk, and one line and exit code 2 for every mistake."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from decaf_lora import checkpoint, graphs
+from decaf_lora import checkpoint, execute, graphs
 from decaf_lora.cli import main
+from decaf_lora.config import RunConfig, build
+from decaf_lora.records import read_records
 
 TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
 SMALL = [
@@ -292,7 +295,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     command = [sys.executable, "-m", "decaf_lora", *arguments]
     process = subprocess.Popen([*command, "--out", str(cut)], stderr=subprocess.PIPE, text=True)
     records = cut / "records.jsonl"
-    for _ in range(600):
+    for _ in range(2400):
         if records.exists() and len(records.read_text().splitlines()) > 5:
             break
         time.sleep(0.05)
@@ -322,6 +325,19 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     assert lines(cut) == lines(whole)
 
 
+def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
+    """The record of the start is in the file once."""
+    config = build(RunConfig, {"task": {"name": TOY}, "agents": 3, "rounds": 2, "partition": "iid"} | {
+        "lora": {"target_modules": ["first", "second"]}, "training": {"steps": 2, "agents_per_pass": 3}})  # fmt: skip
+    with pytest.raises(execute.Interrupted):
+        execute.run(config, tmp_path / "cut", watch=lambda event: os.kill(os.getpid(), signal.SIGINT))
+    assert [r.round for r in read_records(tmp_path / "cut" / "records.jsonl")] == [0]
+    execute.run(config, tmp_path / "cut", resume=True)
+    execute.run(config, tmp_path / "whole")
+    ours, theirs = (read_records(tmp_path / k / "records.jsonl") for k in ("cut", "whole"))
+    assert [dataclasses.replace(r, seconds={}) for r in ours] == [dataclasses.replace(r, seconds={}) for r in theirs]
+
+
 def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     """SIGINT to the whole process group, as a terminal sends it; then resume ends with every row."""
     out = tmp_path / "cmp"
@@ -329,7 +345,7 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     arguments += ["--algorithms", "decaf", "dlora", "--jobs", "2", "--out", str(out)]
     command = [sys.executable, "-m", "decaf_lora", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for _ in range(1200):
+    for _ in range(2400):
         if any(len(p.read_text().splitlines()) > 3 for p in out.glob("*/records.jsonl")):
             break
         time.sleep(0.05)

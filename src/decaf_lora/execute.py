@@ -180,7 +180,8 @@ def _write(
             replace_text(out / "config.yaml", configs.dump(config))
             write_json(out / "environment.json", environment(str(engine.trainer.device)))
             write_json(out / "run.json", _facts(config, engine))
-        last = engine.round if resumed else None
+        # A run stopped before its first step starts again, with the record of the start.
+        last = engine.round if resumed and (engine.round or engine.step_in_round) else None
         score: float | None = None
         with RecordWriter(out / "records.jsonl", last) as writer, _ctrl_c(engine.stop, launched):
 
