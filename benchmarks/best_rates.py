@@ -6,8 +6,9 @@ table are the search's.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from decaf_lora import config as configs
 from decaf_lora import execute
@@ -67,17 +68,33 @@ def beyond(found: Found, faster: Mapping[str, float]) -> list[tuple[float, tuple
 
 
 def table(config: CompareConfig, found: Found, searched: Path, out: Path) -> list[SummaryRow]:
-    """Every method with all seeds at its best rate; the first seed's runs are the search's."""
-    best = {algorithm: max(scores, key=scores.__getitem__) for algorithm, scores in found.items()}
+    """Every method with all seeds at its best rate; finished runs of the search or beside it are kept."""
+    best = best_of(found)
     config = config.model_copy(update={"learning_rates": best})
     if not out.exists():
         out.mkdir()
         (out / "config.yaml").write_text(configs.dump(config))
-        for cell in execute.cells(config.model_copy(update={"seeds": config.seeds[:1]})):
-            runs = searched.glob(f"rates-*/{cell.name}")
-            (same,) = (run for run in runs if configs.load(RunConfig, run / "config.yaml") == cell.config)
-            shutil.copytree(same, out / cell.name)
+        for cell in execute.cells(config):
+            runs = [summary.parent for summary in searched.parent.rglob(f"{cell.name}/summary.json")]
+            same = [run for run in runs if configs.load(RunConfig, run / "config.yaml") == cell.config]
+            if same:
+                shutil.copytree(same[0], out / cell.name)
     return compare(config, out)
+
+
+def best_of(found: Found) -> dict[str, float]:
+    """Method -> its best learning rate."""
+    return {algorithm: max(scores, key=scores.__getitem__) for algorithm, scores in found.items()}
+
+
+def means(found: Sequence[Found], tables: Sequence[Iterable[SummaryRow]]) -> Found:
+    """Of tables made of `found`, mean accuracy over seeds and agents at the rates that ran with all seeds."""
+    out: Found = {}
+    for rates, rows in zip(map(best_of, found), tables, strict=True):
+        for algorithm, rate in rates.items():
+            scores = [row.mean_score for row in rows if row.algorithm == algorithm]
+            out.setdefault(algorithm, {})[rate] = fmean(score for score in scores if score is not None)
+    return out
 
 
 def rates_table(found: Found) -> str:

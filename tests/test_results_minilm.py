@@ -74,6 +74,11 @@ def test_the_table_takes_every_method_at_its_best_rate(benchmark, tmp_path):
         alone = execute.run(config, tmp_path / "alone" / folder.name)
         assert (alone.mean_score, alone.worst_score) == (row.mean_score, row.worst_score)
     assert [row.seed for row in rows] == [0, 0, 1, 1]
+    mean = {m: sum(r.mean_score for r in rows if r.algorithm == m) / 2 for m in best}
+    assert benchmark.means([found], [rows]) == {m: {best[m]: pytest.approx(mean[m])} for m in best}
+    (tmp_path / "table" / rows[0].algorithm).mkdir()  # no run: it has no summary
+    other = benchmark.table(base, found, tmp_path / "search", tmp_path / "other")  # all its runs are there
+    assert other == rows
     again = benchmark.table(base, found, tmp_path / "search", tmp_path / "table")  # nothing is left to do
     assert again == rows
     assert "| local |" in benchmark.rates_table(found)
