@@ -63,12 +63,12 @@ def test_the_table_takes_every_method_at_its_best_rate(benchmark, tmp_path):
     update = {"task": toy, "lora": configs.LoraOptions(), "agents": 3, "rounds": 2, "evaluate_every": 2}
     update |= {"partition": "iid", "seeds": (0, 1), "algorithms": ("local", "dlora_fa"), "learning_rates": {}}
     base = CompareConfig.model_validate({**base.model_dump(), **update})
-    found = benchmark.search(base, (1e-4, 0.05), tmp_path / "search")
+    found = benchmark.search(base, (1e-4, 0.05), tmp_path / "runs" / "search")
     assert {method: list(rates) for method, rates in found.items()} == {"local": [1e-4, 0.05], "dlora_fa": [2e-4, 0.1]}
     best = {method: max(scores, key=scores.get) for method, scores in found.items()}
-    rows = benchmark.table(base, found, tmp_path / "search", tmp_path / "table")
+    rows = benchmark.table(base, found, tmp_path / "runs" / "search", tmp_path / "runs" / "table")
     for row in rows:
-        folder = tmp_path / "table" / f"{row.algorithm}-ring-iid-seed{row.seed}"
+        folder = tmp_path / "runs" / "table" / f"{row.algorithm}-ring-iid-seed{row.seed}"
         config = configs.load(configs.RunConfig, folder / "config.yaml")
         assert (config.training.learning_rate, config.seed) == (best[row.algorithm], row.seed)
         alone = execute.run(config, tmp_path / "alone" / folder.name)
@@ -76,10 +76,8 @@ def test_the_table_takes_every_method_at_its_best_rate(benchmark, tmp_path):
     assert [row.seed for row in rows] == [0, 0, 1, 1]
     mean = {m: sum(r.mean_score for r in rows if r.algorithm == m) / 2 for m in best}
     assert benchmark.means([found], [rows]) == {m: {best[m]: pytest.approx(mean[m])} for m in best}
-    (tmp_path / "table" / rows[0].algorithm).mkdir()  # no run: it has no summary
-    other = benchmark.table(base, found, tmp_path / "search", tmp_path / "other")  # all its runs are there
-    assert other == rows
-    again = benchmark.table(base, found, tmp_path / "search", tmp_path / "table")  # nothing is left to do
-    assert again == rows
+    runs = tmp_path / "runs"
+    assert benchmark.table(base, found, runs / "search", runs / "other") == rows  # all its runs were there
+    assert benchmark.table(base, found, runs / "search", runs / "table") == rows  # nothing was left to do
     assert "| local |" in benchmark.rates_table(found)
     assert benchmark.rates_table(found).count("**") == 2 * len(best)
