@@ -183,13 +183,14 @@ class Attached:
         a: Tensors = {}
         b: Tensors = {}
         scale: Tensors = {}
-        device, n = self.device, len(agents)
+        device, gaussian = self.device, self.config.init_lora_weights == "gaussian"
+        n = len(agents)
         for name, site in self.sites.items():
             rows = []
             for agent in agents:
-                generator, config = torch_generator(seed, "init", name, "all" if common_start else agent), self.config
+                generator = torch_generator(seed, "init", name, "all" if common_start else agent)
                 row = torch.empty(site.rank, site.d_in)
-                if config.init_lora_weights == "gaussian":
+                if gaussian:
                     row.normal_(std=1 / self.config_of(agent).r, generator=generator)
                 else:  # kaiming_uniform with a = sqrt(5), PEFT's default
                     bound = 1 / math.sqrt(site.d_in)
@@ -245,15 +246,13 @@ def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attac
     for layers that are not linear, and for a rank larger than a layer.
     """
     configs = [config] if isinstance(config, LoraConfig) else list(config)
-    found: dict[str, tuple[LoraConfig, dict[str, Site], list[str]]] = {}
-    for one in configs:
-        key = _key(one)
-        if key not in found:
-            found[key] = _matched(model, one)
-    all_sites = [found[_key(one)][1] for one in configs]
-    modules = found[_key(configs[0])][2]
-    for agent, one in enumerate(configs):
-        if all_sites[agent].keys() != all_sites[0].keys() or found[_key(one)][2] != modules:
+    keys = [repr(sorted(one.to_dict().items(), key=lambda item: item[0])) for one in configs]
+    # Equal configurations are matched once.
+    found = {key: _matched(model, one) for key, one in dict(zip(keys, configs, strict=True)).items()}
+    resolved, all_sites, all_modules = zip(*(found[key] for key in keys), strict=True)
+    modules = all_modules[0]
+    for agent, sites in enumerate(all_sites):
+        if sites.keys() != all_sites[0].keys() or all_modules[agent] != modules:
             raise UserError(
                 f"lora: the configurations of agents 0 and {agent} match different layers; they may differ in rank "
                 "and alpha only."
@@ -269,11 +268,7 @@ def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attac
         extras.update({f"{name}.{key}": p.detach() for key, p in base.named_parameters()})
     for name, layer in {**lora_layers, **extra_layers}.items():
         model.set_submodule(name, layer)
-    return Attached(model, [found[_key(one)][0] for one in configs], all_sites, extras, lora_layers, extra_layers)
-
-
-def _key(config: LoraConfig) -> str:
-    return repr(sorted(config.to_dict().items(), key=lambda item: item[0]))
+    return Attached(model, resolved, all_sites, extras, lora_layers, extra_layers)
 
 
 def _matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Site], list[str]]:
