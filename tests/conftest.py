@@ -21,3 +21,14 @@ def digits_task():
     from decaf_lora import tasks
 
     return tasks.digits()
+
+
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory):
+    """What `datasets` caches goes to a folder of the module's own."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before

@@ -12,7 +12,6 @@ import termios
 import threading
 import warnings
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -24,12 +23,7 @@ FEW = [*ROWS, ("a bird", "maybe")]
 LONG = [("the red cat sat " * 20, label) for _, label in ROWS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,7 @@ DATA = Path(os.environ.get("DECAF_DATA", Path(__file__).parents[2] / "shared" / 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"needs real data in {DATA}; set DECAF_DATA")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 TEXT = [("text_column", "text")]

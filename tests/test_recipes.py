@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data"))
 ALGORITHMS = ("local", "dlora", "dlora_fa", "decaf", "fedavg", "centralized")
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("datasets_cache")]
 
 
 def decaf(*arguments):
@@ -152,14 +152,6 @@ def test_a_share_of_the_test_examples(tmp_path):
 
 
 # Small models and data of one's own, through the command line
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture(scope="module")

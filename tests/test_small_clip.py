@@ -19,7 +19,7 @@ from decaf_lora.partition import parse
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["airplane", "bird", "cat"]
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("datasets_cache")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,14 +29,6 @@ def scripts():
     sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
     yield
     sys.path[:] = before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 def picture(label, generator):
