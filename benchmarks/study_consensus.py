@@ -242,7 +242,7 @@ def bars(study: Study) -> Iterator[str]:
         yield f"| {method} | {' | '.join(cells)} |"
 
 
-COMPARED = ("DLoRA", "DeCAF", "tracked", "tracked, exact", "FedAvg")
+COMPARED = ("DLoRA", "DeCAF", "tracked", "tracked, 4 exchanges", "tracked, exact", "FedAvg")
 SETTINGS: dict[str, tuple[Setting, tuple[str, ...]]] = {
     "the demo": (Setting(), COMPARED),
     "Base-3, an exchange a round": (Setting(graph="base:3"), COMPARED[:3]),
@@ -250,10 +250,10 @@ SETTINGS: dict[str, tuple[Setting, tuple[str, ...]]] = {
     "IID": (Setting(partition="iid"), COMPARED),
     "whole classes": (Setting(partition="by-class"), COMPARED),
     "independent starts": (Setting(start="independent"), COMPARED),
-    "rank 7": (Setting(ranks=(7,)), ("DLoRA", "tracked", "tracked, exact")),
-    "ranks 2, 4, 8, 16": (Setting(ranks=MIXED), ("DLoRA", "tracked", "tracked, exact")),
+    "rank 7": (Setting(ranks=(7,)), ("DLoRA", *COMPARED[2:5])),
+    "ranks 2, 4, 8, 16": (Setting(ranks=MIXED), ("DLoRA", *COMPARED[2:5])),
     "20 local steps": (Setting(steps=20), COMPARED),
-    "50 agents": (Setting(agents=50), ("DLoRA", "tracked", "tracked, exact", "FedAvg")),
+    "50 agents": (Setting(agents=50), ("DLoRA", *COMPARED[2:])),
 }
 
 
