@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import test_ranks
 from decaf_lora import algorithms, checkpoint, graphs, lowrank
 from decaf_lora.algorithms.base import Adapter, Inbox
 from decaf_lora.errors import UserError
@@ -96,8 +97,30 @@ def test_the_rest_of_a_truncation_comes_with_it(method):
     one = torch.ones(1, dtype=torch.float64)
     carried = lowrank.mix_truncate(a[:1], b[:1], one, 4, carried=(a[1], b[1]))
     torch.testing.assert_close(carried.B @ carried.A, b[0] @ a[0] + b[1] @ a[1])
-    with pytest.raises(UserError, match=r"carried: need the shapes \(\.\.\., 2, 6\)"):
-        lowrank.mix_truncate(a, b, weights, 2, carried=(a[0, :1], b[0, :, :1]))
+    larger = a[1:].flatten(0, 1), b[1:].mT.flatten(0, 1).mT  # of rank 6, beside contributors of rank 2
+    for some, whole in ((larger, b[1:] @ a[1:]), ((a[1, :1], b[1, :, :1]), b[1:2, :, :1] @ a[1:2, :1])):
+        carried = lowrank.mix_truncate(a[:1], b[:1], one, 5, carried=some, method=method)
+        torch.testing.assert_close(carried.B @ carried.A, b[0] @ a[0] + whole.sum(0))
+    with pytest.raises(UserError, match=r"carried: need the shapes \(\.\.\., 1, 6\) and \(\.\.\., 5, 1\)"):
+        lowrank.mix_truncate(a, b, weights, 2, carried=(a[0, :1], b[0]))
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (1, 4, 2, 3)])
+def test_feedback_beside_a_relay_of_a_larger_rank(ranks):
+    """A relay that cuts nothing changes nothing."""
+    runs = []
+    for relay_rank in (None, 10):
+        options = {"truncation_feedback": 1.0, "relay_rank": relay_rank}
+        run = test_ranks.make_run(ranks=ranks, rounds=1, gossip_steps=2, options=options)
+        list(run.train())
+        run._mix(2)  # what was kept comes back, without an optimizer that blows rounding up
+        runs.append(run)
+    for layer in runs[0].adapter.layers:
+        ours, theirs = (products(run.adapter, layer) for run in runs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        kept = [remainders(run.state, run.adapter, layer) for run in runs]
+        assert float(kept[0].norm()) > 0
+        torch.testing.assert_close(*kept, rtol=1e-5, atol=1e-5)
 
 
 # --- quasi-global momentum ----------------------------------------------------------------------------------

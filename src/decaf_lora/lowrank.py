@@ -107,8 +107,8 @@ def mix_truncate(
         method: "qr" is right to about 1e-15 sum_j ||w_j B_j|| ||A_j||, "gram" to 1e-7, which suffices for
             float32 unless the contributions cancel each other; "auto" is "qr" for float64, else the faster.
         null_tolerance: None: 1e-6, or 1e-12 for float64.
-        carried: (..., r, d_in), (..., d_out, r), one more product of the contributors' r that is added to Z with
-            weight 1 and is no part of the reference.
+        carried: (..., q, d_in), (..., d_out, q), one more product, of any rank q, that is added to Z with weight 1 and
+            is no part of the reference.
         rest: how many singular directions after the first `rank` to return as `rest_a`, `rest_b`; they come from the
             same core.
 
@@ -130,7 +130,7 @@ def mix_truncate(
     if reference is not None:
         _check_reference(*reference, rank, d_in, d_out)
     if carried is not None:
-        _check_reference(*carried, A.shape[-2], d_in, d_out, "carried")
+        _check_reference(*carried, carried[0].shape[-2], d_in, d_out, "carried")
     dtype = _result_dtype(A, B)
     if method == "auto":
         method = _faster(A, B)
@@ -330,14 +330,16 @@ def _svd(A: Tensor, Bt: Tensor, weights: Tensor, rank: int, method: Method) -> t
 def _with_carried(
     A: Tensor, Bt: Tensor, weights: Tensor, carried: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B^T and weights with `carried` as one more contributor of weight 1."""
+    """A, B^T and weights with `carried` as more contributors of weight 1, of the same rank as the others."""
     if carried is None:
         return A, Bt, weights
-    weights = weights.expand(*A.shape[:-2])
+    weights, r = weights.expand(*A.shape[:-2]), A.shape[-2]
+    more = -(-carried[0].shape[-2] // r)
+    a, bt = (_pad(x, -2, more * r).unflatten(-2, (more, r)) for x in (carried[0], carried[1].mT))
     return (
-        torch.cat((A, carried[0].unsqueeze(-3).to(A)), -3),
-        torch.cat((Bt, carried[1].mT.unsqueeze(-3).to(Bt)), -3),
-        torch.cat((weights, torch.ones_like(weights[..., :1])), -1),
+        torch.cat((A, a.to(A)), -3),
+        torch.cat((Bt, bt.to(Bt)), -3),
+        torch.cat((weights, weights.new_ones(*weights.shape[:-1], more)), -1),
     )
 
 

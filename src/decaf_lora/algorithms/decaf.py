@@ -190,7 +190,7 @@ def _mix(
     """(L, g, r, d_in), (L, g, d_out, r): the new factors of layers of one shape for the group's receivers.
 
     `a_scale` and `scale` (L, g): the receivers' own norm of a row of A, and LoRA scale. `carried`: factors of what is
-    added to their mixed products; then two more such factors are returned, of what the truncation cut.
+    added to their mixed products; then two more of the same rank are returned, of what the truncation cut.
     """
     a = inbox.stacked([f"A/{k}" for k in layers], group)
     b = inbox.stacked([f"B/{k}" for k in layers], group)
@@ -215,7 +215,7 @@ def _mix(
         reference=own,
         a_scale=a_scale,
         carried=carried,
-        rest=0 if carried is None else a.shape[-2],
+        rest=0 if carried is None else carried[0].shape[-2],
     )
     return tuple(x[:, expand] for x in (out.A, out.B, out.rest_a, out.rest_b))
 
