@@ -5,6 +5,7 @@
     python benchmarks/study_consensus.py bytes --out study.jsonl
     python benchmarks/study_consensus.py merging --out study.jsonl
     python benchmarks/study_consensus.py all --out study.jsonl
+    python benchmarks/study_consensus.py minilm --out study.jsonl --data DIR    # DIR as for results_minilm.py
 
 One factor at a time around the demo's setting: 10 agents, Dirichlet(0.1), 30 rounds of 5 AdamW steps, batch 16, rank
 2, cosine, common start. A method counts at its own best learning rate. It is looked for on the first seeds (two in
@@ -28,11 +29,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
+
+import results_minilm
+from decaf_lora import report
 from decaf_lora.config import RunConfig
 from decaf_lora.recipes import digits
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.09, 0.13)
-FIRST_RATES = (0.02, 0.03, 0.04, 0.06)
+GRIDS = {"demo": (RATES, RATES[2:6]), "banking77": ((0.0025, 0.005, 0.01, 0.02, 0.04, 0.08), (0.005, 0.01, 0.02, 0.04))}
+"""Task -> learning rates, and those that are tried at once."""
 MIXED = (2, 4, 8, 16, 2, 4, 8, 16, 2, 4)
 
 
@@ -56,7 +63,8 @@ METHODS: dict[str, Method] = {
     "tracked, 2 exchanges": Method("decaf_tracked", {"relay_rank": 2}, None, 2),
     "tracked, 4 exchanges": Method("decaf_tracked", {"relay_rank": 2}, None, 4),
     "tracked, exact": Method("decaf_tracked", {"relay_rank": 2}, "base:5", "period"),
-    "DLoRA tracked, exact": Method("dlora", {"tracking": True}, "base:5", "period"),
+    "tracked, exact, int8": Method("decaf_tracked", {"messages": "int8"}, "base:5", "period"),
+    "DLoRA, complete, int8": Method("dlora", {"messages": "int8"}, "complete"),
 }
 
 
@@ -64,6 +72,8 @@ METHODS: dict[str, Method] = {
 class Setting:
     """What a method meets; the defaults are the demo's."""
 
+    task: str = "demo"
+    """Or banking77: MiniLM and its data (results_minilm.py)."""
     agents: int = 10
     graph: str = "ring"
     partition: str = "dirichlet:0.1"
@@ -74,6 +84,8 @@ class Setting:
     """One for all, or each agent's."""
     brought: bool = False
     """Whether agents bring adapters that they trained alone, 30 rounds from starts of their own."""
+    curve: bool = False
+    """Whether the agents are evaluated on the way, as with seed 0 they always are; no other number depends on it."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,11 @@ class Key:
         return json.dumps({**asdict(self), "setting": setting}, sort_keys=True)
 
 
-def one(key: Key) -> dict[str, Any]:
-    """Runs it; returns its row."""
+def one(key: Key, data: Path | None = None) -> dict[str, Any]:
+    """Runs it; returns its row. `data`: the folder of data sets that the demo does without."""
     with tempfile.TemporaryDirectory() as folder:
         start = trained_alone(key, Path(folder)) if key.setting.brought else None
-        return run(key, start)
+        return run(key, start, data)
 
 
 def trained_alone(key: Key, folder: Path) -> str:
@@ -114,14 +126,21 @@ def trained_alone(key: Key, folder: Path) -> str:
     return str(folder / "{agent}")
 
 
-def configured(key: Key, init_adapters: str | None = None) -> RunConfig:
+def configured(key: Key, init_adapters: str | None = None, data: Path | None = None) -> RunConfig:
     """The configuration of a run."""
     method, setting = METHODS[key.method], key.setting
-    values = {k: v for k, v in digits().model_dump().items() if k in RunConfig.model_fields}
+    if setting.task == "demo":
+        base = digits()
+    elif data is None:
+        raise SystemExit(f"{setting.task}: give --data, the folder that holds its data set.")
+    else:
+        base = results_minilm.config(setting.task, "dirichlet", data.resolve(), data)
+    values = {k: v for k, v in base.model_dump().items() if k in RunConfig.model_fields}
     values["training"] |= {"learning_rate": key.rate, "steps": setting.steps, "agents_per_pass": 10}
-    first = setting.ranks[0]
-    # The scaling stays 1 at every rank.
-    values["lora"] |= {"r": first, "lora_alpha": first, "ranks": setting.ranks if len(setting.ranks) > 1 else ()}
+    if setting.task == "demo":
+        first = setting.ranks[0]
+        # The scaling stays 1 at every rank.
+        values["lora"] |= {"r": first, "lora_alpha": first, "ranks": setting.ranks if len(setting.ranks) > 1 else ()}
     values |= {
         "agents": setting.agents,
         "graph": method.graph or setting.graph,
@@ -131,7 +150,7 @@ def configured(key: Key, init_adapters: str | None = None) -> RunConfig:
         "start": setting.start,
         "seed": key.seed,
         "algorithm": {"name": method.algorithm, **method.options},
-        "evaluate_every": max(1, setting.rounds // 6) if key.seed == 0 else setting.rounds,
+        "evaluate_every": max(1, setting.rounds // 6) if key.seed == 0 or setting.curve else setting.rounds,
         "init_adapters": () if init_adapters is None else (init_adapters,),
     }
     if init_adapters is not None:
@@ -139,12 +158,12 @@ def configured(key: Key, init_adapters: str | None = None) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def run(key: Key, init_adapters: str | None) -> dict[str, Any]:
+def run(key: Key, init_adapters: str | None, data: Path | None) -> dict[str, Any]:
     """Trains; returns the row."""
     from decaf_lora import execute
 
     started = time.process_time()
-    training = execute.build(configured(key, init_adapters))
+    training = execute.build(configured(key, init_adapters, data))
     try:
         records = list(training.train())
     finally:
@@ -174,8 +193,8 @@ def run(key: Key, init_adapters: str | None) -> dict[str, Any]:
 class Study:
     """The finished runs in a file, and those that are missing."""
 
-    def __init__(self, path: Path, may_run: bool) -> None:
-        self.path, self.may_run = path, may_run
+    def __init__(self, path: Path, may_run: bool, data: Path | None = None) -> None:
+        self.path, self.may_run, self.data = path, may_run, data
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self.rows = {row["key"]: row for row in rows}
 
@@ -183,7 +202,7 @@ class Study:
         """The row of a run, which is done now if it is missing."""
         text = key.text()
         if text not in self.rows and self.may_run:
-            row = one(key)
+            row = one(key, self.data)
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             self.rows[text] = row
@@ -196,18 +215,19 @@ class Study:
     ) -> tuple[float, list[dict[str, Any]]] | None:
         """The learning rate that is best on the first `choosers` seeds, and its rows, one a seed."""
         tried: dict[float, float] = {}
-        wanted = [*FIRST_RATES]
+        rates, first = GRIDS[setting.task]
+        wanted = [*first]
         while wanted:
             for rate in wanted:
                 rows = [self.row(Key(method, setting, rate, seed)) for seed in seeds[:choosers]]
                 if not all(rows):
                     return None
                 tried[rate] = statistics.fmean(row["mean"] for row in rows if row)
-            place = RATES.index(max(tried, key=lambda rate: tried[rate]))
-            around = [RATES[i] for i in (place + 1, place - 1) if 0 <= i < len(RATES)]
+            place = rates.index(max(tried, key=lambda rate: tried[rate]))
+            around = [rates[i] for i in (place + 1, place - 1) if 0 <= i < len(rates)]
             wanted = [rate for rate in around if rate not in tried]
-        rows = [self.row(Key(method, setting, RATES[place], seed)) for seed in seeds]
-        return (RATES[place], [row for row in rows if row]) if all(rows) else None
+        rows = [self.row(Key(method, setting, rates[place], seed)) for seed in seeds]
+        return (rates[place], [row for row in rows if row]) if all(rows) else None
 
 
 def shown(rows: list[dict[str, Any]], column: str = "mean") -> str:
@@ -273,8 +293,11 @@ BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "DLoRA": ((30, 60, 150), (1, 5)),
     "FedAvg": ((7, 15, 30), (1, 5, 20)),
     "tracked, exact": ((6, 12, 30), (1, 5, 20)),
+    "tracked, exact, int8": ((13, 30, 65), (5, 20)),
+    "DLoRA, complete, int8": ((30,), (5, 20)),
 }
-"""Method -> rounds and local steps: about a fifth, two fifths and all of the bytes of 30 rounds of the exact method."""
+"""Method -> rounds and local steps: about a fifth, two fifths and all of the bytes of 30 rounds of the exact method;
+with int8 messages, the last a quarter."""
 
 
 def bytes_(study: Study) -> Iterator[str]:
@@ -310,7 +333,120 @@ def merging(study: Study) -> Iterator[str]:
         yield f"| {method} | {first} | {' | '.join(cells)} |"
 
 
-PARTS = {"bars": bars, "settings": settings, "bytes": bytes_, "merging": merging}
+MINILM = Setting(task="banking77", partition="shots:10/dirichlet:0.1", steps=3, rounds=40)
+ENCODER: dict[str, tuple[Setting, tuple[str, ...]]] = {
+    "10 agents": (MINILM, ("tracked", "tracked, 4 exchanges", "tracked, exact", "tracked, exact, int8")),
+    "50 agents": (replace(MINILM, agents=50), ("tracked", "tracked, exact", "FedAvg", "DLoRA")),
+}
+
+
+def minilm(study: Study) -> Iterator[str]:
+    """MiniLM on banking77, Dirichlet(0.1), three seeds; two choose the learning rate of 10 agents, one of 50."""
+    yield "| agents | method | accuracy | worst agent | averaged model | lr | an agent sends |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    for name, (setting, methods) in ENCODER.items():
+        for method in methods:
+            best = study.best(method, setting, (0, 1, 2), choosers=2 if setting.agents == 10 else 1)
+            if best is not None:
+                rate, rows = best
+                cells = [shown(rows), shown(rows, "worst"), shown(rows, "averaged"), f"{rate:g}"]
+                yield f"| {name} | {method} | {' | '.join(cells)} | {rows[0]['bytes'] / 1e6:.1f} MB |"
+
+
+CURVES = ("centralized", "FedAvg", "tracked, exact", "tracked, 4 exchanges", "tracked", "DLoRA", "DeCAF")
+
+
+def curves(study: Study) -> Iterator[str]:
+    """The runs of `bars` at their best rates, evaluated on the way, for the figures."""
+    yield "| method | lr | by round |"
+    yield "| --- | ---: | --- |"
+    for method in CURVES:
+        if (found := curve(study, method)) is not None:
+            rate, rounds, _, values = found
+            means = ", ".join(f"{r:.0f}: {v:.3f}" for r, v in zip(rounds, values.mean(0), strict=True))
+            yield f"| {method} | {rate:g} | {means} |"
+
+
+def curve(study: Study, method: str) -> tuple[float, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Best rate, (points,) rounds and bytes, (seeds, points) scores."""
+    seeds = (0, 1, 2, 3, 4)
+    best = study.best(method, Setting(), seeds, choosers=2)
+    if best is None:
+        return None
+    keys = [Key(method, Setting(curve=seed > 0), best[0], seed) for seed in seeds]
+    rows = [row for key in keys if (row := study.row(key)) is not None]
+    if len(rows) < len(seeds):
+        return None
+    if [row["mean"] for row in rows] != [row["mean"] for row in best[1]]:
+        raise SystemExit(f"{method}: the scores at the end depend on whether agents are evaluated before it.")
+    points = np.array([row["curve"] for row in rows])
+    return best[0], points[0, :, 0], points[0, :, 1], points[:, :, 2]
+
+
+def draw_rounds(study: Study, path: Path) -> None:
+    """Accuracy by round and by bytes sent: mean and standard deviation over five seeds."""
+    figure = report.new_figure(report.WHOLE, 4)
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    for method in CURVES:
+        if (found := curve(study, method)) is None:
+            continue
+        _, rounds, sent, values = found
+        mean, spread = values.mean(0), values.std(0, ddof=1)
+        colour, marker = LOOKS[method]
+        for axes, x in ((by_round, rounds), (by_bytes, sent / 1e3)):
+            if axes is by_round or x[-1]:
+                axes.plot(x, mean, color=colour, marker=marker, label=method)
+                axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.13, linewidth=0)
+    by_round.set(xlabel="round", ylabel="accuracy, mean of the agents")
+    by_bytes.set(xlabel="kB that an agent has sent")
+    report.legend(figure)
+    figure.savefig(path, dpi=110)
+
+
+def draw_bytes(study: Study, path: Path) -> None:
+    """The part `bytes`: every cell, and the best that a method reaches with as many bytes or fewer."""
+    figure = report.new_figure(8, 4.4)
+    axes = figure.subplots()
+    for method, (all_rounds, all_steps) in BYTES.items():
+        points = []
+        for rounds in all_rounds:
+            for steps in all_steps:
+                if best := study.best(method, Setting(rounds=rounds, steps=steps), (0, 1)):
+                    points.append((best[1][0]["bytes"] / 1e3, statistics.fmean(row["mean"] for row in best[1])))
+        if not points:
+            continue
+        colour, marker = LOOKS[method]
+        x, y = np.array(sorted(points)).T
+        axes.plot(x, y, marker, color=colour, alpha=0.35)
+        last = [max(i for i, other in enumerate(x) if other == value) for value in dict.fromkeys(x)]
+        top = np.maximum.accumulate(y)[last]
+        axes.plot(x[last], top, color=colour, marker=marker, label=method)
+    axes.axvline(737, color=report.INK, linestyle=":", linewidth=1)
+    axes.set(
+        xscale="log",
+        xlabel="kB that an agent sends in the whole run (log scale)",
+        ylabel="accuracy, mean of the agents",
+    )
+    ticks = (500, 1000, 2000, 4000)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    report.legend(figure)
+    figure.savefig(path, dpi=110)
+
+
+LOOKS = {
+    "centralized": (report.INK, "*"),
+    "FedAvg": ("#CC79A7", "v"),
+    "tracked, exact": ("#D55E00", "o"),
+    "tracked, exact, int8": ("#8A6FD1", "D"),
+    "tracked, 4 exchanges": ("#E69F00", "P"),
+    "tracked": ("#009E73", "^"),
+    "DLoRA": ("#0072B2", "s"),
+    "DLoRA, complete, int8": ("#56B4E9", "<"),
+    "DeCAF": ("#8C8C8C", "x"),
+}
+PARTS = {"bars": bars, "settings": settings, "bytes": bytes_, "merging": merging, "curves": curves, "minilm": minilm}
+NEED_DATA = ("minilm",)
 
 
 def main() -> None:
@@ -318,15 +454,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, required=True, help="file of finished runs (JSON lines)")
+    parser.add_argument("--data", type=Path, help="folder of banking77, for the part minilm")
     parser.add_argument("--table", action="store_true", help="only print the tables of what is there")
+    parser.add_argument("--figures", type=Path, help="folder for the figures of the parts curves and bytes")
     arguments = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
-    study = Study(arguments.out, not arguments.table)
-    for name in PARTS if arguments.part == "all" else [arguments.part]:
+    study = Study(arguments.out, not arguments.table, arguments.data)
+    whole = [name for name in PARTS if name not in NEED_DATA or arguments.data is not None or arguments.table]
+    for name in whole if arguments.part == "all" else [arguments.part]:
         lines = list(PARTS[name](study))
         print("\n".join(["", f"**{name}**", "", *lines]), flush=True)
+    if arguments.figures is not None:
+        with matplotlib.rc_context(report.STYLE | {"savefig.facecolor": "white"}):
+            draw_rounds(study, arguments.figures / "study-rounds.png")
+            draw_bytes(study, arguments.figures / "study-bytes.png")
 
 
 if __name__ == "__main__":
