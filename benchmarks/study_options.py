@@ -25,6 +25,7 @@ OPTIONS = {
     "": {},
     ", quasi-global 0": {"quasi_global": 0.0},
     ", int8": {"messages": "int8"},
+    ", quasi-global 0, int8": {"quasi_global": 0.0, "messages": "int8"},
     ", feedback 1": {"truncation_feedback": 1.0},
     ", quasi-global 0.5": {"quasi_global": 0.5},
     ", feedback 0.5": {"truncation_feedback": 0.5},
