@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
     "FedAvg": Method("fedavg"),
     "centralized": Method("centralized"),
     "tracked": Method("decaf_tracked"),
+    "tracked, quasi-global": Method("decaf_tracked", {"quasi_global": 0.0}),
     "tracked, 2 exchanges": Method("decaf_tracked", {"relay_rank": 2}, None, 2),
     "tracked, 4 exchanges": Method("decaf_tracked", {"relay_rank": 2}, None, 4),
     "tracked, exact": Method("decaf_tracked", {"relay_rank": 2}, "base:5", "period"),
@@ -239,7 +240,7 @@ def shown(rows: list[dict[str, Any]], column: str = "mean") -> str:
 # --- the parts ----------------------------------------------------------------------------------------------
 
 BARS = ("FedAvg", "tracked, exact", "tracked, 4 exchanges", "DLoRA", "centralized", "tracked", "tracked, 2 exchanges")
-BARS += ("DeCAF",)
+BARS += ("DeCAF", "tracked, quasi-global", "tracked, exact, int8")
 
 
 def bars(study: Study) -> Iterator[str]:

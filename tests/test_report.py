@@ -443,6 +443,16 @@ class TestSections:
         assert len(sections.ids) == len(set(sections.ids))
 
 
+def test_a_page_of_ones_own(tmp_path: Path) -> None:
+    """What benchmarks write: a table without pivots."""
+    table = {"columns": ["what", "how much"], "groups": [("", [[("a", False), ("<1", True)]])], "note": "so it is"}
+    facts, commands, environment = {"fact": "1 of 2"}, {"command": "make"}, {"torch": "2"}
+    report.write_page(tmp_path / "page.html", "Mine", facts, table, [("None", [])], commands, environment)
+    page = Page(tmp_path / "page.html")
+    assert page.rows == [["what", "how much"], ["a", "<1"], ["torch", "2"]]
+    assert page.words["h2"] == ["Result", "None", "How to repeat it", "Environment"]
+
+
 class TestMistakes:
     def test_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds no run"):
