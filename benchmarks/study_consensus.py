@@ -354,7 +354,8 @@ def minilm(study: Study) -> Iterator[str]:
                 yield f"| {name} | {method} | {' | '.join(cells)} | {rows[0]['bytes'] / 1e6:.1f} MB |"
 
 
-CURVES = ("centralized", "FedAvg", "tracked, exact", "tracked, 4 exchanges", "tracked", "DLoRA", "DeCAF")
+CURVES = ("centralized", "FedAvg", "tracked, exact", "tracked, exact, int8", "tracked, 4 exchanges")
+CURVES += ("tracked, quasi-global", "tracked", "DLoRA", "DeCAF")
 
 
 def curves(study: Study) -> Iterator[str]:
@@ -441,6 +442,7 @@ LOOKS = {
     "tracked, exact": ("#D55E00", "o"),
     "tracked, exact, int8": ("#8A6FD1", "D"),
     "tracked, 4 exchanges": ("#E69F00", "P"),
+    "tracked, quasi-global": ("#A0603A", "X"),
     "tracked": ("#009E73", "^"),
     "DLoRA": ("#0072B2", "s"),
     "DLoRA, complete, int8": ("#56B4E9", "<"),
