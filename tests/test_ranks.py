@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -326,7 +327,11 @@ def test_ranks_and_adapters_by_command_and_back(tmp_path, capsys):
     assert json.loads((tmp_path / "two" / "run.json").read_text())["ranks"] == [1, 2, 3, 2]
     end, begin = ((tmp_path / k / "records.jsonl").read_text().splitlines() for k in ("one", "two"))
     assert json.loads(end[-1])["scores"] == json.loads(begin[0])["scores"]
-    assert "<dd>1, 2, 3, 2</dd>" in (tmp_path / "one" / "report.html").read_text()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "<dd>1, 2, 3, 2</dd>" in page
+    figure = page[page.index("<h3>Final score of every agent</h3>") :]
+    figure = figure[: figure.index("</figure>")]
+    assert sorted(re.findall(r"<text[^>]*fill: #[^>]*>(\d+)</text>", figure)) == ["1", "2", "2", "3"]
 
 
 @pytest.mark.parametrize(

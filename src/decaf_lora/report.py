@@ -73,7 +73,7 @@ LOOKS = {
     "local": ("#8C8C8C", "x"),
     "centralized": (INK, ""),
 }
-PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#9AA5B1")
+PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#9AA5B1", "#CC79A7", "#56B4E9")
 SPARE_LOOKS = [("#8A6FD1", "<"), ("#44AA99", ">"), ("#AA4466", "p"), ("#999933", "h"), ("#4477AA", "*")]
 HEAT = LinearSegmentedColormap.from_list("heat", [(0, 0.447, 0.698, 0.0), (0, 0.447, 0.698, 1.0)])
 GRAPHLESS = ("server", "pooled", "none")  # graph names of algorithms that do not use the run's graph
@@ -668,11 +668,9 @@ def _final_scores(groups: Groups) -> Plot | None:
         ranks: list[int] = next((r for run in groups[algorithm] if (r := run.facts.get("ranks"))), [])
         if ranks and len(scores) % len(ranks) == 0 and algorithm != "centralized":
             unequal = True
-            marks = np.resize(ranks, len(scores))
-            for rank in dict.fromkeys(ranks):
-                chosen = marks == rank
-                look: dict[str, Any] = {"marker": f"${rank}$", "markersize": 3 + 3 * len(str(rank)), "linestyle": ""}
-                axes.plot(scores[chosen], (place + jitter)[chosen], color=colour, markeredgewidth=0, **look)
+            axes.plot(scores, place + jitter, linestyle="")  # for the limits of the axis, which a text does not widen
+            for rank, score, height in zip(np.resize(ranks, len(scores)), scores, place + jitter, strict=True):
+                axes.text(score, height, str(rank), color=colour, fontsize=9, ha="center", va="center")
         else:
             axes.plot(scores, place + jitter, "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
     _name_rows(axes, finals)
