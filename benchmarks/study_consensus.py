@@ -38,7 +38,10 @@ from decaf_lora.config import RunConfig
 from decaf_lora.recipes import digits
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.09, 0.13)
-GRIDS = {"demo": (RATES, RATES[2:6]), "banking77": ((0.0025, 0.005, 0.01, 0.02, 0.04, 0.08), (0.005, 0.01, 0.02, 0.04))}
+GRIDS = {
+    "demo": (RATES, RATES[2:6]),
+    "banking77": ((0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16), (0.005, 0.01, 0.02, 0.04)),
+}
 """Task -> learning rates, and those that are tried at once."""
 MIXED = (2, 4, 8, 16, 2, 4, 8, 16, 2, 4)
 
