@@ -294,7 +294,7 @@ def settings(study: Study) -> Iterator[str]:
 
 
 BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "DLoRA": ((30, 60, 150), (1, 5)),
+    "DLoRA": ((30, 60, 150), (1, 5, 20)),
     "FedAvg": ((7, 15, 30), (1, 5, 20)),
     "tracked, exact": ((6, 12, 30), (1, 5, 20)),
     "tracked, exact, int8": ((13, 30, 65), (5, 20)),
