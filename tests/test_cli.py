@@ -63,7 +63,7 @@ def test_a_run_leaves_its_folder(finished):
     (row,) = json.loads((finished / "summary.json").read_text())
     assert list(row) == [
         *("algorithm", "graph", "partition", "seed", "mean_score", "worst_score", "std_score"),
-        *("averaged_score", "bytes_sent", "seconds"),
+        *("averaged_score", "bytes_sent", "seconds", "diverged"),
     ]
     assert row["algorithm"] == "decaf"
     assert row["graph"] == "ring"
@@ -258,6 +258,37 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(capsys, tmp_path):
     found = checkpoint.load_latest(out / "checkpoints")
     assert found is None or found[1]["round"] >= 1
     assert (out / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_comparison_outlives_a_run_that_diverges(capsys, tmp_path, jobs):
+    """The others finish, the tables say so, the exit code tells scripts; --resume does not run it again."""
+    out = tmp_path / "cmp"
+    path = tmp_path / "blown.yaml"
+    names = ("local", "dlora", "decaf")
+    values = {"algorithms": list(names), "seeds": [0, 1], "learning_rates": {"dlora": 1e30}, "rounds": 3}
+    training = {"optimizer": "sgd", "steps": 2, "batch_size": 4, "agents_per_pass": 3, "learning_rate": 0.01}
+    task = {"name": TOY}
+    path.write_text(yaml.safe_dump(values | {"task": task, "agents": 3, "partition": "iid", "training": training}))
+    arguments = ["compare", path, "--jobs", jobs, "--out", out]
+    assert decaf(*arguments) == 2
+    printed = capsys.readouterr()
+    *_, line = printed.err.splitlines()
+    assert line.startswith("decaf: 2 runs have diverged, the first is dlora, ring, iid, seed 0: training: the ")
+    assert "not finite" in line
+    assert "diverged" in printed.out
+    rows = {(r["algorithm"], r["seed"]): r for r in json.loads((out / "summary.json").read_text())}
+    assert list(rows) == [(name, seed) for seed in (0, 1) for name in names]
+    for (name, _), row in rows.items():
+        assert (row["mean_score"] is None) == (row["diverged"] is not None) == (name == "dlora")
+    table = {line.split(" |")[0]: line for line in (out / "table.md").read_text().splitlines()}
+    assert "| diverged | diverged | diverged | diverged |" in table["| dlora"]
+    assert "diverged" not in table["| decaf"]
+    page = (out / "report.html").read_text()
+    assert "diverged" in page
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()}
+    assert decaf(*arguments, "--resume") == 2
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()} == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self/mounts").exists(), reason="needs a read-only place")

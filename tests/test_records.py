@@ -122,7 +122,7 @@ class TestWriteJson:
         target = tmp_path / "x.json"
         value = {"a": np.array([[1, 2]]), "b": np.float32(0.5), "c": (math.nan, None, "t"), 3: Spread(1.0)}
         write_json(target, value)
-        expected = {"a": [[1, 2]], "b": 0.5, "c": [None, None, "t"], "3": {"mean": 1.0, "std": None}}
+        expected = {"a": [[1, 2]], "b": 0.5, "c": [None, None, "t"], "3": {"mean": 1.0, "std": None, "missing": "n/a"}}
         assert json.loads(target.read_text()) == expected
 
     def test_a_failed_write_leaves_the_old_file(self, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from decaf_lora import algorithms, optimizers
 from decaf_lora.adapters import attach
 from decaf_lora.config import TrainingConfig
-from decaf_lora.training import BatchStream, FlatGroup, Trainer, TrainingError
+from decaf_lora.errors import TrainingError
+from decaf_lora.training import BatchStream, FlatGroup, Trainer
 from toy import Toy
 
 
@@ -215,6 +216,27 @@ def test_a_loss_that_is_not_finite_names_agent_and_round():
     adapter = attached.init([4, 7], 0)
     trainer.prepare(adapter)
     with pytest.raises(TrainingError, match=r"loss of agent 7 is not finite in round 2, step \d"):
+        trainer.train_round(adapter, algorithms.local(), {}, 2, 3)
+
+
+class Kinked(Toy):
+    """A finite loss with a gradient that is not, at the examples from 20 on."""
+
+    def losses(self, batch, agents):
+        x = batch["x"]
+        kink = torch.where(x[:, 0] == 0, self.model(x).sum(-1) * 0, torch.ones(())).sqrt()
+        return super().losses(batch, agents) + kink.unflatten(0, (agents, -1)).mean(1)
+
+
+def test_an_adapter_that_is_not_finite_names_agent_and_round():
+    """Else the exchange would pass it on, or fail without a name."""
+    task = Kinked()
+    task.x[20:, 0] = 0
+    attached = attach(task.model, task.default_lora())
+    trainer = Trainer(task, attached, TrainingConfig(steps=1, batch_size=2), [4, 7], [np.arange(10), [20, 21]], 0)
+    adapter = attached.init([4, 7], 0)
+    trainer.prepare(adapter)
+    with pytest.raises(TrainingError, match=r"the adapter of agent 7 is not finite after round 2; lower"):
         trainer.train_round(adapter, algorithms.local(), {}, 2, 3)
 
 

@@ -237,6 +237,7 @@ def _compare(args: list[str]) -> int:
     except execute.Interrupted as stop:
         return _stopped(err, stop, f"decaf compare {_recipe_argument(args)}")
     _results(rows, out, output.json)
+    _refuse_diverged(rows)
     return 0
 
 
@@ -270,6 +271,15 @@ def _results(rows: list[Any], out: Path, as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(table(rows))
     console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _refuse_diverged(rows: list[Any]) -> None:
+    """Raises UserError if some runs have no result: a script is told, when all that there is has been written."""
+    lost = {(row.algorithm, row.partition, row.seed, row.diverged): row for row in rows if row.diverged}
+    if lost:
+        row = next(iter(lost.values()))
+        count = f"{len(lost)} runs have diverged, the first is" if len(lost) > 1 else "one run has diverged,"
+        raise UserError(f"{count} {row.algorithm}, {row.graph}, {row.partition}, seed {row.seed}: {row.diverged}")
 
 
 def _stopped(err: Console, stop: Any, command: str) -> int:

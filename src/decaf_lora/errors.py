@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Whether to end without a line: another process of the same run prints the message."""
 
 
+class TrainingError(UserError):
+    """Training has diverged (a loss or an adapter is not finite); names the agent and the round."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """The names of `known` that look most like `name` (for "did you mean"), best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig, TaskConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.records import (
     Record,
     RecordWriter,
     SummaryRow,
     environment,
+    read_facts,
     read_summary,
     replace_text,
     summarise,
@@ -477,6 +478,7 @@ def compare(
     """Runs every cell of a comparison below `out`, `jobs` at a time; finished ones are kept with `resume`.
 
     Writes summary.json, tables and the report over all; a run that stands for several graphs has a row under each.
+    A run whose training diverges has a row that says so, without scores; the others go on.
     Raises Interrupted after Ctrl-C.
     """
     from decaf_lora.records import tables
@@ -541,11 +543,21 @@ def _run_all(left: list[Cell], out: Path, jobs: int, watch: Watch) -> dict[str, 
 
 
 def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
+    from decaf_lora.report import write_report
+
     directory = out / cell.name
     try:
         return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)
     except Interrupted as stop:
         raise Interrupted(out, stop.round) from None
+    except TrainingError as error:  # a result, too: the other runs go on, and --resume does not run it again
+        with _disk(out):
+            write_json(directory / "run.json", read_facts(directory) | {"diverged": str(error)})
+            row = summarise(directory)
+            write_json(directory / "summary.json", [row])
+            write_report(directory)
+        watch(Event(cell.name, cell.config.rounds, cell.config.rounds, 1.0, None, None))
+        return row
 
 
 _events: Any = None

@@ -51,7 +51,7 @@ class Record:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One run in one line: the scores are those of the last evaluated round."""
+    """One run in one line: the scores are those of the last evaluated round, None of a run that diverged."""
 
     algorithm: str
     graph: str
@@ -63,6 +63,8 @@ class SummaryRow:
     averaged_score: float | None
     bytes_sent: float
     seconds: float
+    diverged: str | None = None
+    """Why its training could not go on to the last round."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Spread:
 
     mean: float | None
     std: float | None = None
+    missing: str = "n/a"
+    """What people read in place of a mean that is not known."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,8 @@ def summarise(run_dir: Path) -> SummaryRow:
 
 def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryRow:
     """The row of a run. One agent without a finite score leaves the mean unknown."""
-    last = next((record for record in reversed(records) if record.scores), None)
+    diverged = facts.get("diverged")
+    last = None if diverged else next((record for record in reversed(records) if record.scores), None)
     scores = (last.scores if last else None) or []
     finite = [score for score in scores if score is not None and math.isfinite(score)]
     known = len(finite) == len(scores) > 0
@@ -242,6 +247,7 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         averaged_score=last.averaged_score if last else None,
         bytes_sent=math.fsum(record.bytes_sent for record in records),
         seconds=math.fsum(second for record in records for second in record.seconds.values()),
+        diverged=diverged,
     )
 
 
@@ -262,15 +268,16 @@ def aggregate(rows: Iterable[SummaryRow]) -> list[Aggregate]:
 
 def _aggregate(runs: Sequence[SummaryRow]) -> Aggregate:
     """The row of runs that differ only by seed."""
-    spreads = {metric: _spread([getattr(run, metric) for run in runs]) for metric in METRICS}
+    missing = "diverged" if any(run.diverged for run in runs) else "n/a"
+    spreads = {metric: _spread([getattr(run, metric) for run in runs], missing) for metric in METRICS}
     first = runs[0]
     return Aggregate(first.algorithm, first.graph, first.partition, seeds=len(runs), **spreads)
 
 
-def _spread(values: Sequence[float | None]) -> Spread:
+def _spread(values: Sequence[float | None], missing: str) -> Spread:
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(known) < len(values):
-        return Spread(None)
+        return Spread(None, missing=missing)
     return Spread(fmean(known), stdev(known) if len(known) > 1 else None)
 
 
@@ -287,7 +294,7 @@ def cells(row: Aggregate) -> list[str]:
 
 def _number(spread: Spread, form: str) -> str:
     if spread.mean is None:
-        return "n/a"
+        return spread.missing
     return f"{spread.mean:{form}}" + ("" if spread.std is None else f" ± {spread.std:{form}}")
 
 

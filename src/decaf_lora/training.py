@@ -21,15 +21,11 @@ from decaf_lora import optimizers
 from decaf_lora.adapters import Attached, DropoutMasks
 from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
 from decaf_lora.config import TrainingConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.randomness import derive_seed, numpy_generator
 from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
 
 GROUPS: tuple[Factor, ...] = ("A", "B", "extras")
-
-
-class TrainingError(UserError):
-    """Training went wrong (for instance a loss that is not finite); names the agent and the round."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ class Trainer:
 
         Returns the adapter, the state and the sums of losses (n,) over the round's steps, which go on from
         `losses`. `on_step` is called after every step with (steps done, losses); true ends the round early.
-        Raises TrainingError when a loss is not finite.
+        Raises TrainingError when a loss is not finite, or an adapter at the end of the steps.
         """
         trains = algorithm.trains(round_)
         flats = {g: layout.pack(getattr(adapter, g)) for g, layout in self._layouts.items()}
@@ -159,12 +155,7 @@ class Trainer:
             active = self.local_steps > step
             batches = [s.batch(int(t)) for s, t in zip(self.streams, self.steps_taken, strict=True)]
             gradients, step_losses = self._gradients(flats, adapter, trained, batches, active, round_)
-            if not bool(torch.isfinite(step_losses).all()):
-                bad = self.agents[int((~torch.isfinite(step_losses)).nonzero()[0])]
-                raise TrainingError(
-                    f"training: the loss of agent {bad} is not finite in round {round_}, step {step + 1}; lower "
-                    "training.learning_rate or set training.clip_norm. The last good checkpoint is kept."
-                )
+            self._check_finite("loss", step_losses, f"in round {round_}, step {step + 1}")
             losses = losses + step_losses
             gradients, state = self._steer(algorithm, state, gradients, round_)
             if self.config.clip_norm is not None:
@@ -176,8 +167,19 @@ class Trainer:
             self.steps_taken[active] += 1
             if on_step is not None and on_step(step + 1, losses):
                 break
+        for group in trained:  # a finite loss may have had a gradient that is not
+            self._check_finite("adapter", flats[group].sum(-1, dtype=torch.float64), f"after round {round_}")
         parts = {g: self._unpack(g, flats) for g in GROUPS}
         return replace(adapter, A=parts["A"], B=parts["B"], extras=parts["extras"]), state, losses
+
+    def _check_finite(self, what: str, values: Tensor, when: str) -> None:
+        """Raises TrainingError unless all values (n,), one an agent, are finite."""
+        if not bool(torch.isfinite(values).all()):
+            bad = self.agents[int((~torch.isfinite(values)).nonzero()[0])]
+            raise TrainingError(
+                f"training: the {what} of agent {bad} is not finite {when}; lower training.learning_rate or set "
+                "training.clip_norm. The last good checkpoint is kept."
+            )
 
     def moments_after(self, algorithm: Algorithm, state: State) -> None:
         """Lets the algorithm carry the optimizer's moments into the frame that `combine` has chosen."""
