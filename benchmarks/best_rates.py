@@ -4,6 +4,7 @@ Every method runs at every rate with the first seed; at its best one with the ot
 table are the search's.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,8 +48,8 @@ def search(
         tried = {a: rate * faster.get(a, 1) for a in algorithms}
         update = {"algorithms": algorithms, "learning_rates": tried, "seeds": config.seeds[:1]}
         for row in compare(config.model_copy(update=update), out / f"rates-{done}"):
-            assert row.mean_score is not None
-            found.setdefault(row.algorithm, {})[tried[row.algorithm]] = row.mean_score
+            score = row.mean_score if row.mean_score is not None else -math.inf  # it diverged
+            found.setdefault(row.algorithm, {})[tried[row.algorithm]] = score
         done += 1
         if extend and not todo:
             todo = beyond(found, faster)

@@ -105,7 +105,8 @@ def answers(model: str, data: Path, name: str) -> CompareConfig:
 
 def run(config: CompareConfig, out: Path) -> dict[str, list[Path]]:
     """Runs what is missing of a comparison; the folders of each algorithm's runs, one a seed."""
-    compare(config, out)
+    if lost := [row.diverged for row in compare(config, out) if row.diverged]:
+        raise SystemExit(f"{out}: {lost[0]}")
     cells = execute.cells(config)
     return {a: [out / c.name for c in cells if c.config.algorithm.name == a] for a in config.algorithms}
 
