@@ -88,6 +88,8 @@ class Setting:
     """One for all, or each agent's."""
     brought: bool = False
     """Whether agents bring adapters that they trained alone, 30 rounds from starts of their own."""
+    dtype: str | None = None
+    """Of the frozen base; None: as the task's file says."""
     curve: bool = False
     """Whether the agents are evaluated on the way, as with seed 0 they always are; no other number depends on it."""
 
@@ -141,6 +143,8 @@ def configured(key: Key, init_adapters: str | None = None, data: Path | None = N
         base = results_minilm.config(setting.task, "dirichlet", data.resolve(), data)
     values = {k: v for k, v in base.model_dump().items() if k in RunConfig.model_fields}
     values["training"] |= {"learning_rate": key.rate, "steps": setting.steps, "agents_per_pass": 10}
+    if setting.dtype is not None:
+        values["task"]["dtype"] = setting.dtype
     if setting.task == "demo":
         first = setting.ranks[0]
         # The scaling stays 1 at every rank.
@@ -343,7 +347,7 @@ ENCODER: dict[str, tuple[Setting, tuple[str, ...]]] = {
         MINILM,
         ("tracked", "tracked, quasi-global", "tracked, 4 exchanges", "tracked, exact", "tracked, exact, int8"),
     ),
-    "50 agents": (replace(MINILM, agents=50), ("tracked", "tracked, exact", "FedAvg", "DLoRA")),
+    "50 agents": (replace(MINILM, agents=50, dtype="float32"), ("tracked", "tracked, exact", "FedAvg", "DLoRA")),
 }
 
 

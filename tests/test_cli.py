@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,21 @@ def test_a_run_leaves_its_folder(finished):
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["training"]["steps"] == 2
     assert saved["agents"] == 3
+
+
+@pytest.mark.parametrize("instructions", [None, "avx512_f", "avx_ne_convert"])
+def test_bfloat16_on_a_processor_that_emulates_it(tmp_path, monkeypatch, instructions):
+    known = {"architecture": "x86_64", "avx512_f": False} | ({instructions: True} if instructions else {})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known)
+    config = build(RunConfig, {"task": {"name": "digits"}, "training": {"precision": "bfloat16", "agents_per_pass": 1}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        execute.build(config).close()
+    said = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
+    assert len(said) == (instructions is None)
+    if said:
+        assert said[0].startswith("training.precision: this processor has no instructions for bfloat16")
+        assert said[0].endswith("; use --training.precision float32.")
 
 
 def test_comparison_writes_summary_tables_and_report(tmp_path, capsys):
@@ -367,6 +383,18 @@ def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
     execute.run(config, tmp_path / "whole")
     ours, theirs = (read_records(tmp_path / k / "records.jsonl") for k in ("cut", "whole"))
     assert [dataclasses.replace(r, seconds={}) for r in ours] == [dataclasses.replace(r, seconds={}) for r in theirs]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_comparison_says_a_warning_once(tmp_path, jobs):
+    arguments = ["compare", "digits", *SMALL, "--partition", "up-to:1000", "--seeds", "0", "1", "--jobs", str(jobs)]
+    arguments += ["--algorithms", "local", "decaf", "--out", str(tmp_path / "cmp")]
+    done = subprocess.run([sys.executable, "-m", "decaf_lora", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("decaf: warning: partition: ") == done.stderr.count("fewer than 1000 examples") == 1
+    assert "UserWarning" not in done.stderr
+    progress = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert [line.split()[0] for line in progress] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
 
 
 def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):

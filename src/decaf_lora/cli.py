@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "RANK" in os.environ:  # a lost process is one line of ours, not pages of torch's C++
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    warnings.showwarning = _warn
+    warnings.showwarning = functools.partial(_warn, set())
     try:
         return _dispatch(args)
     except UserError as error:
@@ -120,10 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A warning as one line, without the place in the code; libraries' deprecations are not the user's concern."""
-    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
-        text = " ".join(str(message).split())
+def _warn(said: set[str], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the code; libraries' deprecations are not the user's concern.
+
+    `said`: those that were shown, for all runs of a comparison once. (Python forgets them in every catch_warnings.)
+    """
+    text = " ".join(str(message).split())
+    if text not in said and not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        said.add(text)
         Console(stderr=True, highlight=False).print(f"decaf: warning: {text}", markup=False, soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ import os
 import queue as queues
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -215,6 +216,7 @@ def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, devi
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
+    _warn_of_slow_bfloat16(config, _device(device or config.device))
     shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
     return Run(
         task,
@@ -319,6 +321,23 @@ def _device(name: str) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+
+
+def _warn_of_slow_bfloat16(config: RunConfig, device: Any) -> None:
+    """Says so if the run is to compute in bfloat16 on a processor that has to emulate it."""
+    import torch
+
+    fields = {"task.dtype": config.task.dtype, "training.precision": config.training.precision}
+    names = [name for name, value in fields.items() if value == "bfloat16"]
+    if device.type != "cpu" or not names:
+        return
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") == "x86_64" and not (has.get("avx512_f") or has.get("avx_ne_convert")):
+        warnings.warn(
+            f"{' and '.join(names)}: this processor has no instructions for bfloat16 and computes in it many times "
+            f"slower than in float32; use {' '.join(f'--{name} float32' for name in names)}.",
+            stacklevel=3,
+        )
 
 
 def mean_score(record: Record) -> float | None:
@@ -566,12 +585,17 @@ _events: Any = None
 def _start_worker(events: Any, loading: Any, threads: int) -> None:
     global _events, _loading
     _events, _loading = events, loading
+    warnings.showwarning = _send_warning
     # Ctrl-C reaches every process of the terminal; one that is between two runs, or loads, has nothing to save.
     signal.signal(signal.SIGINT, _note_stop)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live display may be on by then
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _send_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    _events.put((str(message), category))
 
 
 _stopped = False
@@ -589,9 +613,22 @@ def _run_in_worker(cell: Cell, out: Path) -> SummaryRow:
 
 
 def _forward(events: Any, watch: Watch, done: threading.Event) -> None:
-    while not done.is_set():
-        with contextlib.suppress(queues.Empty, EOFError, OSError):
-            watch(events.get(timeout=0.2))
+    """Hands on what the workers send: events to `watch`, and warnings, which are so said once for all runs."""
+    while True:
+        last = done.is_set()
+        try:
+            item = events.get(timeout=0 if last else 0.2)
+        except queues.Empty:
+            if last:
+                return
+        except (EOFError, OSError):
+            return
+        else:
+            if isinstance(item, Event):
+                watch(item)
+            else:
+                message, category = item
+                warnings.warn(message, category, stacklevel=1)
 
 
 # What a run left
