@@ -11,7 +11,7 @@ One factor at a time around the demo's setting: 10 agents, Dirichlet(0.1), 30 ro
 2, cosine, common start. A method counts at its own best learning rate. It is looked for on the first seeds (two in
 `bars`, one elsewhere), outwards from 0.02, 0.03, 0.04 and 0.06 until the best lies between two worse ones;
 the best, by the mean score over those seeds, is then run on the other seeds too. One process, one thread; a run of the
-demo's length takes about ten seconds. Finished runs are kept in --out.
+demo's length takes 10 to 30 seconds. Finished runs are kept in --out.
 
 Bytes are those that an agent sends to its peers. FedAvg is counted as what it is without a server, an exchange on
 the complete graph: N - 1 messages a round.
@@ -459,6 +459,7 @@ LOOKS = {
     "DeCAF": ("#8C8C8C", "x"),
 }
 PARTS = {"bars": bars, "settings": settings, "bytes": bytes_, "merging": merging, "curves": curves, "minilm": minilm}
+FIGURES = {"curves": (draw_rounds, "study-rounds.png"), "bytes": (draw_bytes, "study-bytes.png")}
 NEED_DATA = ("minilm",)
 
 
@@ -479,10 +480,10 @@ def main() -> None:
     for name in whole if arguments.part == "all" else [arguments.part]:
         lines = list(PARTS[name](study))
         print("\n".join(["", f"**{name}**", "", *lines]), flush=True)
-    if arguments.figures is not None:
-        with matplotlib.rc_context(report.STYLE | {"savefig.facecolor": "white"}):
-            draw_rounds(study, arguments.figures / "study-rounds.png")
-            draw_bytes(study, arguments.figures / "study-bytes.png")
+        if arguments.figures is not None and name in FIGURES:
+            draw, file = FIGURES[name]
+            with matplotlib.rc_context(report.STYLE | {"savefig.facecolor": "white"}):
+                draw(study, arguments.figures / file)
 
 
 if __name__ == "__main__":
