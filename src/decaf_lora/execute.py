@@ -216,9 +216,8 @@ def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, devi
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
-    _warn_of_slow_bfloat16(config, _device(device or config.device))
     shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
-    return Run(
+    run = Run(
         task,
         algorithm,
         graph,
@@ -235,6 +234,8 @@ def build(config: RunConfig, engine: Callable[[int], Engine] | None = None, devi
         eval_batch_size=config.task.eval_batch_size,
         **({} if engine is None else {"engine": engine}),
     )
+    _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
+    return run
 
 
 def lora_configs(config: RunConfig, default: Any) -> Any:
