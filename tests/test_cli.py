@@ -74,7 +74,7 @@ def test_a_run_leaves_its_folder(finished):
 
 
 @pytest.mark.parametrize("instructions", [None, "avx512_f", "avx_ne_convert"])
-def test_bfloat16_on_a_processor_that_emulates_it(tmp_path, monkeypatch, instructions):
+def test_bfloat16_on_a_processor_that_emulates_it(monkeypatch, instructions):
     known = {"architecture": "x86_64", "avx512_f": False} | ({instructions: True} if instructions else {})
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known)
     config = build(RunConfig, {"task": {"name": "digits"}, "training": {"precision": "bfloat16", "agents_per_pass": 1}})

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-import queue as queues
 import signal
 import threading
 import warnings
@@ -544,8 +543,7 @@ def _run_all(left: list[Cell], out: Path, jobs: int, watch: Watch) -> dict[str, 
             initargs=(events, manager.Lock(), threads),
         ) as pool:
             futures = {pool.submit(_run_in_worker, cell, out): cell for cell in left}
-            done = threading.Event()
-            drain = threading.Thread(target=_forward, args=(events, watch, done), daemon=True)
+            drain = threading.Thread(target=_forward, args=(events, watch), daemon=True)
             drain.start()
             try:
                 for future in as_completed(futures):
@@ -557,7 +555,8 @@ def _run_all(left: list[Cell], out: Path, jobs: int, watch: Watch) -> dict[str, 
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
             finally:
-                done.set()
+                with contextlib.suppress(EOFError, OSError):
+                    events.put(None)
                 drain.join(timeout=2)
         return rows
 
@@ -613,18 +612,10 @@ def _run_in_worker(cell: Cell, out: Path) -> SummaryRow:
     return _run_cell(cell, out, _events.put)
 
 
-def _forward(events: Any, watch: Watch, done: threading.Event) -> None:
-    """Hands on what the workers send: events to `watch`, and warnings, which are so said once for all runs."""
-    while True:
-        last = done.is_set()
-        try:
-            item = events.get(timeout=0 if last else 0.2)
-        except queues.Empty:
-            if last:
-                return
-        except (EOFError, OSError):
-            return
-        else:
+def _forward(events: Any, watch: Watch) -> None:
+    """Hands on what workers send, until None: events to `watch`, and warnings, which are so said once for all runs."""
+    with contextlib.suppress(EOFError, OSError):  # the queue's process is gone
+        for item in iter(events.get, None):
             if isinstance(item, Event):
                 watch(item)
             else:
