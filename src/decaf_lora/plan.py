@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from decaf_lora import algorithms, execute, graphs, partition, tasks
-from decaf_lora.algorithms.base import Adapter, Inbox, Tensors
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.config import RunConfig, TaskConfig, TrainingConfig
 from decaf_lora.data import Ragged, looks_local
 from decaf_lora.dry_run import DryRun, Phase, UnknownNumberError
