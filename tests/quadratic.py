@@ -10,8 +10,9 @@ can all reach it. Gradients are exact unless said otherwise; steps are plain SGD
 import numpy as np
 import torch
 
+from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms import make
-from decaf_lora.algorithms.base import Adapter, Inbox
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.graphs import Graph, Schedule, as_schedule, ring
 
 LAYER = "w"

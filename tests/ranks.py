@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from decaf_lora import algorithms, checkpoint, graphs, partition
-from decaf_lora.algorithms.base import Inbox
 from decaf_lora.algorithms.decaf import GAUGES
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.cli import main
 from decaf_lora.config import AlgorithmConfig, TrainingConfig
 from decaf_lora.engines import Simulate, Torchrun, connect

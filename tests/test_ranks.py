@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
-from decaf_lora.algorithms.base import Inbox
 from decaf_lora.algorithms.decaf import GAUGES
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.cli import main
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError

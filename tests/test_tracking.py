@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from decaf_lora import algorithms, checkpoint, graphs, lowrank, partition
-from decaf_lora.algorithms.base import Inbox, concatenate
+from decaf_lora.adapters.adapter import concatenate
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Schedule

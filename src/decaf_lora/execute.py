@@ -40,7 +40,7 @@ from decaf_lora.records import (
 
 if TYPE_CHECKING:
     from decaf_lora.engines import Engine, Processes
-    from decaf_lora.engines.torchrun import Wire
+    from decaf_lora.engines.wire import Wire
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error

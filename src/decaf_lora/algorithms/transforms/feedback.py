@@ -17,7 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decaf_lora.algorithms.base import Adapter, State, put
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import put
+from decaf_lora.algorithms.contract import State
 from decaf_lora.errors import UserError
 
 PREFIX = "feedback/"

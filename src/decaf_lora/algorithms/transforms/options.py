@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from decaf_lora.algorithms.base import Algorithm
-from decaf_lora.algorithms.int8 import quantized
-from decaf_lora.algorithms.quasi_global import quasi_global_momentum
-from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.algorithms.contract import Algorithm
+from decaf_lora.algorithms.transforms.int8 import quantized
+from decaf_lora.algorithms.transforms.quasi_global import quasi_global_momentum
+from decaf_lora.algorithms.transforms.tracking import tracked
 from decaf_lora.errors import unknown
 
 Messages = Literal["full", "int8"]

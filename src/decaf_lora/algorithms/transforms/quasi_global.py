@@ -19,18 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decaf_lora.algorithms.base import (
-    Adapter,
-    Algorithm,
-    Inbox,
-    State,
-    Tensors,
-    leave,
-    put,
-    reset_moments,
-    take,
-    turned,
-)
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.names import leave, put, take
+from decaf_lora.algorithms.contract import Algorithm, State, reset_moments, turned
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
 
 PREFIX = "quasi/"

@@ -34,7 +34,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, leave, put, take, turned
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.names import leave, put, take
+from decaf_lora.algorithms.contract import Algorithm, State, turned
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
 
 PREFIX = "track/"
