@@ -39,9 +39,10 @@ from decaf_lora.graphs import Graph
 from decaf_lora.records import Spread, human_bytes
 from decaf_lora.run import Run
 from decaf_lora.tasks.base import Batch, Task
-from decaf_lora.tasks.causal_lm import AnswerScoring, CausalTask, LanguageModeling, Sequences
+from decaf_lora.tasks.causal_lm import AnswerScoring, CausalTask, LanguageModeling
 from decaf_lora.tasks.image_text import TEMPLATES, ImageText
 from decaf_lora.tasks.sequence_classification import HEADS, SequenceClassification, heads
+from decaf_lora.tasks.sequences import Sequences
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": {
