@@ -20,7 +20,7 @@ from decaf_lora.cli import main
 from decaf_lora.config import RunConfig, build
 from decaf_lora.records import read_records
 
-TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
+TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
 SMALL = [
     *("--task", TOY, "--agents", "3", "--rounds", "3", "--training.steps", "2", "--training.batch-size", "4"),
     *("--training.agents-per-pass", "3", "--partition", "iid", "--lora.lora-alpha", "4"),
@@ -140,7 +140,7 @@ def test_merged_export_gives_the_agents_logits(tmp_path, capsys, digits_task):
     from peft import PeftModel
     from transformers import CLIPModel
 
-    from decaf_lora.tasks import digits_data
+    from decaf_lora.tasks.demo import digits_data
 
     out = tmp_path / "r"
     small = ["--agents", 2, "--rounds", 2, "--training.agents_per_pass", 1, "--lr", 0.05]
@@ -422,7 +422,7 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
 
 def test_ctrl_c_while_two_processes_load(tmp_path):
     """No run starts after a Ctrl-C that came while the task was loading: it would go on to its end."""
-    toy = (Path(__file__).parent / "toy.py").read_text()
+    toy = (Path(__file__).parent / "helpers" / "toy.py").read_text()
     slow = f"    Path({str(tmp_path / 'loading')!r}).touch()\n    time.sleep(3)\n    return Toy()\n"
     (tmp_path / "slow.py").write_text(f"import time\nfrom pathlib import Path\n\n{toy}\n\ndef make():\n{slow}")
     out = tmp_path / "cmp"

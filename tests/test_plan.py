@@ -18,11 +18,12 @@ from decaf_lora.errors import UserError
 from decaf_lora.plan import DataSizes
 from decaf_lora.run import Run
 from decaf_lora.tasks import checkpoint_layers
-from decaf_lora.tasks.causal_lm import LanguageModeling, Sequences
+from decaf_lora.tasks.causal_lm import LanguageModeling
+from decaf_lora.tasks.sequences import Sequences
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data")) / "stories260K" / "hf"
-TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
+TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -300,7 +300,7 @@ TOY = [
     "run",
     "digits",
     "--task.name",
-    "tests/toy.py:make_toy",
+    "tests/helpers/toy.py:make_toy",
     "--agents",
     "4",
     "--rounds",

@@ -20,9 +20,10 @@ from decaf_lora.errors import UserError
 from decaf_lora.plan.costs import DataSizes
 from decaf_lora.plan.shapes import shapes_of
 from decaf_lora.tasks.base import Batch, Task
-from decaf_lora.tasks.causal_lm import AnswerScoring, CausalTask, LanguageModeling, Sequences
+from decaf_lora.tasks.causal_lm import AnswerScoring, CausalTask, LanguageModeling
 from decaf_lora.tasks.image_text import TEMPLATES, ImageText
 from decaf_lora.tasks.sequence_classification import SequenceClassification, heads
+from decaf_lora.tasks.sequences import Sequences
 
 DATASETS: dict[tuple[str, str | None], tuple[int, int, int]] = {
     ("dpdl-benchmark/oxford_flowers102", None): (102, 7169, 1020),

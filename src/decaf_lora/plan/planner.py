@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora import algorithms, execute, graphs, partition
-from decaf_lora.algorithms.base import Adapter, Inbox, Tensors
+from decaf_lora import algorithms, graphs, partition
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.config import RunConfig, TrainingConfig
 from decaf_lora.engines import Simulate
 from decaf_lora.engines.base import Pending, Sizes
@@ -25,6 +26,7 @@ from decaf_lora.plan.assumed import Data, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
 from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors
 from decaf_lora.run import Run
+from decaf_lora.runs.build import build_run, lora_configs
 from decaf_lora.tasks.base import Batch, Task
 from decaf_lora.tasks.causal_lm import CausalTask
 from decaf_lora.tasks.sequence_classification import SequenceClassification
@@ -50,7 +52,7 @@ def estimate(
 
 def measured(plan: Plan, config: RunConfig) -> Plan:
     """`plan` with the throughput of a real step on this machine, for which model and data are loaded."""
-    run = execute.build(config)
+    run = build_run(config)
     run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
     for _ in range(2):  # the first one warms up
         run.step_in_round = 0
@@ -124,7 +126,7 @@ class _Planner:
                 graph,
                 self._shards(task, data),
                 self._training(1 if pooled else math.ceil(config.agents / processes)),
-                lora=execute.lora_configs(config, task.default_lora()),
+                lora=lora_configs(config, task.default_lora()),
                 rounds=config.rounds,
                 seed=config.seed,
                 common_start=config.start == "common",

@@ -22,7 +22,7 @@ from decaf_lora import errors, randomness
 
 Split = Literal["base", "train", "test"]
 
-MODEL_DIR: Final = Path(__file__).parents[1] / "assets" / "digits_clip"
+MODEL_DIR: Final = Path(__file__).parent / "digits_clip"
 CLASS_NAMES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATE: Final = "a photo of the digit {}"
 SPLIT_SIZES: Final[dict[Split, int]] = {"base": 600, "train": 800, "test": 397}
@@ -31,7 +31,7 @@ SPLIT_SHA256: Final = "fbb7cbc5f6a30a665d2c3a4374b13f7bdd063af38e0ee810cb41094b6
 _SEED: Final = 0
 
 
-class Digits(NamedTuple):
+class LabelledImages(NamedTuple):
     """Labelled images of one split."""
 
     images: npt.NDArray[np.float32]
@@ -40,14 +40,14 @@ class Digits(NamedTuple):
     """(k,), the digit, an index into `CLASS_NAMES`."""
 
 
-def load(split: Split, *, shift: bool = False) -> Digits:
+def load(split: Split, *, shift: bool = False) -> LabelledImages:
     """The digits of `split`, as they were drawn or, with `shift`, as the agents meet them."""
     if split not in SPLIT_SIZES:
         raise errors.unknown("split", split, get_args(Split))
     pixels, labels = _source()
     chosen = split_indices()[split]
     images = (pixels[chosen, None] / 8 - 1).astype(np.float32)
-    return Digits(shifted(images) if shift else images, labels[chosen])
+    return LabelledImages(shifted(images) if shift else images, labels[chosen])
 
 
 def shifted(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

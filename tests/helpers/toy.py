@@ -61,5 +61,5 @@ class Toy(Task):
 
 
 def make_toy() -> Toy:
-    """For `--task tests/toy.py:make_toy`."""
+    """For `--task tests/helpers/toy.py:make_toy`."""
     return Toy()

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from decaf_lora.tasks import digits_data
+from decaf_lora.tasks.demo import digits_data
 from decaf_lora.tasks.image_text import Images, ImageText
 
 
