@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from decaf_lora import algorithms, execute, graphs, partition, tasks
+from decaf_lora import algorithms, graphs, partition, tasks
 from decaf_lora.algorithms.base import Adapter, Inbox, Tensors
 from decaf_lora.config import RunConfig, TaskConfig, TrainingConfig
 from decaf_lora.data import Ragged, looks_local
@@ -38,6 +38,7 @@ from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph
 from decaf_lora.records import Spread, human_bytes
 from decaf_lora.run import Run
+from decaf_lora.runs.build import build_run, lora_configs
 from decaf_lora.tasks.base import Batch, Task
 from decaf_lora.tasks.causal_lm import AnswerScoring, CausalTask, LanguageModeling, Sequences
 from decaf_lora.tasks.image_text import TEMPLATES, ImageText
@@ -188,7 +189,7 @@ def estimate(
 
 def measured(plan: Plan, config: RunConfig) -> Plan:
     """`plan` with the throughput of a real step on this machine, for which model and data are loaded."""
-    run = execute.build(config)
+    run = build_run(config)
     run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
     for _ in range(2):  # the first one warms up
         run.step_in_round = 0
@@ -319,7 +320,7 @@ class _Planner:
                 graph,
                 self._shards(task, data),
                 self._training(1 if pooled else math.ceil(config.agents / processes)),
-                lora=execute.lora_configs(config, task.default_lora()),
+                lora=lora_configs(config, task.default_lora()),
                 rounds=config.rounds,
                 seed=config.seed,
                 common_start=config.start == "common",
