@@ -25,8 +25,8 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from decaf_lora import algorithms, graphs, partition, recipes
 from decaf_lora.config import RunConfig, TrainingConfig
 from decaf_lora.data import Ragged
-from decaf_lora.execute import cells
 from decaf_lora.run import Run
+from decaf_lora.runs.compare import cells
 from decaf_lora.tasks.base import Task
 from decaf_lora.tasks.causal_lm import AnswerScoring
 from decaf_lora.tasks.image_text import ImageText

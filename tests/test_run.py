@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
+from decaf_lora import algorithms, consensus, graphs, partition
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Pending, Simulate
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
+from decaf_lora.runs import checkpoint
 from toy import Toy, TwoLayers
 
 CONFIG = TrainingConfig(steps=3, batch_size=5, learning_rate=0.02, agents_per_pass=2)

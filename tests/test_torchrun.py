@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import ranks
-from decaf_lora import checkpoint
 from decaf_lora.cli import main
 from decaf_lora.engines import Simulate
+from decaf_lora.runs import checkpoint
 
 HERE = Path(__file__).parent / "helpers"
 TOY = f"{HERE / 'toy.py'}:make_toy"

@@ -19,7 +19,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 
-from decaf_lora import algorithms, checkpoint, graphs, partition
+from decaf_lora import algorithms, graphs, partition
 from decaf_lora.algorithms.decaf import GAUGES
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.cli import main
@@ -27,6 +27,7 @@ from decaf_lora.config import AlgorithmConfig, TrainingConfig
 from decaf_lora.engines import Simulate, Torchrun, connect
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
+from decaf_lora.runs import checkpoint
 from toy import Toy
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -57,7 +58,7 @@ def start(folder: Path, world: int, work, *arguments, ranks=None, port=None, env
     `by_rank`: rank -> further arguments of that rank alone.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    CONTEXT.set_forkserver_preload(["ranks", "decaf_lora.execute", "decaf_lora.report", "decaf_lora.tasks"])
+    CONTEXT.set_forkserver_preload(["ranks", "decaf_lora.runs.launched", "decaf_lora.report", "decaf_lora.tasks"])
     folder.mkdir(parents=True, exist_ok=True)
     port, ranks = port or free_port(), range(world) if ranks is None else ranks
     children = {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from decaf_lora.execute import Event, Watch
+from decaf_lora.runs.events import Event, Watch
 
 
 @contextlib.contextmanager
