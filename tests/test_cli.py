@@ -353,7 +353,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Go on with: decaf run digits" in err
+    assert f"Go on with: decaf run --resume {cut} --task {TOY}" in err
     assert "--resume" in err
     assert "Traceback" not in err
     done = json.loads(records.read_text().splitlines()[-1])["round"]
@@ -416,7 +416,7 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare digits" in err
+    assert "Go on with: decaf compare --resume" in err
     assert not (out / "summary.json").exists()
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
@@ -445,7 +445,7 @@ def test_ctrl_c_while_two_processes_load(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare digits" in err
+    assert "Go on with: decaf compare --resume" in err
 
 
 # graph, recipes, help

@@ -287,9 +287,11 @@ class CompareConfig(RunConfig):
 def load(kind: type[RunConfig], path: Path) -> RunConfig:
     """A configuration of `kind` from a YAML file; UserError names the field, and the nearest known one."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"config: cannot read {path} ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config: {path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise UserError(f"config: {path} is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):

@@ -17,6 +17,7 @@ from decaf_lora.records.record import (
     read_facts,
     read_records,
     replace_text,
+    whole_rounds,
     write_json,
 )
 from decaf_lora.records.summary import (
@@ -56,5 +57,6 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "whole_rounds",
     "write_json",
 ]
