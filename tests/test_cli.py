@@ -21,7 +21,7 @@ from decaf_lora.config import RunConfig, build
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
 from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Interrupted
+from decaf_lora.runs.events import Interrupted, Subscriber
 from decaf_lora.runs.folder import run
 
 TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
@@ -376,12 +376,19 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     assert lines(cut) == lines(whole)
 
 
+class Impatient(Subscriber):
+    """Presses Ctrl-C as soon as the run starts."""
+
+    def start(self, facts):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
     """The record of the start is in the file once."""
     config = build(RunConfig, {"task": {"name": TOY}, "agents": 3, "rounds": 2, "partition": "iid"} | {
         "lora": {"target_modules": ["first", "second"]}, "training": {"steps": 2, "agents_per_pass": 3}})  # fmt: skip
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "cut", watch=lambda event: os.kill(os.getpid(), signal.SIGINT))
+        run(config, tmp_path / "cut", watch=lambda name: Impatient())
     assert [r.round for r in read_records(tmp_path / "cut" / "records.jsonl")] == [0]
     run(config, tmp_path / "cut", resume=True)
     run(config, tmp_path / "whole")

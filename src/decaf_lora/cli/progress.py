@@ -71,7 +71,7 @@ class _Line(_Watcher):
         self._lines = lines
 
     def close(self, error: BaseException | None) -> None:
-        if self.ended(error):
+        if self.ended(error) and (error is None or self._lines.total > 1):
             lines = self._lines
             lines.finished += 1
             line = f"[{lines.finished}/{lines.total}] {self.done(error)}  ({time.perf_counter() - lines.started:.0f} s)"

@@ -262,6 +262,14 @@ class Folder(Subscriber):
 
     def _write_facts(self, run: Run, facts: Mapping[str, Any], resumed: bool) -> None:
         path, saved = self.path, _read_json(self.path / "run.json")
+        before = (saved or {}).get("rounds")
+        training = run.training
+        if resumed and before not in (None, run.rounds) and (training.schedule != "constant" or training.warmup):
+            warnings.warn(
+                f"resume: rounds: {before} -> {run.rounds}; training.schedule {training.schedule} is over all rounds, "
+                f"so the first {run.round} were trained at other learning rates than in a run of {run.rounds}.",
+                stacklevel=2,
+            )
         if run.round < run.rounds:
             (path / "summary.json").unlink(missing_ok=True)  # of fewer rounds
         if self.config is not None and not (resumed and _same(self.config, path / "config.yaml")):
