@@ -81,7 +81,7 @@ def decode(received: bytes) -> Frame | None:
     raise BadFrameError("a frame of no known kind")
 
 
-_PLAIN = {"at": At, "get": Get, "ping": Ping}
+_PLAIN: dict[str, type[At] | type[Get] | type[Ping]] = {"at": At, "get": Get, "ping": Ping}
 
 
 def _of_an_exchange(got: pb.Frame, kind: str) -> Frame:

@@ -89,7 +89,7 @@ class Connection:
             codec.BadFrameError: the other end sent what is no frame.
             grpc.aio.AioRpcError: the stream broke.
         """
-        tasks = [asyncio.ensure_future(work) for work in (self._read(read, deliver), self._write(write, close))]
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work) for work in (self._read(read, deliver), self._write(write, close))]
         try:
             await asyncio.wait([*tasks, self._stop], return_when=asyncio.FIRST_COMPLETED)
             if self._stop.done():
