@@ -7,11 +7,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from endpoints import PATIENCE, QUICK, Heard, own, until
 
 from decaf_lora.engines.links import Links, Neighbour, codec, tls
 from decaf_lora.engines.links import mesh_pb2 as pb
 from decaf_lora.engines.mesh.frames import PART, At, Closed, Data, Get, Have, Hello, Last, Ping
+from endpoints import PATIENCE, QUICK, Heard, own, until
 
 D, R = b"d" * 32, b"r" * 32
 GOOD = [

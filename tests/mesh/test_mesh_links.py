@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from endpoints import PATIENCE, QUICK, Heard, Proxy, own, pair, until
 
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.engines.mesh.frames import PART, At, Closed, Data, Get, Have, Hello, Last, Ping, split
 from decaf_lora.errors import UserError
+from endpoints import PATIENCE, QUICK, Heard, Proxy, own, pair, until
 
 D, R = b"d" * 32, b"r" * 32
 

@@ -15,11 +15,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from endpoints import PATIENCE, QUICK, Heard, Proxy, own, pair, until
 
 from decaf_lora.engines.links import Links, Neighbour, codec, tls
 from decaf_lora.engines.mesh.frames import At
 from decaf_lora.federation import keys
+from endpoints import PATIENCE, QUICK, Heard, Proxy, own, pair, until
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_the_listeners_log_has_the_reason(known):
         links.stop()
         """
     )
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "helpers")
     command = [sys.executable, "-c", script, here, str(known["bob"].path), str(known["alice"].path)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -31,9 +31,9 @@ def model_folder(task: TaskConfig) -> Path | None:
     """
     if task.model is None:
         if task.name == "digits":
-            import decaf_lora
+            from decaf_lora.tasks.demo.digits_data import MODEL_DIR
 
-            return Path(decaf_lora.__file__).parent / "assets" / "digits_clip"
+            return Path(MODEL_DIR)
         return None
     if Path(task.model).is_dir():
         return Path(task.model)

@@ -268,6 +268,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"federation: {path} is larger than {MOST_BYTES // 2**20} MiB; it is no federation file.")
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        if text.lstrip().startswith(b"{"):  # JSON, whose 1e-08 YAML takes for a text
+            content = json.loads(text)
+            return content if isinstance(content, dict) else {}
         # Names for parts of the text would let a small file stand for an enormous one.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
             raise UserError(f"federation: {path} has YAML aliases (*name); write the values out.")

@@ -77,14 +77,15 @@ def write_private(path: Path, content: bytes) -> None:
 def read_private(path: Path) -> bytes:
     """The content of a key file. UserError if it is missing, or if anybody but its owner may read or change it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise UserError(f"key: cannot read {path} ({error.strerror}).") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UserError(f"key: {path} is not a file.")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
         mode = stat.S_IMODE(status.st_mode)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"key: {path} is not a file.")
         if mode & 0o077:
             raise UserError(f"key: others may use {path} (mode {mode:o}); run `chmod 600 {path}`.")
         if status.st_uid != os.geteuid():

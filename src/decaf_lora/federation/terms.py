@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from decaf_lora.config import AlgorithmConfig, LoraOptions, RunConfig, TaskConfig, build
+from decaf_lora.config import AlgorithmConfig, LoraOptions, RunConfig, TaskConfig, TrainingConfig, build, explain
 from decaf_lora.errors import UserError
 
 SHARED_TASK = (
@@ -51,12 +51,16 @@ class Terms(BaseModel):
 
     @field_validator("task", "training")
     @classmethod
-    def _nothing_local(cls, values: dict[str, Any], info: Any) -> dict[str, Any]:
-        local = LOCAL_TASK if info.field_name == "task" else LOCAL_TRAINING
+    def _complete(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Every value, and none that is local."""
+        kind, local = (TaskConfig, LOCAL_TASK) if info.field_name == "task" else (TrainingConfig, LOCAL_TRAINING)
         for name in values:
             if name in local:
                 raise ValueError(f"{name} belongs to a site and is not shared; remove it")
-        return values
+        try:
+            return kind.model_validate(values).model_dump(mode="json", exclude=set(local))
+        except ValidationError as error:
+            raise ValueError(explain(kind, error).removesuffix(".")) from error
 
     def config(self, agents: int, graph: str, local: Mapping[str, Any] | None = None) -> RunConfig:
         """The run of a site: these terms, and `local`, the site's own values (`task` and `training` nested).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
-from decaf_lora.engines.links import mesh_pb2 as pb
+import decaf_lora.engines.links.mesh_pb2 as pb
 from decaf_lora.engines.mesh.frames import DIGEST, PART, At, Closed, Data, Frame, Get, Have, Hello, Last, Ping
 
 MOST_BYTES = PART + 1024

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from decaf_lora.engines.links import codec
+import decaf_lora.engines.links.codec as codec
 from decaf_lora.engines.mesh.frames import Frame
 
 _OVERHEAD = 512
@@ -89,7 +89,9 @@ class Connection:
             codec.BadFrameError: the other end sent what is no frame.
             grpc.aio.AioRpcError: the stream broke.
         """
-        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work) for work in (self._read(read, deliver), self._write(write, close))]
+        tasks: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(work) for work in (self._read(read, deliver), self._write(write, close))
+        ]
         try:
             await asyncio.wait([*tasks, self._stop], return_when=asyncio.FIRST_COMPLETED)
             if self._stop.done():

@@ -22,7 +22,8 @@ from typing import Any
 
 import grpc
 
-from decaf_lora.engines.links import codec, tls
+import decaf_lora.engines.links.codec as codec
+import decaf_lora.engines.links.tls as tls
 from decaf_lora.engines.links.connection import Connection, Ended
 from decaf_lora.engines.links.edge import Neighbour, Status, Timing
 from decaf_lora.engines.mesh.frames import Frame
