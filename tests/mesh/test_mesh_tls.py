@@ -249,11 +249,12 @@ def test_a_dialler_without_a_certificate(known, ends):
 
 def test_what_is_not_there_and_what_is_no_tls(known):
     neighbour = tls.Pinned("bob", known["bob"].certificate, "127.0.0.1:1")
-    assert "bob not reached: 127.0.0.1:1: Connection refused" in tls.diagnose(known["alice"], neighbour, 1)
+    assert "bob not reached: 127.0.0.1:1: Connection refused" in tls.diagnose(known["alice"], neighbour, 1).why
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         why = tls.diagnose(known["alice"], tls.Pinned("bob", known["bob"].certificate, address), 1, timeout=0.2)
-        assert why == f"bob not reached: no answer from {address} (firewall, or bob is not running)."
+        assert why.kind == "not reached"
+        assert why.why == f"bob not reached: no answer from {address} (firewall, or bob is not running)."
 
 
 def test_a_clock_that_is_behind(known):
@@ -289,7 +290,7 @@ def test_the_listeners_log_has_the_reason(known):
     try:
         port = int(process.stdout.readline())
         bob = tls.Pinned("bob", known["bob"].certificate, f"127.0.0.1:{port}")
-        assert tls.diagnose(known["forged alice"], bob, 7) == SAME
+        assert tls.diagnose(known["forged alice"], bob, 7) == ("refused", SAME)
         time.sleep(0.1)
         _, log = process.communicate("", timeout=PATIENCE)
     finally:

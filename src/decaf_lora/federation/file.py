@@ -203,10 +203,10 @@ def seal(signed: Signed, organiser: keys.Organiser) -> dict[str, Any]:
 
 def read_draft(path: Path) -> Draft:
     """The draft in a file; UserError names the field."""
-    content = _read(path)
+    content = read(path)
     if set(content) != {"draft"}:
         raise UserError(f"federation: {path} is not a draft; `decaf federation init` makes one.")
-    return _validated(Draft, content["draft"], path)
+    return validated(Draft, content["draft"], path)
 
 
 def read_signed(path: Path) -> Signed:
@@ -218,7 +218,7 @@ def read_signed(path: Path) -> Signed:
     Raises:
         UserError: not sealed, altered, or made by another version of decaf-lora.
     """
-    content = _read(path)
+    content = read(path)
     if "draft" in content:
         raise UserError(f"federation: {path} is a draft; the organiser seals it with `decaf federation seal`.")
     signed, signature = content.get("signed"), content.get("signature")
@@ -230,7 +230,7 @@ def read_signed(path: Path) -> Signed:
         raise UserError(f"federation: {path} has been altered; ask the organiser for it anew.") from error
     if not keys.signed_by(str(signed.get("organiser")), signature, message):
         raise UserError(f"federation: {path} has been altered after it was signed; ask the organiser for it anew.")
-    made = _validated(Signed, signed, path)
+    made = validated(Signed, signed, path)
     if canonical(made.values()) != message:
         raise UserError(f"federation: {path} was sealed by another version of decaf-lora; install the organiser's.")
     return made
@@ -238,7 +238,7 @@ def read_signed(path: Path) -> Signed:
 
 def is_sealed(path: Path) -> bool:
     """Whether the file says that it is sealed."""
-    return "signed" in _read(path)
+    return "signed" in read(path)
 
 
 def refuse_expired(signed: Signed, now: datetime | None = None) -> None:
@@ -251,14 +251,14 @@ def refuse_expired(signed: Signed, now: datetime | None = None) -> None:
         )
 
 
-def _validated(kind: type[Any], values: Any, path: Path) -> Any:
+def validated(kind: type[Any], values: Any, path: Path) -> Any:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path.name}: {explain(kind, error)}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(MOST_BYTES + 1)

@@ -215,8 +215,9 @@ class Organiser:
     @classmethod
     def load(cls, path: Path) -> Organiser:
         """The key in `path`; UserError where the file is unsafe, or holds no such key."""
+        content = read_private(path)
         try:
-            private = load_pem_private_key(read_private(path), password=None)
+            private = load_pem_private_key(content, password=None)
         except ValueError as error:
             raise UserError(f"key: {path} does not hold a key.") from error
         if not isinstance(private, ed25519.Ed25519PrivateKey):

@@ -219,8 +219,10 @@ class Links:
             elif why != told:  # the same answer has the same reason
                 told = why
                 said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version, self._timing.lost)
-                LOG.warning("%s: %s (%s)", neighbour.name, said or "no answer", why)
-                self._tell(self._note, neighbour.number, said or why)
+                LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
+                if said.kind != "up":
+                    why = said.why
+                self._tell(self._note, neighbour.number, why)
             # At random, so that all who have lost the same end do not come back in one moment.
             pause = max(wait * random.uniform(0.5, 1), self._not_before[neighbour.number] - time.monotonic())
             await asyncio.sleep(pause)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import grpc
 from cryptography import x509
@@ -83,11 +84,20 @@ def invalid(pem: bytes, name: str, now: datetime | None = None) -> str | None:
     return None
 
 
-def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 10.0) -> str | None:
-    """Why this agent is not connected to a neighbour that it dials, in one sentence; None if TLS works.
+class Answer(NamedTuple):
+    """How an attempt to connect went."""
 
-    Tries the connection once more with the standard library, whose errors say more than gRPC's. The end that refuses
-    a certificate does not say why (its own log does), so what it could be is asked.
+    kind: Literal["up", "not reached", "refused", "own"]
+    """`own`: this agent itself has to be mended first."""
+    why: str
+    """One sentence, with what to do."""
+
+
+def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 10.0) -> Answer:
+    """Whether this agent can connect to a neighbour that it dials, and if not, why.
+
+    Tries it with the standard library, whose errors say more than gRPC's. The end that refuses a certificate does not
+    say why (its own log does), so what it could be is to be asked.
 
     Args:
         version: of the federation file that this agent goes by.
@@ -98,12 +108,21 @@ def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 10.0) 
     host, _, port = address.rpartition(":")
     own = _outdated(mine.certificate, mine.name)
     if own:
-        return own
+        return Answer("own", own)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cadata=neighbour.certificate.decode())
     context.set_alpn_protocols(["h2"])
     context.load_cert_chain(mine.path)
+    refused = Answer(
+        "refused",
+        f"refused by {name} after its certificate was shown: ask whether the file of {name} is version {version}.",
+    )
+    stranger = Answer(
+        "refused",
+        f"what answers at {address} does not have the certificate of {name}: ask {name} whether the address is right "
+        f"and the file is version {version}.",
+    )
     try:
         with (
             socket.create_connection((host.strip("[]"), int(port)), timeout) as plain,
@@ -112,36 +131,26 @@ def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 10.0) 
             secure.settimeout(timeout)
             der = secure.getpeercert(binary_form=True)
             if der is None or hashlib.sha256(der).hexdigest() != neighbour.pin:
-                return _stranger(neighbour, version)
+                return stranger
             # Of TLS 1.3: the dialler believes that it is in before the other end has looked at its certificate.
-            return None if secure.recv(1) else _refused(neighbour, version)
+            return Answer("up", f"{name} answers at {address}.") if secure.recv(1) else refused
     except ssl.SSLCertVerificationError:
         # Whoever answers need not have the certificate of the file, so the one of the file says whether it is that.
-        return _outdated(neighbour.certificate, name) or _stranger(neighbour, version)
+        outdated = _outdated(neighbour.certificate, name)
+        return Answer("refused", outdated) if outdated else stranger
     except (ssl.SSLError, ConnectionResetError, BrokenPipeError) as error:
         if isinstance(error, ssl.SSLError) and "WRONG_VERSION" in str(error.reason):
-            return f"what answers at {address} does not speak TLS: ask {name} whether the address is right."
-        return _refused(neighbour, version)
+            return Answer(
+                "refused", f"what answers at {address} does not speak TLS: ask {name} whether the address is right."
+            )
+        return refused
     except TimeoutError:
-        return f"{name} not reached: no answer from {address} (firewall, or {name} is not running)."
+        why = f"{name} not reached: no answer from {address} (firewall, or {name} is not running)."
     except OSError as error:
-        return f"{name} not reached: {address}: {error.strerror or error} (is {name} running, is the address right?)."
+        why = f"{name} not reached: {address}: {error.strerror or error} (is {name} running, is the address right?)."
+    return Answer("not reached", why)
 
 
 def _outdated(pem: bytes, name: str) -> str | None:
     fault = invalid(pem, name)
     return fault and f"{fault}: set the clock, or make a new request and ask the organiser for a new file."
-
-
-def _refused(neighbour: Pinned, version: int) -> str:
-    return (
-        f"refused by {neighbour.name} after its certificate was shown: ask whether the file of {neighbour.name} "
-        f"is version {version}."
-    )
-
-
-def _stranger(neighbour: Pinned, version: int) -> str:
-    return (
-        f"what answers at {neighbour.address} does not have the certificate of {neighbour.name}: ask "
-        f"{neighbour.name} whether the address is right and the file is version {version}."
-    )
