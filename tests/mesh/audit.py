@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import numpy as np
-from mesh.world import World
 
 from decaf_lora.engines.mesh.edge import Verdict
+from mesh.world import World
 
 
 def audit(world: World) -> Counter:

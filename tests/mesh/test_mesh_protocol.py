@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from mesh.audit import accounts_agree, audit
 from mesh.world import World
 

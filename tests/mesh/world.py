@@ -407,7 +407,11 @@ class World:
             wire.alive = False
             wire.cut[agent] = self.now
             wire.cut[peer] = wire.arrives.get(peer, 0.0) if flush else self.now
-            self.at(max(wire.cut[peer], self.now) + 0.05, self.nodes[peer], lambda: self.notice(wire, self.nodes[peer], pair))
+            self.at(
+                max(wire.cut[peer], self.now) + 0.05,
+                self.nodes[peer],
+                lambda: self.notice(wire, self.nodes[peer], pair),
+            )
             self.later(0.1, None, lambda: self.dial(pair))
 
     def crash(self, agent: int, back: float, lag: int = 0) -> None:
