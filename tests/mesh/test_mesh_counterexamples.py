@@ -183,8 +183,32 @@ def test_h_who_is_late_comes_back_with_the_first_exchange_of_a_round():
 
 
 def test_i_frames_of_a_superseded_connection_are_dropped():
+    bench = Bench([(0, 1), (1, 2), (0, 2)])
+    bench.open(0)
+    bench.open(1)
+    bench.deliver(0, 1)
+    late = list(bench.queues[1, 0])  # message and answer of 1
+    assert {type(frame) for _, frame in late} == {Data, Have}
+    bench.break_(0, 1)
+    bench.open(2)
+    bench.deliver(1, 2)
+    bench.deliver(2, 1)
+    bench.deliver(2, 0)
+    bench.now += 10
+    bench.peers[1].tick()
+    assert bench.take(1).verdicts == {0: CUT_OFF, 2: USED}
+    bench.deliver(0, 2, Hello, Data)
+    bench.connect(0, 1)
+    bench.deliver(1, 0)  # 1 says that exchange 1 is over
+    for number, frame in late:
+        bench.peers[0].on_frame(1, number, frame)
+    bench.deliver(2, 0)
+    assert bench.take(0).verdicts == {1: DECLINED, 2: USED}
+
+
+def test_i_late_messages_of_an_earlier_life_are_dropped():
     bench = Bench([(0, 1)])
-    bench.open(1, b"first life")  # in flight
+    bench.open(1, b"first life")
     late = list(bench.queues[1, 0])
     bench.crash(1)
     bench.start(1, again=True)
