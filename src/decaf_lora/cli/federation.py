@@ -213,7 +213,7 @@ def _status(args: list[str]) -> int:
 
 
 def _split(args: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The arguments that are the command's own (`names`, with their values, help and what has no dashes), and others."""
+    """The arguments that are the command's own (`names` with values, help, what has no dashes), and the others."""
     own: list[str] = []
     rest: list[str] = []
     into = own

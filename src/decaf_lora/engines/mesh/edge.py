@@ -99,6 +99,8 @@ class Edge:
     """Its newest message of a later exchange. An older one is never needed: its sender has closed that exchange."""
     coming: tuple[int, Assembly] | None = None
     """Exchange and parts of a message that is not yet whole."""
+    fresh: bool = False
+    """Whether the last part that was received had not been here before."""
     adapter: Assembly | None = None
     """Its adapter, as far as it is here."""
     sent: bytes = b""
@@ -160,6 +162,25 @@ class Edge:
         if self.coming is not None and self.coming[0] < exchange:
             self.coming = None
         self.sent, self.had, self.declined, self.settled = b"", False, False, None
+
+    def receive(self, frame: Data) -> tuple[bytes, bytes] | None:
+        """Takes a part of a message; (payload, its SHA-256) once all parts are here.
+
+        Raises:
+            ValueError: a part was left out.
+        """
+        if self.coming is None or self.coming[1].digest != frame.digest:
+            self.coming = frame.exchange, Assembly(frame.digest, frame.parts)
+        _, assembly = self.coming
+        self.fresh = assembly.add(frame)
+        if not assembly.whole:
+            return None
+        self.coming = None
+        return assembly.content()
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether the message of that name is here."""
+        return any(kept is not None and kept.digest == digest for kept in (self.message, self.newest))
 
     def forget_life(self) -> None:
         """The neighbour's process is another one: nothing of the old counts."""

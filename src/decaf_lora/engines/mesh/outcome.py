@@ -49,16 +49,6 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an agent whose local steps are done should do next (`Peer.plan`)."""
-
-    exchange: int
-    """The exchange to open; after catching up, the first that is still ahead."""
-    catch_up: bool
-    """Whether to take the neighbours' average first."""
-
-
-@dataclass(frozen=True)
 class Outcome:
     """An exchange that is over for this agent."""
 
@@ -88,18 +78,15 @@ class CaughtUp:
     """Of every neighbour that answered, what the check made of its adapter."""
 
 
-class Rejected(Exception):
+@dataclass(frozen=True)
+class Failure:
+    """Why an agent has ended before the run did: it has waited as long as it may."""
+
+    alone: bool
+    """No neighbour has been in reach, rather than none that answers."""
+    missing: list[int]
+    """The neighbours that it waited for."""
+
+
+class RejectionError(Exception):
     """What a neighbour sent is not usable, for the reason that the text says."""
-
-
-class GaveUp(Exception):
-    """This agent has waited as long as it may.
-
-    Attributes:
-        alone: no neighbour has been in reach, rather than none that answers.
-        missing: the neighbours that it waited for.
-    """
-
-    def __init__(self, alone: bool, missing: list[int]) -> None:
-        super().__init__(f"no neighbour {'is in reach' if alone else 'answers'}; missing: {missing}")
-        self.alone, self.missing = alone, missing

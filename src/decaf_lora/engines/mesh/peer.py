@@ -17,14 +17,15 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from decaf_lora.engines.mesh.account import EMPTY, digest, extended
+from decaf_lora.engines.mesh.course import Course, Plan
 from decaf_lora.engines.mesh.edge import Assembly, Edge, Kept, Saved, Verdict
 from decaf_lora.engines.mesh.frames import At, Closed, Data, Frame, Get, Have, Hello, Last, fault, split
 from decaf_lora.engines.mesh.link import Link
-from decaf_lora.engines.mesh.outcome import CaughtUp, GaveUp, Limits, Outcome, Phase, Plan, Rejected
+from decaf_lora.engines.mesh.outcome import CaughtUp, Failure, Limits, Outcome, Phase, RejectionError
 
 
 class Owner(Protocol):
-    """Who knows what payloads mean. Each of the first three raises `Rejected` with a reason."""
+    """Who knows what payloads mean. Each of the first three raises `RejectionError` with a reason."""
 
     def agree(self, peer: int, facts: bytes) -> None:
         """Compares the facts of a neighbour's hello with the own ones."""
@@ -73,8 +74,9 @@ class Peer:
         restarted: bool = False,
         facts: bytes = b"",
     ) -> None:
-        self.agent, self.row, self.last, self.hops, self.life = agent, row, last, hops, life
+        self.agent, self.life = agent, life
         self.limits = limits or Limits()
+        self.course = Course(row, last, hops, self.limits.catch_up)
         self.closed = closed
         """Every exchange up to this one is over for this agent."""
         self.edges = {
@@ -82,7 +84,7 @@ class Peer:
             for j in sorted(neighbours)
         }
         self.phase = Phase.SERVING if closed >= last else Phase.IDLE
-        self.failure: GaveUp | None = None
+        self.failure: Failure | None = None
         self.caught_up: CaughtUp | None = None
         self.rejections: list[tuple[int, str]] = []
         """Neighbours that sent what was not usable, and why."""
@@ -101,7 +103,7 @@ class Peer:
 
         The last exchange counts as closed only once its result is on disk: who has told the end is not waited for.
         """
-        return self.last if self.phase is Phase.CLOSED_ALL else self.closed + 1
+        return self.course.last if self.phase is Phase.CLOSED_ALL else self.closed + 1
 
     @property
     def exchange(self) -> int | None:
@@ -111,32 +113,19 @@ class Peer:
     # What the owner asks
 
     def plan(self) -> Plan | None:
-        """What to do now that the local steps are done; None if that is not known before a neighbour is up.
-
-        Behind by 1 while another is too: the next exchange, those ahead wait. By 2, or if nobody is as far back: the
-        exchange that the others are at. By more, or after a restart: their average.
-        """
-        number = self.closed + 1
-        heard = self._heard()
-        if self._restarted and not heard:
+        """What to do now that the local steps are done; None if that is not known before a neighbour is up."""
+        if self._restarted and not self._heard():
             return None
-        lead = self._ahead(number) - number
         restarted, self._restarted = self._restarted, False
-        if restarted and lead > 0:
-            return Plan(self._first(number + lead), catch_up=True)
-        if self._hop(number) != 0 or lead <= 0:
-            return Plan(number, catch_up=False)
-        target = self._first(number + lead)
-        if lead >= self.limits.catch_up:
-            return Plan(target, catch_up=True)
-        if lead >= 2 or not any(edge.next <= number for edge in heard):
-            return Plan(target, catch_up=target > self.last)
-        return Plan(number, catch_up=False)
+        return self.course.plan(self.edges.values(), self.closed + 1, restarted)
 
     def open(self, exchange: int, payload: bytes) -> None:
         """Opens an exchange, the next or one that `plan` named, with this agent's message; closes all below it."""
-        assert self.phase is Phase.IDLE and self._outcome is None
-        assert exchange == self.closed + 1 or (self.closed < exchange <= self.last and self._hop(exchange) == 0)
+        assert self.phase is Phase.IDLE
+        assert self._outcome is None
+        assert exchange == self.closed + 1 or (
+            self.closed < exchange <= self.course.last and self.course.hop(exchange) == 0
+        )
         self._payload, self._content = payload, hashlib.sha256(payload).digest()
         self._left = {}
         self._open(exchange)
@@ -207,7 +196,7 @@ class Peer:
         edge = self.edges[peer]
         if connection != edge.connection:
             return
-        wrong = fault(frame, self.last, self.limits.most_parts)
+        wrong = fault(frame, self.course.last, self.limits.most_parts)
         if wrong is None and not edge.heard and not isinstance(frame, Hello):
             wrong = "the first frame is no hello"
         if wrong is not None:
@@ -243,7 +232,7 @@ class Peer:
     def _hello(self, edge: Edge, frame: Hello) -> None:
         try:
             self._owner.agree(edge.peer, frame.facts)
-        except Rejected as error:
+        except RejectionError as error:
             self.rejections.append((edge.peer, str(error)))
             self._cut(edge, str(error))
             return
@@ -252,7 +241,7 @@ class Peer:
             edge.life = frame.life
         now = self._clock()
         edge.next, edge.heard, edge.changed, edge.patience = frame.next, True, now, self.limits.patience
-        if self.exchange is not None and edge.peer in self.row(self.exchange):
+        if self.exchange is not None and edge.peer in self.course.row(self.exchange):
             if not edge.greeted:
                 edge.since, edge.greeted = now, True
             self._send_message(edge)
@@ -267,27 +256,26 @@ class Peer:
                 known = edge.saved.used == (frame.exchange, frame.digest)
                 self._answer(edge, frame, Have if known else Closed)
             return
-        if any(kept is not None and kept.digest == frame.digest for kept in (edge.message, edge.newest)):
+        if edge.holds(frame.digest):
             if whole:
                 self._answer(edge, frame, Have)
             return
         if edge.newest is not None and self.exchange != frame.exchange < edge.newest.exchange:
             return  # its sender has closed that exchange since
-        if edge.coming is None or edge.coming[1].digest != frame.digest:
-            edge.coming = frame.exchange, Assembly(frame.digest, frame.parts)
-        if edge.coming[1].add(frame) and frame.exchange == self.exchange:
+        received = edge.receive(frame)
+        if edge.fresh and frame.exchange == self.exchange:
             edge.since = self._clock()
-        if not edge.coming[1].whole:
+        if received is None:
             return
-        (payload, content), edge.coming = edge.coming[1].content(), None
+        payload, content = received
         assert edge.life is not None
         try:
             if digest(frame.exchange, edge.life, frame.record, content) != frame.digest:
-                raise Rejected("a message does not have the hash that names it")
+                raise RejectionError("a message does not have the hash that names it")
             kept = Kept(
                 frame.exchange, frame.digest, frame.record, self._owner.check(edge.peer, frame.exchange, payload)
             )
-        except Rejected as error:
+        except RejectionError as error:
             self._answer(edge, frame, Closed)
             self._reject(edge, str(error))
             return
@@ -312,9 +300,9 @@ class Peer:
         del self._asked[edge.peer]
         try:
             if content != frame.digest:
-                raise Rejected("an adapter does not have the hash that names it")
+                raise RejectionError("an adapter does not have the hash that names it")
             self._adapters[edge.peer] = self._owner.check_adapter(edge.peer, payload)
-        except Rejected as error:
+        except RejectionError as error:
             self._reject(edge, str(error))
 
     # What is sent
@@ -326,7 +314,7 @@ class Peer:
         self._send(edge, kind(self.next, frame.exchange, frame.digest))
 
     def _ask(self, edge: Edge) -> None:
-        if edge.peer not in self._adapters and self._leads(edge, self.closed + 1):
+        if edge.peer not in self._adapters and self.course.leads(edge, self.closed + 1):
             edge.adapter = None
             self._asked[edge.peer] = self._clock() + self.limits.patience
             self._send(edge, Get(self.next))
@@ -360,28 +348,8 @@ class Peer:
         if edge.rejected >= self.limits.rejections:
             self._cut(edge, reason)
 
-    # Where the others are
-
     def _heard(self) -> list[Edge]:
         return [edge for edge in self.edges.values() if edge.heard]
-
-    def _hop(self, exchange: int) -> int:
-        return (exchange - 1) % self.hops
-
-    def _first(self, exchange: int) -> int:
-        """The first exchange of a round, from `exchange` on."""
-        return exchange + -self._hop(exchange) % self.hops
-
-    def _leads(self, edge: Edge, exchange: int) -> bool:
-        """Whether a neighbour has closed an exchange from `exchange` on that it shares with this agent.
-
-        On a schedule a neighbour may be further along only because the two have not met since.
-        """
-        return any(edge.peer in self.row(e) for e in range(exchange, edge.next))
-
-    def _ahead(self, exchange: int) -> int:
-        """The highest `next` of the neighbours that lead this agent, which is at `exchange`; 0 if nobody does."""
-        return max((edge.next for edge in self._heard() if self._leads(edge, exchange)), default=0)
 
     # Opening and closing
 
@@ -390,7 +358,7 @@ class Peer:
         for edge in self.edges.values():
             edge.opened(exchange, self._opened)
         self._announce()
-        for peer in sorted(self.row(exchange)):
+        for peer in sorted(self.course.row(exchange)):
             edge = self.edges[peer]
             edge.sent_record = edge.saved.record
             edge.sent = digest(exchange, self.life, edge.sent_record, self._content)
@@ -400,7 +368,7 @@ class Peer:
     def _row(self) -> list[Edge]:
         """Edges of the open exchange."""
         assert self.exchange is not None
-        return [self.edges[peer] for peer in sorted(self.row(self.exchange))]
+        return [self.edges[peer] for peer in sorted(self.course.row(self.exchange))]
 
     def _expires(self, edge: Edge) -> float:
         assert self.exchange is not None
@@ -430,7 +398,8 @@ class Peer:
         if self.phase is Phase.CATCHING_UP:
             self._land()
         if self.phase is Phase.SERVING and all(
-            e.next > self.last or (not e.heard and now >= e.changed + self.limits.linger) for e in self.edges.values()
+            e.next > self.course.last or (not e.heard and now >= e.changed + self.limits.linger)
+            for e in self.edges.values()
         ):
             self.phase = Phase.LEFT
         if self._waits and not self._heard():
@@ -439,7 +408,7 @@ class Peer:
                 self._give_up(alone=True, missing=list(self.edges))
 
     def _give_up(self, alone: bool, missing: list[int]) -> None:
-        self.phase, self.failure = Phase.GAVE_UP, GaveUp(alone, missing)
+        self.phase, self.failure = Phase.GAVE_UP, Failure(alone, missing)
 
     def _close_or_relabel(self) -> bool:
         """Ends the open exchange, or moves its message to a later one; false if neither is possible yet."""
@@ -457,7 +426,7 @@ class Peer:
         others = [e for e in self._heard() if e.peer not in verdicts and e.next >= exchange]
         if not row or Verdict.USED in verdicts.values():
             self._close(row, verdicts)
-        elif ahead := self._ahead(exchange):
+        elif ahead := self.course.ahead(self.edges.values(), exchange):
             self._leave(ahead, verdicts)
         elif others:
             self._close(row, verdicts)
@@ -497,12 +466,12 @@ class Peer:
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
         """Gives up the open exchange for that which the neighbours are at."""
-        target, hop = self._first(ahead), self._hop(self.closed + 1)
+        target, hop = self.course.first(ahead), self.course.hop(self.closed + 1)
         self._left[self.closed + 1] = verdicts
-        if target <= self.last and hop == 0:
+        if target <= self.course.last and hop == 0:
             self._open(target)
         else:  # the message was made for a later hop, or the run is over
-            self._pass(min(target - 1, self.last))
+            self._pass(min(target - 1, self.course.last))
             self._end({}, {}, frozenset(), {})
 
     def _end(
@@ -514,7 +483,7 @@ class Peer:
     def _pass(self, exchange: int) -> None:
         """Everything up to `exchange` is over for this agent."""
         self.closed, self._payload = exchange, b""
-        self.phase = Phase.CLOSED_ALL if exchange >= self.last else Phase.IDLE
+        self.phase = Phase.CLOSED_ALL if exchange >= self.course.last else Phase.IDLE
         for edge in self.edges.values():
             edge.message = None
             edge.passed(exchange)
@@ -531,7 +500,7 @@ class Peer:
                 self._ask(edge)
             if self._asked or not self._heard():
                 return
-        target = self._first(max(self._ahead(number), number))
+        target = self.course.first(max(self.course.ahead(self.edges.values(), number), number))
         adapters = self._adapters if target > number else {}
         if target > number:
             for edge in self.edges.values():
