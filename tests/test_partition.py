@@ -341,7 +341,7 @@ def test_a_column_splits():
         parse("column:hospital", LABELS, 10, 0, column)
     with pytest.raises(UserError, match=r"this task has no columns, so none called 'hospital'"):
         parse("column:hospital", LABELS, 3, 0)
-    with pytest.raises(UserError, match="agent (charite|kings|mayo) holds no example"):
+    with pytest.raises(UserError, match=r"agent (charite|kings|mayo) holds no example"):
         parse("shots:1/column:hospital", LABELS, 3, 2, column)
 
 

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.errors import UserError, nearest, unknown
 
 Function = Callable[..., Any]
 
@@ -104,7 +104,9 @@ class Table(Mapping[str, K]):
             own = own_function(spec, self.field)
             if own is None:
                 error = unknown(self.field, name, [*self, *self.installed()])
-                raise UserError(f"{error} Or name a function of your own, file.py:function.{remedy}")
+                module = _OWN.fullmatch(spec)
+                missing = f" As a module: cannot import {module['source']!r}." if module else ""
+                raise UserError(f"{error}{missing} Or name a function of your own, file.py:function.{remedy}")
             function, name, argument = own
             return Found(name, self._adopt(function, name), argument)
         if argument and kind.example is None:
@@ -182,7 +184,9 @@ def own_function(spec: str, field: str) -> tuple[Function, str, str] | None:
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise unknown(field, name, known) if known else UserError(f"{field}: {source} has no function {name!r}.")
+        close = nearest(name, known)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{field}: {source} has no function {name!r}.{hint}")
     return function, f"{source}:{name}", (match["argument"] or "").strip()
 
 
@@ -195,7 +199,7 @@ def _file(path: Path, field: str) -> ModuleType:
     if path in _files:
         return _files[path]
     if not path.is_file():
-        raise UserError(f"{field}: there is no file {path}.")
+        raise UserError(f"{field}: {path} does not exist.")
     # Classes are pickled by the name of their module; a file that is called as a library must not replace it.
     name = path.stem if path.stem not in sys.modules else f"{path.stem}_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
