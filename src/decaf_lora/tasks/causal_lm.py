@@ -204,8 +204,11 @@ def make(config: TaskConfig) -> CausalTask:
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
         test, _ = packed(test.tokens, examples.test_labels, limit)
-    test = test.take(np.argsort(test.tokens.lengths, kind="stable"))  # batches then pad little
-    return LanguageModeling(model, train, labels, test, examples.classes or ["all"])
+    by_length = np.argsort(test.tokens.lengths, kind="stable")  # batches then pad little
+    task = LanguageModeling(model, train, labels, test.take(by_length), examples.classes or ["all"])
+    if not config.packing:  # a packed block holds several rows
+        task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    return task
 
 
 def _check_use(config: TaskConfig) -> None:
@@ -275,7 +278,7 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
     train, test = _encode(config, examples, columns, tokenizer, limit)
     count = len(examples.classes)
     by_length = np.argsort(test.tokens.lengths.reshape(-1, count).max(1), kind="stable")  # batches then pad little
-    return AnswerScoring(
+    task = AnswerScoring(
         model,
         train,
         examples.labels,
@@ -285,6 +288,8 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         length_normalized=config.length_normalized,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    return task
 
 
 def _encode(

@@ -167,7 +167,7 @@ def make(config: TaskConfig) -> ImageText:
         )
         for rows in (examples.train, examples.test)
     )
-    return ImageText(
+    task = ImageText(
         model,
         processor.tokenizer,
         [[template.format(name) for template in templates] for name in names],
@@ -178,6 +178,8 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test}
+    return task
 
 
 def _features(output: Any) -> Tensor:

@@ -145,7 +145,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         }
     data.warn_truncated(truncated, limit)
     by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
-    return SequenceClassification(
+    task = SequenceClassification(
         model,
         sequences["train"],
         examples.labels,
@@ -156,6 +156,8 @@ def make(config: TaskConfig) -> SequenceClassification:
         fills={"input_ids": pad},
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    return task
 
 
 def tokenize(batch: Mapping[str, list[str]], tokenizer: Any, columns: list[str], limit: int) -> dict[str, list[Any]]:
