@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from decaf_lora import records, report
+from decaf_lora import algorithms, records, report
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, complete, ring
 from decaf_lora.records import Record, RecordWriter
-from decaf_lora.report import figures, reading
+from decaf_lora.report import figures, reading, style
 
 # Where each algorithm ends and what an agent sends a round: shaped like the trials in ALGORITHMS.md.
 PROFILE = {
@@ -278,6 +278,13 @@ class TestComparison:
 
     def test_text_is_large_enough(self, page: Page) -> None:
         assert min(map(float, re.findall(r"font-size: ([\d.]+)px;[^>]*text-anchor", page.source))) >= 9
+
+
+def test_every_algorithm_has_a_look_of_its_own() -> None:
+    assert set(report.LOOKS) == set(algorithms.ALGORITHMS)
+    assert len({colour for colour, _ in report.LOOKS.values()}) == len(report.LOOKS)
+    spare = {colour for colour, _ in style.SPARE_LOOKS}
+    assert not spare & {colour for colour, _ in report.LOOKS.values()}
 
 
 def page_of(directory: Path) -> Page:
