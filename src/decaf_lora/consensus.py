@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from decaf_lora import lowrank
-from decaf_lora.algorithms.base import Adapter, Inbox
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.algorithms.inbox import Inbox
 
 
 def distance(adapter: Adapter) -> float:

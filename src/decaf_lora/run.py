@@ -19,7 +19,10 @@ from torch import Tensor
 
 from decaf_lora import consensus
 from decaf_lora.adapters import attach, load_peft, save_peft
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.algorithms.contract import Algorithm, State
+from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.batches import local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Engine, Pending, Simulate, Sizes
 from decaf_lora.errors import UserError
@@ -28,7 +31,7 @@ from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Partition
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
-from decaf_lora.training import Trainer, local_steps
+from decaf_lora.training import Trainer
 
 AVERAGED = "averaged"
 
@@ -107,7 +110,7 @@ class Run:
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(len(partition.shards))]
         self._largest = int(np.argmax(ranks))
-        task.attached(list(self.attached.sites))
+        task.on_attach(list(self.attached.sites))
         self.trainer = Trainer(
             task,
             self.attached,
