@@ -1,4 +1,4 @@
-"""A run's folder that was torn, cut, changed or is in use: recovered from rightly and said, or one line with its name."""
+"""A run's folder that was torn, cut, changed or is in use: recovered from rightly and said, or one line that names it."""
 
 import dataclasses
 import json
@@ -291,7 +291,7 @@ def test_rounds_may_grow_but_not_shrink(torn, tmp_path, capsys):
 def test_a_folder_in_use_is_refused_with_the_holder_and_its_machine(torn, tmp_path, capsys):
     code = (
         "import sys, time; from pathlib import Path; from decaf_lora.runs.lock import FolderLock; "
-        "FolderLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
+        "lock = FolderLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(torn)], stdout=subprocess.PIPE, text=True)
     try:
@@ -361,6 +361,8 @@ def test_where_locks_do_not_work_the_owner_counts(tmp_path, monkeypatch):
     (tmp_path / OWNER).write_text("{")
     with pytest.raises(UserError, match="in use by another process"):
         second.acquire()
+    second.acquire(take_over=True)  # what nobody can read names nobody
+    second.release()
 
 
 def test_a_folder_named_by_the_clock_is_made_by_one_run_only(tmp_path, monkeypatch, capsys):

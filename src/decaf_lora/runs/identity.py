@@ -40,6 +40,8 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
         # The graph that was asked for, also of algorithms that do not use it: a comparison shows one.
         schedule = as_schedule(parse(config.graph, config.agents, config.seed))
     partition, task = run.partition, run.task
+    if config is not None and partition.names:
+        schedule = schedule.arranged(partition.names)
     agents = len(partition.shards)
     names = getattr(task, "classes", None)
     return {
@@ -55,6 +57,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
             "classes": [names[c] if names else str(c) for c in partition.classes],
         },
         "agents": agents,
+        "names": list(partition.names),
         "ranks": []
         if run.attached.uniform
         else [max(s.rank for s in run.attached.sites_of(i).values()) for i in range(agents)],

@@ -25,6 +25,10 @@ LOCK, OWNER = ".lock", ".owner.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
+_HERE: set[Path] = set()
+"""Folders that runs of this process have."""
+
+
 class FolderLock:
     """The right to write in `path`, from `acquire` to `release`."""
 
@@ -62,12 +66,14 @@ class FolderLock:
             self._lock.release()
             raise
         self._held = True
+        _HERE.add(self.path.resolve())
 
     def release(self) -> None:
         """Gives the folder back; both files go."""
         if not self._held:
             return
         self._held = False
+        _HERE.discard(self.path.resolve())
         with contextlib.suppress(OSError):
             (self.path / OWNER).unlink(missing_ok=True)
         if self._lock.is_locked:
@@ -78,7 +84,7 @@ class FolderLock:
     def _claim(self, locks: bool, take_over: bool) -> None:
         """Writes down who has the folder, unless somebody who may still run had it."""
         owner = self._owner()
-        if owner and not take_over and not _is_gone(owner, locks):
+        if self.path.resolve() in _HERE or (owner and not take_over and not _is_gone(owner, locks)):
             raise self._in_use(owner)
         path = self.path / OWNER
         aside = path.with_name(f"{OWNER}.{os.getpid()}.tmp")

@@ -101,9 +101,8 @@ class SequenceClassification(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "new_modules": self.heads}
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
 
 
 def make(config: TaskConfig) -> SequenceClassification:
@@ -145,7 +144,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         }
     data.warn_truncated(truncated, limit)
     by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
-    return SequenceClassification(
+    task = SequenceClassification(
         model,
         sequences["train"],
         examples.labels,
@@ -156,6 +155,15 @@ def make(config: TaskConfig) -> SequenceClassification:
         fills={"input_ids": pad},
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {
+        "use": "sequence-classification",
+        "labels": task.classes,
+        "columns": [column for _, column in columns],
+        "max_length": limit,
+        "pad_token": tokenizer.pad_token,
+    }
+    return task
 
 
 def tokenize(batch: Mapping[str, list[str]], tokenizer: Any, columns: list[str], limit: int) -> dict[str, list[Any]]:
