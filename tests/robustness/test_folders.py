@@ -1,4 +1,4 @@
-"""A run's folder that was torn, cut, changed or is in use: recovered from rightly and said, or one line that names it."""
+"""A run's folder that was torn, cut, changed or is in use: right recovery that is told, or one line that names it."""
 
 import dataclasses
 import json
