@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format proto clean
+.PHONY: install demo test faults check lint format proto clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ demo: $(STAMP)
 
 test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# Kills a run at every write, resumes it and compares bits; `make test` has a sample. A quarter of an hour.
+faults: $(STAMP_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
 
 lint: $(STAMP_TEST)
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ class FolderLock:
     def _claim(self, locks: bool, take_over: bool) -> None:
         """Writes down who has the folder, unless somebody who may still run had it."""
         owner = self._owner()
-        if self.path.resolve() in _HERE or (owner and not take_over and not _is_gone(owner, locks)):
+        if self.path.resolve() in _HERE or (owner is not None and not take_over and not _is_gone(owner, locks)):
             raise self._in_use(owner)
         path = self.path / OWNER
         aside = path.with_name(f"{OWNER}.{os.getpid()}.tmp")
@@ -114,7 +114,10 @@ class FolderLock:
 
     def _in_use(self, owner: dict[str, Any] | None) -> UserError:
         if not owner:
-            return UserError(f"out: {self.path} is in use by another process; wait for it, or choose another --out.")
+            return UserError(
+                f"out: {self.path} is in use by another process; wait for it, or choose another --out. If it is gone, "
+                "go on with --take-over."
+            )
         who = f"process {owner.get('pid')} on {owner.get('host')}"
         since = f" since {owner['started']}" if "started" in owner else ""
         if owner.get("host") == socket.gethostname() and owner.get("pid") == os.getpid():
@@ -160,6 +163,8 @@ def _is_gone(owner: dict[str, Any], locks: bool) -> bool:
     launch, before = _launch(), owner.get("launch")
     if launch and isinstance(before, list) and len(before) == 2 and before[0] == launch[0] and before[1] < launch[1]:
         return True
+    if not owner:  # nobody knows who it was
+        return locks
     if not _is_here(owner):
         return False
     return locks or not _runs(owner.get("pid"))

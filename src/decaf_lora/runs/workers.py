@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -25,6 +26,8 @@ from filelock import FileLock
 
 from decaf_lora.errors import UserError
 from decaf_lora.runs import build, signals
+
+_PRELOAD = ("decaf_lora.runs.compare", "decaf_lora.run", "decaf_lora.tasks", "decaf_lora.report")
 
 GRACE = 20.0
 """Seconds that a worker whose parent is gone takes at most to save where it stands."""
@@ -58,7 +61,10 @@ class Workers:
     """
 
     def __init__(self, count: int, threads: int, hear: Callable[[Any], None]) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # A server that has loaded torch once forks the workers; it computes nothing itself, so that GPUs stay free.
+        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            self._context.set_forkserver_preload(list(_PRELOAD))
         self._threads, self._hear, self._count = threads, hear, count
         self._workers: list[_Worker] = []
         self._busy: dict[_Worker, Any] = {}
@@ -116,7 +122,8 @@ class Workers:
         ours, theirs = self._context.Pipe()
         lock = os.path.join(self._folder.name, "loading")
         process = self._context.Process(target=_serve, args=(theirs, lock, self._threads))
-        process.start()
+        with _signals_held():  # they reach a worker once it knows what to do with them
+            process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours))
 
@@ -153,6 +160,19 @@ def _how(code: int | None) -> str:
     return f"its process was killed by {name}" + (", perhaps for want of memory" if -code == signal.SIGKILL else "")
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that ask to stop wait until the end; processes that are started within begin with them waiting."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # In a worker
 
 
@@ -163,6 +183,8 @@ def _serve(connection: Connection, lock: str, threads: int) -> None:
     for number in signals.STOPPING:
         if number != signal.SIGINT:
             signal.signal(number, signals.ask)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPPING)
     threading.Thread(target=_outlive_nobody, daemon=True).start()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live display may be on by then
     build._loading = FileLock(lock)
