@@ -58,7 +58,8 @@ def write_page(
     """Write a page of figures to `path`.
 
     facts: a few words each on what was done. table: `columns`, `note` and `groups`, (title, rows) of (text,
-    highlighted) cells. sections: (title, figures, made under `STYLE`). configurations: name -> how to repeat it.
+    highlighted) cells, and perhaps `pivots` and `warnings`, lines of text. sections: (title, figures, made under
+    `STYLE`). configurations: name -> how to repeat it.
     """
     loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora.report", "."),

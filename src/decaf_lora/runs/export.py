@@ -88,10 +88,10 @@ def _checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _made(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """How the model was made, for its card."""
     facts = read_facts(directory)
-    made = {name: facts.get(name) for name in ("algorithm", "agents", "partition", "graph", "seed")}
-    made |= {name: made[name]["name"] for name in ("graph", "partition")}
-    if not facts.get("uses_graph", True):
-        del made["graph"]
+    made: dict[str, Any] = {name: facts.get(name) for name in ("algorithm", "agents", "seed")}
+    made["partition"] = facts["partition"]["name"]
+    if facts.get("uses_graph", True):
+        made["graph"] = facts["graph"]["name"]
     environment = directory / "environment.json"
     try:
         versions = json.loads(environment.read_text(encoding="utf-8"))
