@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+
+from decaf_lora.errors import UserError, unknown
 
 Batch = dict[str, Tensor]
 
@@ -40,6 +42,28 @@ class Task(ABC):
 
     Known to exports: `labels` (class names in the order of the model's outputs, or of the prompts), `templates`,
     `answers`, `max_length` (tokens), `pad_token`, `processor` (whether images go in)."""
+
+    tables: Mapping[str, Any] = MappingProxyType({})
+    """"train" and "test" -> the `datasets.Dataset` of the examples, in their order, where there is one."""
+
+    def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
+        """(num_train,) or (num_test,) values of a column of the data, for partitions that split by one.
+
+        Raises:
+            UserError: the task has no columns, or none of this name.
+        """
+        if split not in self.tables:
+            raise UserError(
+                f"partition: the task {self.name} has no columns, so none called {name!r}; write a function that "
+                "returns the shards (docs/own-partition.md)."
+            )
+        table = self.tables[split]
+        if name not in table.column_names:
+            raise unknown("partition: column", name, table.column_names)
+        feature, values = table.features[name], table.select_columns([name])[name][:]
+        if hasattr(feature, "int2str"):  # classes are stored as numbers
+            values = [None if value is None else feature.int2str(value) for value in values]
+        return np.array(values, dtype=object if any(value is None for value in values) else None)
 
     def default_lora(self) -> LoraConfig:
         """The LoRA configuration to use when the user gives none; PEFT's defaults for known architectures."""

@@ -201,8 +201,10 @@ def make(config: TaskConfig) -> CausalTask:
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
         test, _ = packed(test.tokens, examples.test_labels, limit)
-    test = test.take(np.argsort(test.tokens.lengths, kind="stable"))  # batches then pad little
-    task = LanguageModeling(model, train, labels, test, examples.classes or ["all"])
+    by_length = np.argsort(test.tokens.lengths, kind="stable")  # batches then pad little
+    task = LanguageModeling(model, train, labels, test.take(by_length), examples.classes or ["all"])
+    if not config.packing:  # a packed block holds several rows
+        task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
     task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
     return task
 
@@ -284,6 +286,7 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         length_normalized=config.length_normalized,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
     task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
     return task
 

@@ -178,6 +178,7 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test}
     task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
     return task
 

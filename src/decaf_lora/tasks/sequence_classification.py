@@ -155,6 +155,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         fills={"input_ids": pad},
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
     task.interface = {
         "use": "sequence-classification",
         "labels": task.classes,
