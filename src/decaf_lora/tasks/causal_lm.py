@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
@@ -80,9 +80,6 @@ class CausalTask(Task):
             logits = logits[:, columns]
         return logits[asked[:, columns]].float()
 
-    def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "model": self.model.config._name_or_path}
-
 
 class LanguageModeling(CausalTask):
     """Instruction or text tuning; the score is the log-likelihood per target token of the test set.
@@ -111,9 +108,6 @@ class LanguageModeling(CausalTask):
         """(agents, 2) sum of log-likelihoods, number of target tokens."""
         found, counts = self.log_likelihoods(batch)
         return torch.stack([found.view(agents, -1).sum(1), counts.view(agents, -1).sum(1)], 1)
-
-    def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "perplexity": "exp(-score)"}
 
 
 class AnswerScoring(CausalTask):
@@ -175,6 +169,9 @@ class AnswerScoring(CausalTask):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
+
     def _differ_in_last_token(self) -> bool:
         """Whether all answers of every test example are one token after the same prompt: one pass scores all."""
         tokens, starts, count = self._test.tokens, self._test.starts, len(self.classes)
@@ -208,6 +205,7 @@ def make(config: TaskConfig) -> CausalTask:
     task = LanguageModeling(model, train, labels, test.take(by_length), examples.classes or ["all"])
     if not config.packing:  # a packed block holds several rows
         task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
     return task
 
 
@@ -289,7 +287,19 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         score=score,
     )
     task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
     return task
+
+
+def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict[str, Any]:
+    facts = {"use": use, "max_length": limit, "eos_token": tokenizer.eos_token}
+    if use == "text":
+        return facts | {"columns": [config.text_column]}
+    template = config.templates[0] if config.templates else f"{{{config.prompt_column}}}"
+    facts |= {"templates": [template], "chat_template": config.chat_template}
+    if use == "instruction":
+        return facts | {"columns": [config.answer_column]}
+    return facts | {"answers": list(config.answers), "length_normalized": config.length_normalized}
 
 
 def _encode(

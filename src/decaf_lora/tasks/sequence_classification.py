@@ -101,9 +101,8 @@ class SequenceClassification(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "new_modules": self.heads}
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
 
 
 def make(config: TaskConfig) -> SequenceClassification:
@@ -157,6 +156,13 @@ def make(config: TaskConfig) -> SequenceClassification:
         score=score,
     )
     task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {
+        "use": "sequence-classification",
+        "labels": task.classes,
+        "columns": [column for _, column in columns],
+        "max_length": limit,
+        "pad_token": tokenizer.pad_token,
+    }
     return task
 
 
