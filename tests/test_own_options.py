@@ -104,3 +104,7 @@ def test_help_lists_the_options(mine, capsys):
         read("--graph", f"{mine}:graph", "--help")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--graph.bridges INT (default: 1), --graph.far BOOL (default: False)" in text
+
+
+def test_the_sections_know_which_kinds_they_describe():
+    assert set(tasks.KINDS) == config.TaskConfig.described

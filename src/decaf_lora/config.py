@@ -36,8 +36,8 @@ OWN = "own"
 """The field of a section that holds the options of a kind which is not of this package."""
 
 
-class _Section(_Frozen):
-    """A section whose kind may be the user's own, or an installed package's, with options of its own.
+class Section(_Frozen):
+    """A section whose `name` may be the user's own kind, or an installed package's, with options of its own.
 
     These stand among the others in YAML and on the command line; here they are apart, since only whoever loads the
     kind can check them.
@@ -45,12 +45,18 @@ class _Section(_Frozen):
 
     name: str
     own: dict[str, Any] = Field(default_factory=dict)
-    group: ClassVar[str]
+    described: ClassVar[frozenset[str]]
+    """The kinds whose options are all fields of the section."""
+
+    @classmethod
+    def has_own(cls, names: Iterable[Any]) -> bool:
+        """Whether one of `names` may take options that the section does not have."""
+        return any(str(name).strip().lower().replace("_", "-") not in cls.described for name in names)
 
     @classmethod
     def apart(cls, values: Any, names: Iterable[Any]) -> Any:
         """`values` with the fields that the section does not have under `own`, if one of `names` may take them."""
-        if not isinstance(values, dict) or not any(kinds.is_foreign(str(name), cls.group) for name in names):
+        if not isinstance(values, dict) or not cls.has_own(names):
             return values
         known = {key: value for key, value in values.items() if key in cls.model_fields}
         rest = {str(key): value for key, value in values.items() if key not in cls.model_fields}
@@ -59,7 +65,7 @@ class _Section(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _own_apart(cls, values: Any) -> Any:
-        return cls.apart(values, [values.get("name", "")] if isinstance(values, dict) else [])
+        return cls.apart(values, [values["name"]] if isinstance(values, dict) and "name" in values else [])
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -67,10 +73,10 @@ class _Section(_Frozen):
         return {**{key: value for key, value in values.items() if key != OWN}, **values.get(OWN, {})}
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """What is learnt: model, data, loss and score. A task refuses options that it does not use."""
 
-    group = "decaf_lora.tasks"
+    described = frozenset({"digits", "image-text", "sequence-classification", "causal-lm"})
 
     name: str = "digits"
     """`digits`, `image-text`, `sequence-classification`, `causal-lm`, or `module:function` /
@@ -194,10 +200,10 @@ class LoraOptions(_Frozen):
         return self
 
 
-class AlgorithmConfig(_Section):
+class AlgorithmConfig(Section):
     """What agents send and how they combine it. Unset options take the algorithm's own default."""
 
-    group = "decaf_lora.algorithms"
+    described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
 
     name: str = "decaf"
     """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg or centralized."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from decaf_lora import kinds
-from decaf_lora.config import OWN, RunConfig
+from decaf_lora.config import OWN, RunConfig, Section
 from decaf_lora.errors import UserError
 
 SECTIONS = ("task", "algorithm")
@@ -48,16 +47,16 @@ def apart(kind: type[RunConfig], base: RunConfig, args: list[str]) -> tuple[list
 
 
 def _takes(kind: type[RunConfig], section: str, option: str, names: dict[str, str], others: list[str]) -> bool:
-    """Whether `--section.option` is for a kind that is not of this package."""
+    """Whether `--section.option` is for a kind that may have options of its own."""
     if section in NAMES:
         return True
     if section not in SECTIONS:
         return False
     model = kind.model_fields[section].annotation
     assert isinstance(model, type)
-    assert issubclass(model, BaseModel)
+    assert issubclass(model, Section)
     candidates = [names[section], *(others if section == "algorithm" else [])]
-    return option not in model.model_fields and any(kinds.is_foreign(name, model.group) for name in candidates)  # type: ignore[attr-defined]
+    return option not in model.model_fields and model.has_own(candidates)
 
 
 def together(values: dict[str, Any], base: RunConfig, own: Values) -> dict[str, Any]:

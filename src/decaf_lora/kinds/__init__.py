@@ -7,7 +7,7 @@ a kind that an installed package adds by an entry point; or a function of one's 
 second colon, in order or by name: `mine.py:two_rings:3`, `mine.py:two_rings:bridges=3,far=true`.
 """
 
-from .functions import Function, installed, is_foreign, joined, own_function
+from .functions import Function, installed, joined, own_function
 from .options import Option, call, checked, described, options
 from .table import Found, Kind, Table
 
@@ -21,7 +21,6 @@ __all__ = [
     "checked",
     "described",
     "installed",
-    "is_foreign",
     "joined",
     "options",
     "own_function",

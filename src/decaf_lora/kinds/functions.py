@@ -125,11 +125,3 @@ def installed(group: str) -> tuple[EntryPoint, ...]:
 def package_of(entry: EntryPoint) -> str:
     """The package that an entry point belongs to."""
     return entry.dist.name if entry.dist is not None else entry.module
-
-
-def is_foreign(name: str, group: str) -> bool:
-    """Whether a name is none of this package: a function of the user's own, or a kind of an installed package."""
-    plain = name.partition(":")[0].strip().lower().replace("_", "-")
-    return _OWN.fullmatch(name.strip()) is not None or plain in {
-        entry.name.lower().replace("_", "-") for entry in installed(group)
-    }

@@ -22,7 +22,8 @@ def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) 
     """Writes an agent's adapter, or the "averaged" model, of a run's newest checkpoint as a PEFT directory.
 
     An agent is given by its number or its name. With "all" every agent's goes to `to`/agent-K. With `merge` the whole
-    model is written with the adapter folded in, to load without PEFT. Returns the directories; none is left half written.
+    model is written with the adapter folded in, to load without PEFT. Returns the directories; none is left half
+    written.
     """
     from decaf_lora.adapters.adapter import as_adapter
     from decaf_lora.adapters.names import put, take
