@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+import tiny
 from decaf_lora.cli import main
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.federation import checking, commands, file, keys
@@ -80,11 +81,12 @@ def test_what_the_people_do(place, said):
     for name in NAMES:
         assert "PRIVATE" not in (place / f"{name}.request").read_text()
     out = said("check", fed, "--name", "alice", "--trust", told(place))
-    assert [line.split()[0] for line in out.splitlines()] == ["right"] * 6 + ["open", "right"]
+    assert [line.split()[0] for line in out.splitlines()] == ["right"] * 7 + ["open", "right"]
+    assert "data: 800 examples to learn from, 10 labels among them; one batch gives the loss " in out
     assert "bob not reached: 127.0.0.1:1: Connection refused" in out
     assert "carol dials this agent" in out
     as_json = json.loads(said("check", fed, "--name", "alice", "--json"))  # the trust is kept
-    assert [finding["verdict"] for finding in as_json] == ["right"] * 6 + ["open", "right"]
+    assert [finding["verdict"] for finding in as_json] == ["right"] * 7 + ["open", "right"]
 
 
 def test_help_names_every_command(said):
@@ -259,6 +261,41 @@ def test_check_of_another_base_model_or_software_or_of_an_expired_file(place):
     found = verdicts(place, "alice")
     assert "vocab.txt is missing" in found["base model"][1]
     assert "the file expired at 2020-" in found["clock"][1]
+
+
+def test_check_reads_the_sites_own_data(tmp_path, said, capsys):
+    """A label that is not among the agreed classes is named; so is a column that is not there."""
+    model = tiny.write("bert", tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    task = {"name": "sequence-classification", "model": str(model), "classes": ["bad", "good"]}
+    recipe.write_text(yaml.safe_dump({"task": task, "lora": {"r": 2, "target_modules": ["query", "value"]}}))
+    fed = tmp_path / "fed.yaml"
+    said("init", fed, "--recipe", recipe, "--agents", "a,b")
+    for name in "ab":
+        said("request", fed, "--name", name, "--listen", "127.0.0.1:1")
+    said("seal", fed, tmp_path / "a.request", tmp_path / "b.request")
+    trusted = ["--name", "b", "--trust", told(tmp_path)]
+    good = tmp_path / "good.csv"
+    good.write_text("text,label\n" + "the cat sat,good\nthe dog sat,bad\n" * 20)
+    out = said("check", fed, *trusted, "--data", good)
+    assert "data: 32 examples to learn from, 2 labels among them" in out  # a fifth is held out
+    assert "secret" not in fed.read_text()
+    for content, options, what in [
+        ("text,label\n" + "the cat sat,good\nthe dog sat,awful\n" * 20, [], "awful"),
+        ("question,label\n" + "the cat sat,good\n" * 20, [], "task.text_column"),
+        ("text,label\n", [], "task"),
+    ]:
+        other = tmp_path / "other.csv"
+        other.write_text(content)
+        capsys.readouterr()
+        assert main(["federation", "check", str(fed), *trusted, "--data", str(other), *options]) == 2
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "wrong" in line]
+        assert line.startswith("wrong  data: ")
+        assert what in line
+
+
+def test_check_takes_no_option_that_all_share(place, fails):
+    assert "rounds" in fails("check", place / "fed.yaml", "--name", "alice", "--rounds", "3")
 
 
 def test_check_sees_a_neighbour_that_is_up_and_one_that_refuses(place):
