@@ -1,16 +1,21 @@
 """`decaf federation` as people call it: what is written, printed and refused; each mistake one line, exit code 2."""
 
+import inspect
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 import tiny
-from decaf_lora.cli import main
+from decaf_lora.cli import federation, main
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.federation import checking, commands, file, keys
-from endpoints import QUICK, Heard
+from endpoints import PATIENCE, QUICK, Heard
 
 NAMES = ("alice", "bob", "carol")
 
@@ -341,3 +346,24 @@ def test_unknown_commands_and_options(place, fails):
     assert "Did you mean 'check'" in fails("chek")
     assert "unknown option" in fails("check", place / "fed.yaml", "--nam", "alice")
     assert "trust" in fails("check", place / "fed.yaml", "--name", "alice", "--trst", "x")
+
+
+def test_without_the_extra_it_says_what_to_install(place):
+    code = "import sys; sys.modules[sys.argv.pop(1)] = None; from decaf_lora.cli import main; sys.exit(main())"
+    for missing in ("grpc", "cryptography"):
+        command = [sys.executable, "-c", code, missing, "federation", "check", place / "fed.yaml", "--name", "alice"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 2
+        assert done.stderr == f"decaf: mesh: {missing} is missing; pip install 'decaf-lora[mesh]'.\n"
+
+
+def test_the_page_says_what_the_commands_say(place):
+    """Every command of docs/mesh.md exists, with its options."""
+    page = (Path(__file__).parents[2] / "docs/mesh.md").read_text()
+    for line in re.findall(r"decaf federation (.*)", page):
+        command = line.split("`")[0].split()
+        if command:
+            assert command[0] in federation._COMMANDS, line
+            text = inspect.getsource(federation._COMMANDS[command[0]][1])
+            for option in re.findall(r"--([a-z-]+)", " ".join(command)):
+                assert option.replace("-", "_") in text or option == "data", line
