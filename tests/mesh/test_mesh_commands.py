@@ -14,8 +14,8 @@ import yaml
 import tiny
 from decaf_lora.cli import federation, main
 from decaf_lora.engines.links import Links, Neighbour
-from decaf_lora.federation import checking, commands, file, keys
-from endpoints import PATIENCE, QUICK, Heard
+from decaf_lora.federation import checking, commands, file, keys, status
+from endpoints import PATIENCE, QUICK, Heard, until
 
 NAMES = ("alice", "bob", "carol")
 
@@ -331,15 +331,26 @@ def test_check_sees_a_neighbour_that_is_up_and_one_that_refuses(place):
 
 def test_status(place, said, fails):
     fed = place / "fed.yaml"
-    assert "has not run here yet" in fails("status", fed, "--name", "alice")
+    assert "status: alice has not run here yet" in fails("status", fed, "--name", "alice")
     assert "Did you mean 'alice'" in fails("status", fed, "--name", "alise")
-    what = {"round": 3, "rounds": 30, "neighbours": [{"name": "bob", "up": True}]}
-    commands.status_file(fed, "alice").write_text(json.dumps(what))
-    assert json.loads(said("status", fed, "--name", "alice", "--json")) == what
+    edges = [status.EdgeStatus("bob", up=True, since=1.0, missed=2, sent=1500), status.EdgeStatus("carol", why="lost")]
+    what = status.AgentStatus("f", 1, "alice", 7, "training", 3, 30, loss=0.5, waits_for=["bob"], neighbours=edges)
+    path = status.file_of(fed, "alice")
+    with status.Teller(path, what, pause=0.01):
+        assert status.read(path) == what
+        what.round = 4
+        until(lambda: status.read(path).round == 4)
+        what.state = "done"
+    assert status.read(path).state == "done"
+    assert json.loads(said("status", fed, "--name", "alice", "--json"))["neighbours"][0]["name"] == "bob"
     out = said("status", fed, "--name", "alice")
-    assert out.splitlines() == ["round: 3", "rounds: 30", "neighbour name bob, up True"]
-    commands.status_file(fed, "alice").write_text("{")
-    assert "cannot be read" in fails("status", fed, "--name", "alice")
+    assert "f, version 1: alice, done" in out
+    assert "round 4 of 30, loss 0.500, waits for bob" in out
+    assert "1.5 kB" in out
+    assert "lost" in out
+    for content in ("{", "[]", '{"name": "alice"}', "{}"):
+        path.write_text(content)
+        assert "is not what an agent writes" in fails("status", fed, "--name", "alice")
 
 
 def test_unknown_commands_and_options(place, fails):

@@ -224,16 +224,16 @@ def _status(args: list[str]) -> int:
     check_options(args, ["name", "json", "help"])
     path, name, as_json = parsed(status, "decaf federation status", args)
     from decaf_lora.federation import commands
+    from decaf_lora.federation import status as statuses
 
-    said = commands.status(path, name)
+    known = commands.agents_of(path)
+    if name not in known:
+        raise unknown("name", name, known)
+    said = statuses.read(statuses.file_of(path, name))
     if as_json:
-        print(json_.dumps(said, indent=2))
-        return 0
-    for key, value in said.items():
-        if not isinstance(value, list | dict):
-            _say(f"{key.replace('_', ' ')}: {value}")
-    for neighbour in said.get("neighbours", []):
-        _say("neighbour " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in neighbour.items()))
+        print(json_.dumps(dataclasses.asdict(said), indent=2))
+    else:
+        Console(highlight=False).print(statuses.shown(said))
     return 0
 
 
