@@ -1,4 +1,5 @@
 # make demo: install and run the demo.  make test: install and run the tests.  make check: all that CI checks.
+# make model: verify the mesh's protocol (needs spin and gcc).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format clean
+.PHONY: install demo test check lint format model clean
 
 install: $(STAMP)
 
@@ -40,5 +41,8 @@ format: $(STAMP_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+model:
+	model/verify.sh
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build model/build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
