@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format model clean
+.PHONY: install demo test check lint format model proto clean
 
 install: $(STAMP)
 
@@ -43,6 +43,10 @@ format: $(STAMP_TEST)
 
 model:
 	model/verify.sh
+
+# The module that src/decaf_lora/engines/links/mesh.proto describes; a test checks that it is current.
+proto: $(STAMP_TEST)
+	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/decaf_lora/engines/links/mesh.proto
 
 clean:
 	rm -rf $(VENV) build model/build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

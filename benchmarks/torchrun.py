@@ -115,7 +115,7 @@ def overlap(agents: int, rounds: int, repeats: int) -> None:
     from torch import Tensor, nn
 
     from decaf_lora import Run, TrainingConfig, algorithms, graphs, partition
-    from decaf_lora.algorithms.base import Tensors
+    from decaf_lora.adapters.adapter import Tensors
     from decaf_lora.engines import Pending, Torchrun, connect
     from decaf_lora.graphs import Graph
     from decaf_lora.tasks.base import Task, accuracy_statistics, cross_entropy

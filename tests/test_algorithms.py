@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from decaf_lora import algorithms, graphs, lowrank
-from decaf_lora.algorithms.base import Adapter, Inbox, concatenate
+from decaf_lora.adapters.adapter import Adapter, concatenate
 from decaf_lora.algorithms.decaf import GAUGES
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
 
 VARIANTS = {

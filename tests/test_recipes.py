@@ -16,7 +16,7 @@ from PIL import Image
 from decaf_lora import algorithms, config, graphs, partition, recipes, tasks
 from decaf_lora.cli import main
 from decaf_lora.config import CompareConfig, RunConfig, TaskConfig
-from decaf_lora.execute import cells
+from decaf_lora.runs.compare import cells
 from tiny import write
 
 PAPER = [name for name in recipes.RECIPES if name.startswith("paper/")]
@@ -61,7 +61,7 @@ def test_every_name_in_a_recipe_resolves(name):
         assert len(partition.parse(spec, labels, made.agents, 0).shards) == made.agents
     assert made.algorithms == ALGORITHMS
     assert all(name in algorithms.ALGORITHMS for name in made.algorithms)
-    tasks.refuse_unused(made.task, tasks.BUILT_IN[made.task.name].options, made.task.name)
+    tasks.refuse_unused(made.task, tasks.KINDS[made.task.name].options, made.task.name)
 
 
 # Rank, scaling, dropout, rounds, steps or epochs a round: the table of the paper's set-up.

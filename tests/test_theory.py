@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decaf_lora import algorithms, consensus, graphs, lowrank
-from decaf_lora.algorithms.base import Adapter
+from decaf_lora.adapters.adapter import Adapter
 from quadratic import LAYER, many_agents, slope, square_gradients, windows
 from test_algorithms import LAYERS, make_adapter, one_round, products
 

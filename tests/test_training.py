@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from decaf_lora import algorithms, optimizers
 from decaf_lora.adapters import attach
+from decaf_lora.batches import BatchStream
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError
-from decaf_lora.training import BatchStream, FlatGroup, Trainer
+from decaf_lora.training import FlatGroup, Trainer
 from toy import Toy
 
 

@@ -16,14 +16,15 @@ __version__ = "0.1.0"
 _LAZY = {
     "Run": "run",
     "TrainingConfig": "config",
-    "Adapter": "algorithms.base",
-    "Algorithm": "algorithms.base",
+    "Adapter": "adapters.adapter",
+    "Algorithm": "algorithms.contract",
 }
 _MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "tasks")
 
 if TYPE_CHECKING:
     from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, tasks
-    from decaf_lora.algorithms.base import Adapter, Algorithm
+    from decaf_lora.adapters.adapter import Adapter
+    from decaf_lora.algorithms.contract import Algorithm
     from decaf_lora.config import TrainingConfig
     from decaf_lora.run import Run
 

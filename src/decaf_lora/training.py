@@ -2,13 +2,11 @@
 
 All agents train at once: the batches of a pass go through the one base model together, agent after agent,
 and one optimizer steps the stacked adapters. `agents_per_pass` bounds memory by splitting the forward and
-backward into passes; the result does not change. Batches are a pure function of (seed, agent, step number),
-so nothing random has to be saved.
+backward into passes; the result does not change.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +16,13 @@ import torch
 from torch import Tensor
 
 from decaf_lora import optimizers
-from decaf_lora.adapters import Attached, DropoutMasks
-from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
+from decaf_lora.adapters.adapter import Adapter, Factor, Tensors
+from decaf_lora.adapters.stacked import Attached, DropoutMasks
+from decaf_lora.algorithms.contract import Algorithm, State
+from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError, UserError
-from decaf_lora.randomness import derive_seed, numpy_generator
+from decaf_lora.randomness import derive_seed
 from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
 
 GROUPS: tuple[Factor, ...] = ("A", "B", "extras")
@@ -51,37 +51,6 @@ class FlatGroup:
         """(n, P) to views name -> (n, ...), differentiable in one operation."""
         parts = matrix.split(self.sizes, 1)
         return {s.name: part.unflatten(1, s.shape) for s, part in zip(self.shapes, parts, strict=True)}
-
-
-class BatchStream:
-    """The example indices that an agent sees: its shard shuffled anew every epoch, cut into batches.
-
-    Shards smaller than a batch are gone through as often as a batch needs.
-    """
-
-    def __init__(self, shard: np.ndarray, batch_size: int, seed: int, agent: int) -> None:
-        self.shard, self.batch_size, self.seed, self.agent = shard, batch_size, seed, agent
-        self._epoch = functools.lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, step: int) -> np.ndarray:
-        """(batch_size,) indices into the task's training examples of the agent's step number `step`."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, offsets = np.divmod(positions, len(self.shard))
-        out = np.empty(self.batch_size, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            out[chosen] = self._epoch(int(epoch))[offsets[chosen]]
-        return out
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return numpy_generator(self.seed, "batches", self.agent, epoch).permutation(self.shard)
-
-
-def local_steps(config: TrainingConfig, shards: Sequence[np.ndarray]) -> np.ndarray:
-    """(n,) optimizer steps that the agents with these shards take in a round."""
-    if config.epochs is None:
-        return np.full(len(shards), config.steps)
-    return np.array([max(1, int(np.ceil(config.epochs * len(s) / config.batch_size))) for s in shards])
 
 
 class Trainer:

@@ -4,14 +4,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox
+from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms.centralized import centralized
+from decaf_lora.algorithms.contract import Algorithm
 from decaf_lora.algorithms.decaf import decaf, decaf_tracked
 from decaf_lora.algorithms.dlora import dlora
 from decaf_lora.algorithms.dlora_fa import dlora_fa
 from decaf_lora.algorithms.fedavg import fedavg
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.local import local
-from decaf_lora.algorithms.tracking import tracked
+from decaf_lora.algorithms.transforms.tracking import tracked
 from decaf_lora.errors import UserError, unknown
 
 __all__ = [

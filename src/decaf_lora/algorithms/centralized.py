@@ -6,7 +6,7 @@ It takes as many optimizer steps as an agent and sees in every step as many exam
 together (batch N b), so it is what the agents could reach if they pooled their data.
 """
 
-from decaf_lora.algorithms.base import Algorithm
+from decaf_lora.algorithms.contract import Algorithm
 
 
 def centralized() -> Algorithm:

@@ -29,19 +29,12 @@ import torch
 from torch import Tensor
 
 from decaf_lora import lowrank
-from decaf_lora.algorithms import feedback
-from decaf_lora.algorithms.base import (
-    Adapter,
-    Algorithm,
-    Group,
-    Inbox,
-    State,
-    Tensors,
-    average_all,
-    reset_moments,
-)
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.algorithms.contract import Algorithm, State, reset_moments
 from decaf_lora.algorithms.dlora import send_factors
-from decaf_lora.algorithms.options import Messages, with_options
+from decaf_lora.algorithms.inbox import Group, Inbox, average_all
+from decaf_lora.algorithms.transforms import feedback
+from decaf_lora.algorithms.transforms.options import Messages, with_options
 from decaf_lora.errors import UserError, unknown
 
 GAUGES: tuple[str, ...] = (

@@ -8,8 +8,10 @@ not the product of the means; the difference, the consensus interference, is rec
 
 from typing import Literal
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Inbox, State, Tensors, average_tensors, reset_moments
-from decaf_lora.algorithms.options import Messages, with_options
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.algorithms.contract import Algorithm, State, reset_moments
+from decaf_lora.algorithms.inbox import Inbox, average_tensors
+from decaf_lora.algorithms.transforms.options import Messages, with_options
 from decaf_lora.errors import UserError
 
 

@@ -9,9 +9,10 @@ starts have no common A: agents then mix B's of different frames, which is allow
 
 from typing import Literal
 
-from decaf_lora.algorithms.base import Adapter, Algorithm, Factor, State, Tensors
+from decaf_lora.adapters.adapter import Adapter, Factor, Tensors
+from decaf_lora.algorithms.contract import Algorithm, State
 from decaf_lora.algorithms.dlora import average_factors, with_moments
-from decaf_lora.algorithms.options import Messages, with_options
+from decaf_lora.algorithms.transforms.options import Messages, with_options
 
 _TRAINED: frozenset[Factor] = frozenset({"B", "extras"})
 

@@ -7,7 +7,7 @@ with weights n_j / n, and with equal sample sizes exactly that; the same code se
 adapter once a round, to the server.
 """
 
-from decaf_lora.algorithms.base import Algorithm
+from decaf_lora.algorithms.contract import Algorithm
 from decaf_lora.algorithms.dlora import average_factors, send_factors
 
 

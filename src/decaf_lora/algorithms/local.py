@@ -3,7 +3,7 @@
 A_i <- A_i - lr dA_i        B_i <- B_i - lr dB_i
 """
 
-from decaf_lora.algorithms.base import Algorithm
+from decaf_lora.algorithms.contract import Algorithm
 
 
 def local() -> Algorithm:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from decaf_lora.algorithms.base import Inbox, Tensors
+from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.graphs import Graph
 
 T = TypeVar("T")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from decaf_lora.algorithms.base import Inbox, Tensors
+from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.graphs import Graph
 

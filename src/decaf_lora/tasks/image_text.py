@@ -10,7 +10,7 @@ encoder, and at every step (for every agent, with its own adapter) when one does
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from transformers import AutoModel
 from decaf_lora import data
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
-from decaf_lora.tasks import pretrained_model, pretrained_tokenizer
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
-from decaf_lora.tasks.sequence_classification import ClassScore
+from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.scores import ClassScore
 
 TEMPLATES = ("a photo of a {}.",)
 """The prompt of CLIP's authors, used when none is given."""
@@ -79,6 +79,7 @@ class ImageText(Task):
             )
         tokens = tokenizer(texts, padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
         self._tokens = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+        self.interface = {"use": "image-text", "labels": self.classes}
         self._text_adapted = False
         self._cached_text: Tensor | None = None
 
@@ -86,7 +87,7 @@ class ImageText(Task):
         """LoRA on q, k, v of every text and vision block (Zanella & Ben Ayed 2024, arXiv 2405.18541)."""
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
-    def attached(self, sites: list[str]) -> None:
+    def on_attach(self, sites: list[str]) -> None:
         """Text features may be cached only when no adapter sits in the text encoder."""
         self._text_adapted = any(site.split(".")[0].startswith("text") for site in sites)
         self._cached_text = None
@@ -114,9 +115,8 @@ class ImageText(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "templates": self._templates}
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_targets)
 
     def _text_features(self, agents: int, device: torch.device) -> Tensor:
         """(agents or 1, C, d) unit text features of the classes."""
@@ -167,7 +167,7 @@ def make(config: TaskConfig) -> ImageText:
         )
         for rows in (examples.train, examples.test)
     )
-    return ImageText(
+    task = ImageText(
         model,
         processor.tokenizer,
         [[template.format(name) for template in templates] for name in names],
@@ -178,6 +178,9 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test}
+    task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
+    return task
 
 
 def _features(output: Any) -> Tensor:

@@ -1,0 +1,28 @@
+"""LoRA adapters: the value that all share, the layers that hold many agents' at once, and PEFT's files."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from decaf_lora.adapters.adapter import Adapter, concatenate
+
+if TYPE_CHECKING:
+    from decaf_lora.adapters.peft_io import load_peft, read_config, save_peft
+    from decaf_lora.adapters.stacked import Attached, attach
+
+_LAZY = {
+    "Attached": "stacked",
+    "attach": "stacked",
+    "load_peft": "peft_io",
+    "read_config": "peft_io",
+    "save_peft": "peft_io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Algorithms need the value alone; peft takes seconds to import.
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"decaf_lora.adapters.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'decaf_lora.adapters' has no attribute {name!r}")
+
+
+__all__ = ["Adapter", "Attached", "attach", "concatenate", "load_peft", "read_config", "save_peft"]

@@ -1,0 +1,117 @@
+"""What is an adapter? The value that algorithms, trainers and files share: the factors of n agents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Factor = Literal["A", "B", "extras"]
+ALL_FACTORS: frozenset[Factor] = frozenset({"A", "B", "extras"})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA adapters of n agents: per adapted layer a pair of factors, plus fully trained tensors.
+
+    A: layer -> (n, r, d_in); B: layer -> (n, d_out, r); scale: layer -> (n,), the LoRA scaling s in
+    W0 + s B A; extras: parameter name -> (n, ...), for instance a classifier head.
+
+    `ranks`: layer -> (n,) int64, each agent's own rank, where agents differ in rank or scale; r is then the
+    largest, and what lies beyond an agent's rank is 0: rows of its A, columns of its B. Empty: all have rank r and
+    one scale. Zeros stay zeros under training, since their gradients are products with each other.
+    """
+
+    A: Tensors
+    B: Tensors
+    scale: Tensors
+    extras: Tensors
+    ranks: Tensors = field(default_factory=dict)
+
+    @property
+    def num_agents(self) -> int:
+        """n, the number of agents on the leading axis."""
+        return next(iter((self.A or self.extras).values())).shape[0]
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the adapted layers, in the model's order."""
+        return list(self.A)
+
+    def tensors(self, factors: frozenset[Factor] = ALL_FACTORS) -> Tensors:
+        """The trained tensors by name: `A/layer` (n, r, d_in), `B/layer` (n, d_out, r), `extras/name` (n, ...)."""
+        groups: dict[Factor, Tensors] = {"A": self.A, "B": self.B, "extras": self.extras}
+        return {f"{key}/{name}": t for key in groups if key in factors for name, t in groups[key].items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """This adapter with the tensors named as in `tensors()` replaced; scales stay."""
+        groups: dict[str, Tensors] = {"A": dict(self.A), "B": dict(self.B), "extras": dict(self.extras)}
+        for key, tensor in tensors.items():
+            group, name = key.split("/", 1)
+            if name not in groups[group]:
+                raise KeyError(f"adapter has no tensor {key!r}")
+            groups[group][name] = tensor
+        return replace(self, A=groups["A"], B=groups["B"], extras=groups["extras"])
+
+    def select(self, agents: Sequence[int] | slice | Tensor) -> Adapter:
+        """The adapters of some agents (indices into the leading axis), in that order."""
+        index = agents if isinstance(agents, slice) else torch.as_tensor(agents)
+
+        def take(tensors: Tensors) -> Tensors:
+            return {k: t[index if isinstance(index, slice) else index.to(t.device)] for k, t in tensors.items()}
+
+        return Adapter(take(self.A), take(self.B), take(self.scale), take(self.extras), take(self.ranks))
+
+    def shape_groups(self) -> list[list[str]]:
+        """Layers grouped by equal (r, d_in, d_out) and ranks: every group goes through one batched call."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in self.A:
+            own = self.ranks[name].tolist() if self.ranks else []
+            groups.setdefault((*self.A[name].shape[1:], self.B[name].shape[1], *own), []).append(name)
+        return list(groups.values())
+
+    def rank_of(self, layer: str) -> Tensor:
+        """(n,) int64 ranks of the agents in a layer, on the CPU."""
+        if self.ranks:
+            return self.ranks[layer].cpu()
+        return torch.full((self.num_agents,), self.A[layer].shape[1])
+
+    def trim(self, tensors: Tensors) -> Tensors:
+        """`tensors` (n, ...), named as in `tensors()`, with zeros beyond every agent's own rank."""
+        return {key: self._trim(key, t) for key, t in tensors.items()} if self.ranks else tensors
+
+    def _trim(self, key: str, tensor: Tensor) -> Tensor:
+        group, name = key.split("/", 1)
+        if group == "extras":
+            return tensor
+        axis = 1 if group == "A" else 2
+        kept = torch.arange(tensor.shape[axis], device=tensor.device) < self.ranks[name].to(tensor.device)[:, None]
+        return tensor * (kept[:, :, None] if group == "A" else kept[:, None, :])
+
+    def message(self, factors: frozenset[Factor] = ALL_FACTORS) -> Tensors:
+        """`tensors(factors)` to send; with `scale/layer` (n,), where agents differ in rank or scale."""
+        scales = {f"scale/{k}": s for k, s in self.scale.items()} if self.ranks else {}
+        return self.tensors(factors) | scales
+
+
+def concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter that holds the agents of all of `adapters`, in order."""
+    first = adapters[0]
+
+    def join(field: str) -> Tensors:
+        return {k: torch.cat([getattr(a, field)[k] for a in adapters]) for k in getattr(first, field)}
+
+    return Adapter(join("A"), join("B"), join("scale"), join("extras"), join("ranks"))
+
+
+def as_adapter(tensors: Tensors) -> Adapter:
+    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
+    parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
+    for key, tensor in tensors.items():
+        group, name = key.split("/", 1)
+        parts[group][name] = tensor
+    return Adapter(**parts)

@@ -1,0 +1,221 @@
+"""How does LoRA sit in a model, for one agent or many at once?
+
+`attach` wraps the layers that PEFT's own rules match. A wrapped layer holds only the frozen base layer; the
+factors of the agents of a pass are bound to it from outside, so the adapters stay plain tensors and the base
+is in memory once. With k agents bound, the leading axis of every input is k b, agent after agent, and
+
+    y = base(x) + s_i B_i A_i x       for the b examples of agent i,
+
+one product with the base for all, one batched product for the adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.matching import Site, matched
+from decaf_lora.errors import UserError
+from decaf_lora.randomness import torch_generator
+
+DropoutMasks = Callable[[str, tuple[int, ...], torch.device], Tensor]
+"""(layer, (k, b, d_in), device) -> (k, b, d_in) mask, already divided by the keep probability."""
+
+
+class StackedLora(nn.Module):
+    """A frozen linear layer plus the LoRA updates of the agents bound to it.
+
+    `base` maps (..., d_in) to (..., d_out): `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear layer.
+    """
+
+    def __init__(self, name: str, base: nn.Module) -> None:
+        super().__init__()
+        self.name, self.base = name, base
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.masks: DropoutMasks | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (k b, ..., d_in) -> (k b, ..., d_out), k = the number of agents bound; the plain base if none."""
+        y = self.base(x)
+        if self.A is None or self.B is None or self.scale is None:
+            return y
+        k, _, d_in = self.A.shape
+        if x.shape[0] % k:
+            raise RuntimeError(
+                f"{self.name}: the input's leading axis {x.shape[0]} does not hold {k} agents' examples; "
+                "layers whose leading axis is not the batch cannot be adapted for many agents at once"
+            )
+        rows = x.reshape(k, -1, d_in).to(self.A.dtype)
+        if self.masks is not None:
+            rows = rows * self.masks(self.name, tuple(rows.shape), rows.device).to(rows.dtype)
+        update = rows @ self.A.mT @ (self.B * self.scale[:, None, None]).mT
+        return y + update.view(y.shape).to(y.dtype)
+
+
+class StackedExtra(nn.Module):
+    """A fully trained module (PEFT's `modules_to_save`) with one copy of its parameters per bound agent."""
+
+    def __init__(self, name: str, base: nn.Module) -> None:
+        super().__init__()
+        self.name, self.base = name, base
+        self.parameters_of_agents: Tensors | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the base module, with every tensor's leading axis k b split over the k bound agents."""
+        if self.parameters_of_agents is None:
+            return self.base(*args, **kwargs)
+        k = next(iter(self.parameters_of_agents.values())).shape[0]
+        flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+        split = [isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in flat]
+        leaves = [
+            leaf.reshape(k, -1, *leaf.shape[1:]) if by_agent else leaf
+            for leaf, by_agent in zip(flat, split, strict=True)
+        ]
+
+        def one_agent(parameters: Tensors, tensors: list[Tensor]) -> Any:
+            it = iter(tensors)
+            own = [next(it) if by_agent else leaf for leaf, by_agent in zip(leaves, split, strict=True)]
+            a, kw = torch.utils._pytree.tree_unflatten(own, spec)
+            return functional_call(self.base, parameters, a, kw)
+
+        tensors = [leaf for leaf, by_agent in zip(leaves, split, strict=True) if by_agent]
+        out = torch.func.vmap(one_agent)(self.parameters_of_agents, tensors)
+        return torch.utils._pytree.tree_map(lambda t: t.flatten(0, 1), out)
+
+
+class Attached:
+    """A model with adapter sites. `bind` puts agents' factors in place for the time of a `with` block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: Sequence[LoraConfig],
+        sites: Sequence[dict[str, Site]],
+        extras: dict[str, Tensor],
+        lora_layers: dict[str, StackedLora],
+        extra_layers: dict[str, StackedExtra],
+    ) -> None:
+        self.model, self.extras = model, extras
+        self._configs, self._sites = list(configs), list(sites)
+        self._lora_layers, self._extra_layers = lora_layers, extra_layers
+        self.config = self._configs[0]
+        self.sites = {
+            name: max((own[name] for own in self._sites), key=lambda site: site.rank) for name in self._sites[0]
+        }
+        """The adapted layers, with the largest rank of any agent."""
+        self.uniform = all(own == self.sites for own in self._sites)
+        """Whether all agents have one rank and scale."""
+
+    def config_of(self, agent: int) -> LoraConfig:
+        """The configuration of an agent's adapter, as PEFT reads it."""
+        return self._configs[agent if len(self._configs) > 1 else 0]
+
+    def sites_of(self, agent: int) -> dict[str, Site]:
+        """The adapted layers with an agent's own ranks and scales."""
+        return self._sites[agent if len(self._sites) > 1 else 0]
+
+    def init(self, agents: Sequence[int], seed: int, common_start: bool = True) -> Adapter:
+        """Fresh adapters for these agents: A as PEFT draws it, B = 0, extras equal to the base's.
+
+        With `common_start` all agents draw the same A (the same numbers whoever asks), else each its own; of unequal
+        ranks an agent has the first rows of it.
+        """
+        a: Tensors = {}
+        b: Tensors = {}
+        scale: Tensors = {}
+        device, gaussian = self.device, self.config.init_lora_weights == "gaussian"
+        n = len(agents)
+        for name, site in self.sites.items():
+            rows = []
+            for agent in agents:
+                generator = torch_generator(seed, "init", name, "all" if common_start else agent)
+                row = torch.empty(site.rank, site.d_in)
+                if gaussian:
+                    row.normal_(std=1 / self.config_of(agent).r, generator=generator)
+                else:  # kaiming_uniform with a = sqrt(5), PEFT's default
+                    bound = 1 / math.sqrt(site.d_in)
+                    row.uniform_(-bound, bound, generator=generator)
+                rows.append(row)
+            a[name] = torch.stack(rows).to(device)
+            b[name] = torch.zeros(n, site.d_out, site.rank, device=device)
+            scale[name] = torch.tensor([self.sites_of(agent)[name].scale for agent in agents], device=device)
+        extras = {name: t.detach().float().repeat(n, *[1] * t.dim()) for name, t in self.extras.items()}
+        ranks: Tensors = {}
+        if not self.uniform:
+            ranks = {k: torch.tensor([self.sites_of(agent)[k].rank for agent in agents]) for k in self.sites}
+        adapter = Adapter(a, b, scale, extras, ranks)
+        return adapter.with_tensors(adapter.trim(adapter.tensors()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def bind(self, adapter: Adapter, masks: DropoutMasks | None = None) -> Iterator[nn.Module]:
+        """The model with these k agents' adapters in place; inputs carry k b examples, agent after agent."""
+        try:
+            for name, layer in self._lora_layers.items():
+                layer.A, layer.B, layer.scale = adapter.A[name], adapter.B[name], adapter.scale[name]
+                layer.masks = masks
+            for name, extra in self._extra_layers.items():
+                prefix = name + "."
+                extra.parameters_of_agents = {
+                    k.removeprefix(prefix): t for k, t in adapter.extras.items() if k.startswith(prefix)
+                }
+            yield self.model
+        finally:
+            for layer in self._lora_layers.values():
+                layer.A = layer.B = layer.scale = layer.masks = None
+            for extra in self._extra_layers.values():
+                extra.parameters_of_agents = None
+
+    def detach(self) -> nn.Module:
+        """Takes the sites out again and returns the plain base model."""
+        for name, layer in {**self._lora_layers, **self._extra_layers}.items():
+            self.model.set_submodule(name, layer.base)  # type: ignore[arg-type]
+        return self.model
+
+
+def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attached:
+    """Wraps the layers of `model` (in place) that `config` matches, exactly as PEFT would.
+
+    A list is one configuration an agent; they may differ in rank and alpha, and must match the same layers. All base
+    parameters are frozen and the model is put in eval mode: base dropout is off, LoRA dropout is ours. Raises
+    UserError for options that are not supported, for targets that match nothing (with the nearest module names),
+    for layers that are not linear, and for a rank larger than a layer.
+    """
+    configs = [config] if isinstance(config, LoraConfig) else list(config)
+    keys = [repr(sorted(one.to_dict().items(), key=lambda item: item[0])) for one in configs]
+    # Equal configurations are matched once.
+    found = {key: matched(model, one) for key, one in dict(zip(keys, configs, strict=True)).items()}
+    resolved, all_sites, all_modules = zip(*(found[key] for key in keys), strict=True)
+    modules = all_modules[0]
+    for agent, sites in enumerate(all_sites):
+        if sites.keys() != all_sites[0].keys() or all_modules[agent] != modules:
+            raise UserError(
+                f"lora: the configurations of agents 0 and {agent} match different layers; they may differ in rank "
+                "and alpha only."
+            )
+    extras: Tensors = {}
+    model.requires_grad_(False).eval()
+    lora_layers, extra_layers = {}, {}
+    for name in all_sites[0]:
+        lora_layers[name] = StackedLora(name, model.get_submodule(name))
+    for name in modules:
+        base = model.get_submodule(name)
+        extra_layers[name] = StackedExtra(name, base)
+        extras.update({f"{name}.{key}": p.detach() for key, p in base.named_parameters()})
+    for name, layer in {**lora_layers, **extra_layers}.items():
+        model.set_submodule(name, layer)
+    return Attached(model, resolved, all_sites, extras, lora_layers, extra_layers)

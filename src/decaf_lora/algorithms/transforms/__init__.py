@@ -1,0 +1,1 @@
+"""What lies over a rule, whichever it is: one file a transform, its formula on top."""

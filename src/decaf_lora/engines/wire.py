@@ -1,0 +1,144 @@
+"""How do tensors cross a wire? As rows of bytes, one an agent, exact or rounded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.engines.base import Sizes
+
+Wire = Literal["exact", "bfloat16", "int8"]
+"""How floating-point messages cross between processes: as they are, rounded to bfloat16, or as int8 with one float32
+scale an agent and tensor."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Where one tensor of an agent lies in the agent's row of bytes, and how it is written there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    written: torch.dtype
+    scaled: bool
+    """Whether a float32 scale stands before the numbers."""
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.written.itemsize + 4 * self.scaled
+
+
+class Rows:
+    """Tensors name -> (k, ...) as rows of bytes (k, `size`), one an agent, and back."""
+
+    def __init__(self, tensors: Tensors, wire: Wire = "exact") -> None:
+        self.columns = []
+        for name, x in tensors.items():
+            rounded = wire != "exact" and x.dtype in (torch.float32, torch.float64)
+            written = {"bfloat16": torch.bfloat16, "int8": torch.int8}[wire] if rounded else x.dtype
+            self.columns.append(_Column(name, tuple(x.shape[1:]), x.dtype, written, rounded and wire == "int8"))
+        self.size = sum(column.size for column in self.columns)
+
+    def write(self, tensors: Tensors, device: torch.device) -> Tensor:
+        """name -> (k, ...) to bytes (k, size) on `device`."""
+        parts = []
+        for column in self.columns:
+            x = tensors[column.name]
+            if column.scaled:
+                # A number that is not finite makes the scale so, and with it the whole tensor: it is not hidden.
+                scale = x.abs().flatten(1).amax(1).float() / 127
+                parts.append(_bytes(scale.unsqueeze(1)))
+                x = (x / scale.clamp_min(1e-38).view(-1, *[1] * (x.dim() - 1))).round()
+            parts.append(_bytes(x.to(column.written)))
+        return torch.cat(parts, 1).to(device)
+
+    def read(self, rows: Tensor, device: torch.device) -> Tensors:
+        """Bytes (k, size) to name -> (k, ...) on `device`."""
+        rows, tensors, start = rows.to(device), {}, 0
+        for column in self.columns:
+            scale = None
+            part = rows[:, start : start + column.size]
+            if column.scaled:
+                scale, part = _numbers(part[:, :4], torch.float32), part[:, 4:]
+            x = _numbers(part, column.written).view(len(rows), *column.shape).to(column.dtype)
+            if scale is not None:
+                x = x * scale.view(-1, *[1] * len(column.shape)).to(column.dtype)
+            tensors[column.name] = x
+            start += column.size
+        return tensors
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """(k, ...) to its bytes (k, b)."""
+    width = x[0].numel()
+    return x.contiguous().view(len(x), width).view(torch.uint8)
+
+
+def _numbers(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some columns of bytes (k, b) to the numbers that they hold, in one row."""
+    # A copy, as a view may start at any byte; `contiguous` would leave a single row where it is.
+    return part.clone(memory_format=torch.contiguous_format).flatten().view(dtype)
+
+
+class Parcels:
+    """Messages name -> (k, ...) of some agents as one flat buffer of bytes, and back.
+
+    Agents of the same sizes lie together, in the order of the first; each one's row holds its own part only.
+    """
+
+    def __init__(self, message: Tensors, wire: Wire, sizes: Sizes | None) -> None:
+        self.wire, self.sizes = wire, {k: v for k, v in (sizes or {}).items() if k in message}
+        self.shapes = {name: t[:0] for name, t in message.items()}
+        self._rows: dict[tuple[int, ...], Rows] = {}
+
+    def size(self, agent: int) -> int:
+        """Bytes of an agent's message."""
+        return self._rows_of(self._profile(agent)).size
+
+    def write(self, message: Tensors, first: int, agents: Sequence[int], device: torch.device) -> Tensor:
+        """The messages of `agents` to bytes on `device`; row 0 of `message` is that of agent `first`."""
+        parts = []
+        for profile, places in self._profiles(agents).items():
+            chosen = [agents[place] - first for place in places]
+            own = {name: t[chosen] for name, t in self._cut(message, profile).items()}
+            parts.append(self._rows_of(profile).write(own, device).flatten())
+        return torch.cat(parts)
+
+    def read(self, buffer: Tensor, agents: Sequence[int], device: torch.device) -> Tensors:
+        """Bytes to name -> (k, ...) on `device`."""
+        if not self.sizes:
+            return self._rows_of(()).read(buffer.view(len(agents), -1), device)
+        message = {k: t.new_zeros(len(agents), *t.shape[1:], device=device) for k, t in self.shapes.items()}
+        start = 0
+        for profile, places in self._profiles(agents).items():
+            rows = self._rows_of(profile)
+            end = start + len(places) * rows.size
+            own = rows.read(buffer[start:end].view(len(places), -1), device)
+            for name, part in self._cut(message, profile).items():
+                part[places] = own[name]
+            start = end
+        return message
+
+    def _profile(self, agent: int) -> tuple[int, ...]:
+        return tuple(sizes[agent] for _, sizes in self.sizes.values())
+
+    def _profiles(self, agents: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
+        """Sizes of every tensor that has some -> places in `agents` of those who have them."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, agent in enumerate(agents):
+            places.setdefault(self._profile(agent), []).append(place)
+        return places
+
+    def _cut(self, message: Tensors, profile: tuple[int, ...]) -> Tensors:
+        """Views of the part that agents with this profile have."""
+        own = {k: message[k].narrow(axis, 0, n) for (k, (axis, _)), n in zip(self.sizes.items(), profile, strict=True)}
+        return {**message, **own}
+
+    def _rows_of(self, profile: tuple[int, ...]) -> Rows:
+        if profile not in self._rows:
+            self._rows[profile] = Rows(self._cut(self.shapes, profile), self.wire)
+        return self._rows[profile]

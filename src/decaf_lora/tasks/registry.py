@@ -1,0 +1,118 @@
+"""Which tasks are there? `make` builds the one that a configuration names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from decaf_lora.config import TaskConfig
+from decaf_lora.errors import UserError
+from decaf_lora.kinds import Kind, Table
+from decaf_lora.tasks.base import Task
+
+
+def digits(shift: bool = True) -> Task:
+    """The demo task: the embedded tiny CLIP on turned and inverted handwritten digits."""
+    from decaf_lora.tasks.demo.task import Digits
+
+    return Digits(shift=shift)
+
+
+def _image_text(config: TaskConfig) -> Task:
+    from decaf_lora.tasks import image_text
+
+    return image_text.make(config)
+
+
+def _sequence_classification(config: TaskConfig) -> Task:
+    from decaf_lora.tasks import sequence_classification
+
+    return sequence_classification.make(config)
+
+
+def _causal_lm(config: TaskConfig) -> Task:
+    from decaf_lora.tasks import causal_lm
+
+    return causal_lm.make(config)
+
+
+@dataclass(frozen=True)
+class TaskKind(Kind):
+    """A task by name; `build` takes the `TaskConfig`.
+
+    Attributes:
+        options: the fields of the configuration that it reads; None: any.
+    """
+
+    options: frozenset[str] | None = None
+
+
+_ANY = {"name", "eval_batch_size"}
+_PRETRAINED = _ANY | {
+    *("model", "dtype", "quantization", "gradient_checkpointing"),
+    *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
+    *("label_column", "classes", "metric", "positive", "num_workers"),
+}
+
+_BUILT_IN = {
+    "digits": TaskKind(lambda config: digits(), "the demo: a tiny CLIP on turned digits", options=frozenset(_ANY)),
+    "image-text": TaskKind(
+        _image_text,
+        "images and the names of their classes, with a CLIP",
+        options=frozenset(_PRETRAINED | {"image_column", "image_cache", "templates", "skip_bad"}),
+    ),
+    "sequence-classification": TaskKind(
+        _sequence_classification,
+        "texts or pairs of texts and their classes",
+        options=frozenset(_PRETRAINED | {"text_column", "text_pair_column", "max_length"}),
+    ),
+    "causal-lm": TaskKind(
+        _causal_lm,
+        "texts, or prompts and answers, with a language model",
+        options=frozenset(
+            _PRETRAINED
+            | {"text_column", "prompt_column", "answer_column", "templates", "answers", "length_normalized"}
+            | {"chat_template", "packing", "max_length"}
+        ),
+    ),
+}
+
+
+def _own(function: Callable[..., Any], name: str) -> TaskKind:
+    """A function of the user's as a kind. A parameter without a default is given the `TaskConfig`."""
+    parameters = inspect.signature(function).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def build(config: TaskConfig) -> Task:
+        task = function(**dict.fromkeys(required, config))
+        if not isinstance(task, Task):
+            raise UserError(f"task: {name} returned {type(task).__name__}, not a decaf_lora.tasks.Task.")
+        return task
+
+    return TaskKind(build, "a task of your own", options=None if required else frozenset(_ANY))
+
+
+KINDS: Table[TaskKind] = Table("task", "decaf_lora.tasks", _BUILT_IN, _own)
+"""The tasks by name."""
+
+
+def make(config: TaskConfig) -> Task:
+    """The task named by the configuration: one of `KINDS`, or a function of the user's own (docs/own-task.md).
+
+    A function of your own is called without arguments or, if it requires one, with the `TaskConfig`.
+    """
+    name, kind, argument = KINDS.find(config.name)
+    if argument:
+        raise UserError(f"task: {name} takes no argument; write {name} instead of {config.name}.")
+    if kind.options is not None:
+        refuse_unused(config, kind.options, name)
+    return kind.build(config)
+
+
+def refuse_unused(config: TaskConfig, used: frozenset[str], user: str) -> None:
+    """UserError for an option that was set but that `user` does not read."""
+    for field, info in TaskConfig.model_fields.items():
+        if field not in used and getattr(config, field) != info.default:
+            raise UserError(f"task.{field}: {user} does not use it; leave it out.")
