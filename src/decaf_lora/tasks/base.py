@@ -8,8 +8,9 @@ agent or many. docs/own-task.md builds one from a plain torch module and a list 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,10 @@ class Task(ABC):
     score_name: str = "accuracy"
     """What `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False
+    classes: Sequence[str] = ()
+    """Names of the classes in the order of their numbers, where there are any."""
+    content: str = ""
+    """A hash of the examples; a run is resumed only on the same. "" compares labels and counts only."""
 
     def default_lora(self) -> LoraConfig:
         """The LoRA configuration to use when the user gives none; PEFT's defaults for known architectures."""
@@ -61,9 +66,21 @@ class Task(ABC):
         """(agents, q) summed statistics -> (agents,) scores; by default the first over the second."""
         return statistics[:, 0] / statistics[:, 1].clamp_min(1)
 
-    def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the records: what the task is, sizes, model."""
-        return {"name": self.name, "num_train": len(self.labels), "num_test": self.num_test}
+    def facts(self) -> dict[str, Any]:
+        """What a run rests on, as plain JSON values: a checkpoint keeps it, and a resume compares it.
+
+        `task`, `num_train`, `num_test`, `classes` (names in the order of their numbers, or []), and `content`, a
+        hash over the labels and `self.content`.
+        """
+        labels = np.asarray(self.labels).astype("<i8")
+        digest = hashlib.sha256(f"{self.content} ".encode() + labels.tobytes())
+        return {
+            "task": self.name,
+            "num_train": len(labels),
+            "num_test": self.num_test,
+            "classes": [str(name) for name in self.classes],
+            "content": digest.hexdigest(),
+        }
 
 
 def repeat_for_agents(batch: Batch, agents: int) -> Batch:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
@@ -80,9 +80,6 @@ class CausalTask(Task):
             logits = logits[:, columns]
         return logits[asked[:, columns]].float()
 
-    def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "model": self.model.config._name_or_path}
-
 
 class LanguageModeling(CausalTask):
     """Instruction or text tuning; the score is the log-likelihood per target token of the test set.
@@ -111,9 +108,6 @@ class LanguageModeling(CausalTask):
         """(agents, 2) sum of log-likelihoods, number of target tokens."""
         found, counts = self.log_likelihoods(batch)
         return torch.stack([found.view(agents, -1).sum(1), counts.view(agents, -1).sum(1)], 1)
-
-    def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "perplexity": "exp(-score)"}
 
 
 class AnswerScoring(CausalTask):

@@ -10,7 +10,7 @@ encoder, and at every step (for every agent, with its own adapter) when one does
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,10 +113,6 @@ class ImageText(Task):
 
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
-
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "templates": self._templates}
 
     def _text_features(self, agents: int, device: torch.device) -> Tensor:
         """(agents or 1, C, d) unit text features of the classes."""

@@ -101,10 +101,6 @@ class SequenceClassification(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "new_modules": self.heads}
-
 
 def make(config: TaskConfig) -> SequenceClassification:
     """The task that `config` describes."""
