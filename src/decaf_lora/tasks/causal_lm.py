@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
-from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task
 from decaf_lora.tasks.pretrained import family_targets, max_tokens, pretrained_model, pretrained_tokenizer
 from decaf_lora.tasks.scores import ClassScore
-from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed
+from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed, parts_of
 
 
 def perplexity(score: float) -> float:
@@ -198,8 +198,26 @@ def make(config: TaskConfig) -> CausalTask:
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
         test, _ = packed(test.tokens, examples.test_labels, limit)
+    train, labels = _with_targets(train, labels, "train")
+    test, _ = _with_targets(test, np.zeros(len(test.tokens)), "test")
     test = test.take(np.argsort(test.tokens.lengths, kind="stable"))  # batches then pad little
-    return LanguageModeling(model, train, labels, test, examples.classes or ["all"])
+    task = LanguageModeling(model, train, labels, test, examples.classes or ["all"])
+    task.content = examples.content
+    return task
+
+
+def _with_targets(sequences: Sequences, labels: np.ndarray, split: str) -> tuple[Sequences, np.ndarray]:
+    """Without the sequences that have no target, such as empty texts, which a warning counts."""
+    fine = sequences.tokens.lengths > sequences.starts
+    if fine.all():
+        return sequences, labels
+    count, total = int((~fine).sum()), len(fine)
+    if count == total:
+        raise UserError(f"task.text_column: none of the {total} {split} texts has a token to predict.")
+    warnings.warn(
+        f"task.text_column: {count} of {total} {split} texts have no token to predict and are left out.", stacklevel=3
+    )
+    return sequences.take(np.flatnonzero(fine)), labels[fine]
 
 
 def _check_use(config: TaskConfig) -> None:
@@ -234,11 +252,8 @@ def _check_use(config: TaskConfig) -> None:
 def _prompt_columns(config: TaskConfig) -> list[tuple[str, str]]:
     if config.prompt_column:
         return [("prompt_column", config.prompt_column)]
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(config.templates[0]) if name is not None]
-    except ValueError as error:
-        raise UserError(f"task.templates: {config.templates[0]!r}: {error}.") from error
-    if not names or not all(name.isidentifier() for name in names):
+    names = [name for _, name in parts_of(config.templates[0]) if name]
+    if not names:
         raise UserError(f"task.templates: {config.templates[0]!r} needs {{column}} for each field, by name.")
     return [("templates", name) for name in dict.fromkeys(names)]
 
@@ -264,12 +279,14 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
             f"task.answers: {len(config.answers)} answers for {len(examples.classes)} classes "
             f"({', '.join(examples.classes[:8])}); give one for each, in this order."
         )
+    data.needs_classes(examples.labels, examples.classes)
+    _refuse_moved_answers(config.answers, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     model, tokenizer, limit = _load(config)
     train, test = _encode(config, examples, columns, tokenizer, limit)
     count = len(examples.classes)
     by_length = np.argsort(test.tokens.lengths.reshape(-1, count).max(1), kind="stable")  # batches then pad little
-    return AnswerScoring(
+    task = AnswerScoring(
         model,
         train,
         examples.labels,
@@ -279,6 +296,21 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         length_normalized=config.length_normalized,
         score=score,
     )
+    task.content = examples.content
+    return task
+
+
+def _refuse_moved_answers(answers: Sequence[str], classes: Sequence[str]) -> None:
+    """UserError if an answer is the name of another class than the one that it is given for."""
+    keys = [data.alike(name) for name in classes]
+    for i, answer in enumerate(answers):
+        key = data.alike(answer)
+        if key in keys and keys[i] != key:
+            raise UserError(
+                f"task.answers: {answer!r} is given for the class {classes[i]!r}. The order of the classes is "
+                f"{', '.join(classes[:8])}: give the answers in this order, or set task.classes to the order that you "
+                "want."
+            )
 
 
 def _encode(
@@ -289,10 +321,12 @@ def _encode(
     function: Any = encode_prompts
     if config.answers or config.answer_column:
         arguments |= {
-            "template": config.templates[0] if config.templates else f"{{{config.prompt_column}}}",
+            "parts": parts_of(config.templates[0]) if config.templates else [("", config.prompt_column)],
             "answers": config.answer_column or list(config.answers),
             "chat": config.chat_template,
         }
+        for rows in (examples.train, examples.test):
+            data.needs_text(rows, columns, numbers=True)
     else:
         function = encode_texts
         arguments |= {"column": config.text_column, "limit": 0 if config.packing else limit}

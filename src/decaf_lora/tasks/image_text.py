@@ -133,7 +133,7 @@ def make(config: TaskConfig) -> ImageText:
     """The task that `config` describes. In prompts, underscores of class names become spaces."""
     templates = config.templates or TEMPLATES
     for template in templates:
-        if template.count("{}") != 1 or template.count("{") != 1:
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
             raise UserError(f"task.templates: {template!r} needs {{}} once, for the class name.")
     label, image = config.label_column or "label", config.image_column
     examples = data.load(config, [], label=label, image=image)
@@ -142,6 +142,7 @@ def make(config: TaskConfig) -> ImageText:
             f"task.classes: the labels in column {label!r} are only numbers; give the {len(examples.classes)} names "
             "that prompts are made of, in the order of the numbers."
         )
+    data.needs_classes(examples.labels, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     processor = pretrained_tokenizer(config, processor=True)
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
@@ -160,10 +161,11 @@ def make(config: TaskConfig) -> ImageText:
             config.num_workers,
             data.image_folder(config),
             config.image_cache * 2**30,
+            config.pixel_range,
         )
         for rows in (examples.train, examples.test)
     )
-    return ImageText(
+    task = ImageText(
         model,
         processor.tokenizer,
         [[template.format(name) for template in templates] for name in names],
@@ -174,6 +176,8 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    task.content = examples.content
+    return task
 
 
 def _features(output: Any) -> Tensor:

@@ -53,6 +53,14 @@ def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any
     return model.eval(), sorted(new | set(report["missing_keys"]))
 
 
+def pretrained_config(config: TaskConfig) -> Any:
+    """The configuration of `config.model`, as transformers reads it."""
+    from transformers import AutoConfig
+
+    with _transformers_quiet():
+        return _from_pretrained(config, AutoConfig)
+
+
 def pretrained_tokenizer(config: TaskConfig, processor: bool = False) -> Any:
     """The tokenizer of `config.model`, or its whole processor (of images and text)."""
     from transformers import AutoProcessor, AutoTokenizer

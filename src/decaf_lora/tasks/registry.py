@@ -50,14 +50,26 @@ class BuiltIn(NamedTuple):
 _ANY = {"name", "eval_batch_size"}
 _PRETRAINED = _ANY | {
     *("model", "dtype", "quantization", "gradient_checkpointing"),
-    *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
+    *(
+        "data",
+        "subset",
+        "delimiter",
+        "quoting",
+        "encoding",
+        "train_split",
+        "test_split",
+        "test_share",
+        "max_train",
+        "max_test",
+        "data_seed",
+    ),
     *("label_column", "classes", "metric", "positive", "num_workers"),
 }
 
 BUILT_IN: dict[str, BuiltIn] = {
     "digits": BuiltIn(lambda config: digits(), frozenset(_ANY)),
     "image-text": BuiltIn(
-        _image_text, frozenset(_PRETRAINED | {"image_column", "image_cache", "templates", "skip_bad"})
+        _image_text, frozenset(_PRETRAINED | {"image_column", "image_cache", "pixel_range", "templates", "skip_bad"})
     ),
     "sequence-classification": BuiltIn(
         _sequence_classification, frozenset(_PRETRAINED | {"text_column", "text_pair_column", "max_length"})

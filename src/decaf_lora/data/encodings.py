@@ -1,0 +1,105 @@
+"""Which encoding is a text file in? UTF-8 if it can be; another one only if no second makes sense.
+
+A wrong guess changes letters without a word, so a guess is told with words from the file, and where none or several
+encodings make sense the user has to say which.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import unicodedata
+
+from decaf_lora.errors import UserError
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks, the longer ones first."""
+
+_NAMES = {"cp1252": "Windows-1252", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16 (big-endian)"}
+_WITHIN_WORDS = "’·´`-"
+"""Signs above ASCII that stand between two letters in western languages."""
+
+
+def encoding_of(raw: bytes, name: str, given: str | None = None) -> tuple[str, str | None]:
+    """The encoding of the file `name` that holds `raw`, and a sentence for the user if it was guessed.
+
+    `given` is checked instead. Raises UserError if the bytes do not fit, or no single encoding makes sense.
+    """
+    if given is not None:
+        try:
+            raw.decode(given)
+        except (LookupError, TypeError) as error:
+            raise UserError(f"task.encoding: {given!r} is no text encoding that Python knows; try utf-8.") from error
+        except ValueError as error:
+            raise UserError(f"task.encoding: {name} is not {given}: {_reason(raw, error)}.") from error
+        return given, None
+    for mark, encoding in _MARKS.items():
+        if raw.startswith(mark):
+            return _checked(raw, encoding, name), None
+    if b"\0" not in raw:
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            broken = _reason(raw, error)
+        else:
+            return "utf-8", None
+    else:
+        broken = "it holds zero bytes"
+    fitting = [encoding for encoding in _NAMES if _makes_sense(raw, encoding)]
+    if len(fitting) == 1:
+        words = [w for w in re.findall(r"\w+", raw.decode(fitting[0])) if not w.isascii()]
+        shown = f" ({', '.join(dict.fromkeys(words[:3]))})" if words else ""
+        return fitting[0], (
+            f"task.encoding: {name} is not UTF-8 and is read as {_NAMES[fitting[0]]}{shown}; set task.encoding if that "
+            "is wrong."
+        )
+    raise UserError(
+        f"task.encoding: {name} is not UTF-8 ({broken}), and no single other encoding makes sense; set task.encoding "
+        "(such as cp1252, cp1251, utf-16, shift_jis), or save the file as UTF-8."
+    )
+
+
+def _checked(raw: bytes, encoding: str, name: str) -> str:
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"task.encoding: {name} begins as {encoding.upper()} but is not: {_reason(raw, error)}; save it as UTF-8."
+        ) from error
+    return encoding
+
+
+def _reason(raw: bytes, error: ValueError) -> str:
+    if not isinstance(error, UnicodeDecodeError):
+        return str(error)
+    line = raw.count(b"\n", 0, error.start) + 1
+    return f"byte 0x{raw[error.start]:02x} in line {line}"
+
+
+def _makes_sense(raw: bytes, encoding: str) -> bool:
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    if encoding.startswith("utf-16"):
+        # Bytes of any other encoding, read in pairs, hardly ever give a line's end.
+        return not _strange(text) and ("\n" in text or "\r" in text)
+    if _strange(text):
+        return False
+    # Text of another 8-bit encoding has runs of letters above ASCII, capitals within words, or signs within them.
+    if re.search(r"[^\W\d_\x00-\x7f]{3}", text):
+        return False
+    if any(b.isupper() and a.islower() for a, b in re.findall(r"([^\W\d_])([^\W\d_\x00-\x7f])", text)):
+        return False
+    return all(sign in _WITHIN_WORDS for sign in re.findall(r"(?<=[^\W\d_])([^\w\x00-\x7f])(?=[^\W\d_])", text))
+
+
+def _strange(text: str) -> bool:
+    """Whether there are characters that no text has: control characters, or code points that mean nothing."""
+    return any(c not in "\t\r\n\f" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in set(text))
