@@ -85,6 +85,8 @@ def typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column
     if every(r"[+-]?(0|[1-9][0-9]{0,17})"):  # codes such as 007 stay text
         return pc.cast(pc.replace_substring_regex(trimmed, r"^\+", ""), pa.int64())
+    if pc.any(pc.match_substring_regex(values, r"^[+-]?[0-9]{16}")).as_py():  # a float would lose digits
+        return column
     number = r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
     if every(rf"{number}|(?i:[+-]?(nan|inf|infinity))") and pc.any(pc.match_substring_regex(values, "[0-9]")).as_py():
         return pa.chunked_array([[None if v is None else float(v) for v in trimmed.to_pylist()]], pa.float64())
@@ -225,11 +227,15 @@ def _fits(rows: Iterable[Row]) -> bool:
 
 
 def _crossed(raw: bytes, encoding: str, delimiter: str) -> tuple[int, int] | None:
-    """First line and number of lines of a quoted field that runs over what could be whole rows."""
-    width = 0
+    """First line and number of lines of a quoted field that runs over what could be whole rows; None if there is
+    none, or if other fields show that quotes enclose: those that hold a delimiter in one line, or doubled quotes."""
+    width, found = 0, None
     for line, fields in _rows(raw, encoding, Dialect(delimiter, True)):
         width = width or len(fields)
         for field in fields:
-            if ("\n" in field or "\r" in field) and field.count(delimiter) >= width - 1 > 0:
-                return line, len(field.splitlines())
-    return None
+            several = "\n" in field or "\r" in field
+            if (delimiter in field and not several) or ('"' in field and (several or delimiter in field)):
+                return None
+            if several and found is None and field.count(delimiter) >= width - 1 > 0:
+                found = line, len(field.splitlines())
+    return found

@@ -22,8 +22,10 @@ _MARKS = {
 """Byte order marks, the longer ones first."""
 
 _NAMES = {"cp1252": "Windows-1252", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16 (big-endian)"}
-_WITHIN_WORDS = "’·´`-"
+_WITHIN_WORDS = "’·´"
 """Signs above ASCII that stand between two letters in western languages."""
+_BESIDE_WORDS = "\N{NO-BREAK SPACE}“”„‘’‚«»‹›…–—"
+"""Signs above ASCII that stand beside letters with accents."""
 
 
 def encoding_of(raw: bytes, name: str, given: str | None = None) -> tuple[str, str | None]:
@@ -90,14 +92,27 @@ def _makes_sense(raw: bytes, encoding: str) -> bool:
     if encoding.startswith("utf-16"):
         # Bytes of any other encoding, read in pairs, hardly ever give a line's end.
         return not _strange(text) and ("\n" in text or "\r" in text)
-    if _strange(text):
-        return False
-    # Text of another 8-bit encoding has runs of letters above ASCII, capitals within words, or signs within them.
-    if re.search(r"[^\W\d_\x00-\x7f]{3}", text):
-        return False
-    if any(b.isupper() and a.islower() for a, b in re.findall(r"([^\W\d_])([^\W\d_\x00-\x7f])", text)):
-        return False
-    return all(sign in _WITHIN_WORDS for sign in re.findall(r"(?<=[^\W\d_])([^\w\x00-\x7f])(?=[^\W\d_])", text))
+    return not _strange(text) and all(map(_is_western, re.findall(r"\S*[^\x00-\x7f]\S*", text)))
+
+
+def _is_western(word: str) -> bool:
+    """Whether letters above ASCII are in `word` as western languages have them. Read as Windows-1252, text of another
+    encoding has runs of such letters, capitals within words, and signs beside or within them."""
+    run = 0
+    for before, sign, after in zip(" " + word, word, word[1:] + " ", strict=False):
+        run = run + 1 if sign.isalpha() and not sign.isascii() else 0
+        if run >= 3 or (run and sign.isupper() and before.islower()):
+            return False
+        if sign.isascii() or sign.isalpha():
+            continue
+        beside = [c for c in (before, after) if c.isalpha()]
+        if len(beside) == 2 and sign not in _WITHIN_WORDS:
+            return False
+        if sign in "„‚" and not before.isascii():  # these only open
+            return False
+        if sign not in _WITHIN_WORDS + _BESIDE_WORDS and any(not c.isascii() for c in beside):
+            return False
+    return True
 
 
 def _strange(text: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from decaf_lora.errors import UserError
 
-SHOWN = 5
+SHOWN, KEPT = 5, 1000
 
 
 class Faults:
@@ -14,22 +14,20 @@ class Faults:
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
-        self.first: list[str] = []
+        self._known: list[tuple[int, str]] = []
 
     def __bool__(self) -> bool:
         return self.count > 0
 
     def add(self, line: int, what: str) -> None:
         self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(f"line {line} ({what})")
+        if len(self._known) < KEPT:
+            self._known.append((line, what))
 
     def refuse(self, what: str) -> None:
         """UserError if there were any."""
         if self.count:
             lines = "line has" if self.count == 1 else "lines have"
-            more = f" and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
-            raise UserError(
-                f"task.data: {self.path}: {self.count} {lines} {what}: {', '.join(self.first)}{more}; mend or remove "
-                "them."
-            )
+            first = ", ".join(f"line {line} ({what})" for line, what in sorted(self._known)[:SHOWN])
+            more = f" and {self.count - SHOWN} more" if self.count > SHOWN else ""
+            raise UserError(f"task.data: {self.path}: {self.count} {lines} {what}: {first}{more}; mend or remove them.")

@@ -177,7 +177,9 @@ def _mixed(name: str, values: Sequence[Any], places: Sequence[str], path: Path) 
 
 
 def _as_text(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, default=str)  # in ASCII, whatever it holds
+    if value is None or (isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)):
+        return value
+    return json.dumps(value, default=str)  # in ASCII, whatever it holds
 
 
 def _cell(value: Any) -> Any:

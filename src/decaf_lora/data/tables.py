@@ -65,8 +65,10 @@ def read_table(path: Path, config: TaskConfig, wanted: Sequence[str]) -> Dataset
 def cache_folder() -> Path:
     """Where tables are kept: a folder in the cache of `datasets`."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "decaf-lora"
-    with writable_cache():
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error) from error
     return folder
 
 
@@ -78,10 +80,14 @@ def writable_cache() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
             raise
-        raise UserError(
-            f"HF_DATASETS_CACHE: {datasets.config.HF_DATASETS_CACHE} cannot be written ({error.strerror}); set "
-            "HF_DATASETS_CACHE to a folder that can be."
-        ) from error
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> UserError:
+    return UserError(
+        f"HF_DATASETS_CACHE: {datasets.config.HF_DATASETS_CACHE} cannot be written ({error.strerror}); set "
+        "HF_DATASETS_CACHE to a folder that can be."
+    )
 
 
 @contextmanager
