@@ -33,14 +33,14 @@ def lines(path: Path, rows) -> Path:
     return path
 
 
-def album(root: Path, classes=("cat", "dog"), splits=("train", "test"), count=4, make=None) -> Path:
+def album(root: Path, classes=("cat", "dog"), splits=("train", "test"), count=4, make=None, suffix="png") -> Path:
     """root/split/class/class0.png ..., `make(number of the class, number of the image)` or a plain colour."""
     for split in splits:
         for k, name in enumerate(classes):
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 image = make(k, i) if make else Image.new("RGB", (20, 20), ("red", "blue", "green", "white")[k])
-                image.save(root / split / name / f"{name}{i}.png")
+                image.save(root / split / name / f"{name}{i}.{suffix}")
     return root
 
 
