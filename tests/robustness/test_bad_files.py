@@ -14,9 +14,9 @@ import pytest
 from datasets import Dataset
 
 from decaf_lora import data
-from decaf_lora.config import TaskConfig
+from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.errors import UserError
-from inputs import ROWS, TEXT, lines, load, table
+from inputs import ROWS, TEXT, lines, load, model, table
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -440,15 +440,24 @@ def test_a_replaced_file_of_the_same_time_is_read_again(kind, tmp_path):
 
 def test_a_replaced_file_is_read_again_within_one_process(tmp_path, monkeypatch):
     """The model and the data of a process are kept for its next run, unless a file of theirs has changed."""
-    from decaf_lora.data import content
+    from decaf_lora.runs import build
 
     path = table(tmp_path / "a.csv")
-    config = TaskConfig(name="sequence-classification", data=str(path), model=str(tmp_path))
-    states = [content.state(config), content.state(config)]
-    table(path, [(t, "new-" + k) for t, k in ROWS])
-    os.utime(path, (10**9, 10**9))
-    states.append(content.state(config))
-    assert len(set(states)) == 2
+    options = {"data": str(path), "model": str(model("bert", tmp_path)), "test_share": 0.3}
+    config = RunConfig(task=TaskConfig(name="sequence-classification", **options), agents=2, partition="iid")
+
+    def classes():
+        run = build.build_run(config, device="cpu")
+        run.close()
+        return run.task, run.task.classes
+
+    first, names = classes()
+    assert names == ["no", "yes"]
+    assert classes()[0] is first
+    state = path.stat()
+    table(path, [(t, {"no": "on", "yes": "sey"}[k]) for t, k in ROWS])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert classes()[1] == ["on", "sey"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

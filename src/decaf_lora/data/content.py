@@ -16,8 +16,6 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from decaf_lora.config import TaskConfig
-
 _known: dict[tuple[Any, ...], str] = {}
 """Hashes of files that this process has read. The system sets `st_ctime` itself: nobody can give it an old value."""
 
@@ -42,14 +40,13 @@ def digest_all(root: Path) -> str:
     return found.hexdigest()
 
 
-def state(config: TaskConfig) -> str:
-    """A short text that changes whenever the local files of `config` do: data, model, and a task's own code."""
+def state(names: Iterable[str]) -> str:
+    """A short text that changes whenever a file of these does, or below these; names of no file do not count."""
     found = hashlib.sha256()
-    for name in (config.data, config.model, config.name.rpartition(":")[0]):
-        path = Path(name).expanduser() if name else None
-        if path is not None and path.exists():
-            for file in sorted(_files(path)) if path.is_dir() else [path]:
-                found.update(repr(_state(file)).encode())
+    for name in names:
+        path = Path(name).expanduser()
+        for file in sorted(_files(path)) if path.is_dir() else [path]:
+            found.update(repr(_state(file)).encode(errors="surrogateescape"))
     return found.hexdigest()
 
 

@@ -107,6 +107,19 @@ def make(config: TaskConfig) -> Task:
     raise unknown("task", config.name, BUILT_IN)
 
 
+def files_state(config: TaskConfig) -> str:
+    """A short text that changes whenever a local file does that a task is made of: data, model, a user's own code.
+
+    A process that keeps a task for its next run compares this.
+    """
+    source = config.name.rpartition(":")[0]
+    if not (config.data or config.model or source):
+        return ""
+    from decaf_lora.data.content import state
+
+    return state([name for name in (config.data, config.model, source) if name])
+
+
 def refuse_unused(config: TaskConfig, used: frozenset[str], user: str) -> None:
     """UserError for an option that was set but that `user` does not read."""
     for field, info in TaskConfig.model_fields.items():
