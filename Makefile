@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format clean
+.PHONY: install demo test check lint format proto clean
 
 install: $(STAMP)
 
@@ -39,6 +39,10 @@ check: lint test
 format: $(STAMP_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The module that src/decaf_lora/engines/links/mesh.proto describes; a test checks that it is current.
+proto: $(STAMP_TEST)
+	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/decaf_lora/engines/links/mesh.proto
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

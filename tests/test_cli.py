@@ -170,7 +170,7 @@ def test_unknown_names_suggest_the_nearest(capsys):
     assert "Did you mean --algorithm.gauge" in fails(capsys, "run", "digits", "--gauge", "balanced")
     assert "Did you mean --training.steps" in fails(capsys, "run", "digits", "--training.step", 3)
     assert "Did you mean 'ring'" in fails(capsys, "run", "digits", "--graph", "rin")
-    assert "Did you mean 'dirichlet:0.1'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
+    assert "Did you mean 'dirichlet'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
     assert "Did you mean 'decaf'" in fails(capsys, "run", "digits", "--algorithm", "decav")
     assert "Did you mean 'digits'" in fails(capsys, "run", "digits", "--task", "digit")
     assert "name a recipe" in fails(capsys, "run", "--agents", 3)

@@ -165,6 +165,12 @@ class TestSummary:
         write_json(run / "summary.json", [found])
         assert records.read_summary(run / "summary.json") == [found]
 
+    def test_the_worst_agent_of_a_loss_has_the_highest(self, tmp_path: Path) -> None:
+        run = self.make(tmp_path, record(0, scores=[0.5, 0.7, 0.9]))
+        write_json(run / "run.json", FACTS | {"lower_is_better": True})
+        assert summarise(run).worst_score == 0.9
+        assert aggregate([summarise(run)])[0].lower_is_better
+
     def test_one_agent_without_a_score_leaves_the_mean_unknown(self, tmp_path: Path) -> None:
         found = summarise(self.make(tmp_path, record(0, scores=[0.9, math.nan], averaged_score=0.4)))
         assert (found.mean_score, found.worst_score, found.std_score) == (None, None, None)

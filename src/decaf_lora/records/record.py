@@ -1,6 +1,7 @@
 """What does a run write down, and how is it read back? One JSON line a round (`Record`), facts in run.json.
 
-NaN and infinity are written as null, so every file is valid JSON. Higher scores are better.
+NaN and infinity are written as null, so every file is valid JSON. Higher scores are better, unless run.json says
+`lower_is_better`.
 """
 
 import contextlib

@@ -33,6 +33,7 @@ class SummaryRow:
     seconds: float
     diverged: str | None = None
     """Why its training could not go on to the last round."""
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Aggregate:
     averaged_score: Spread
     bytes_sent: Spread
     seconds: Spread
+    lower_is_better: bool = False
 
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
@@ -87,18 +89,20 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
     scores = (last.scores if last else None) or []
     finite = [score for score in scores if score is not None and math.isfinite(score)]
     known = len(finite) == len(scores) > 0
+    lower_is_better = bool(facts.get("lower_is_better", False))
     return SummaryRow(
         algorithm=facts["algorithm"],
         graph=facts["graph"]["name"],
         partition=facts["partition"]["name"],
         seed=facts["seed"],
         mean_score=fmean(finite) if known else None,
-        worst_score=min(finite) if known else None,
+        worst_score=(max(finite) if lower_is_better else min(finite)) if known else None,
         std_score=pstdev(finite) if known else None,
         averaged_score=last.averaged_score if last else None,
         bytes_sent=math.fsum(record.bytes_sent for record in records),
         seconds=math.fsum(second for record in records for second in record.seconds.values()),
         diverged=diverged,
+        lower_is_better=lower_is_better,
     )
 
 
@@ -122,7 +126,14 @@ def _aggregate(runs: Sequence[SummaryRow]) -> Aggregate:
     missing = "diverged" if any(run.diverged for run in runs) else "n/a"
     spreads = {metric: _spread([getattr(run, metric) for run in runs], missing) for metric in METRICS}
     first = runs[0]
-    return Aggregate(first.algorithm, first.graph, first.partition, seeds=len(runs), **spreads)
+    return Aggregate(
+        first.algorithm,
+        first.graph,
+        first.partition,
+        seeds=len(runs),
+        **spreads,
+        lower_is_better=first.lower_is_better,
+    )
 
 
 def _spread(values: Sequence[float | None], missing: str) -> Spread:

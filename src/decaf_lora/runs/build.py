@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
-    shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
+    shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
+    if names := shards.names or graphs.as_schedule(graph).names:
+        graph, shards = graph.arranged(names), replace(shards, names=names)
     run = Run(
         task,
         algorithm,

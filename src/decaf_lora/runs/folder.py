@@ -107,6 +107,8 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
     # The graph that was asked for, also of algorithms that do not use it: a comparison shows one.
     schedule = graphs.as_schedule(graphs.parse(config.graph, config.agents, config.seed))
     partition = engine.partition
+    if partition.names:
+        schedule = schedule.arranged(partition.names)
     names = getattr(engine.task, "classes", None)
     classes = [names[c] if names else str(c) for c in partition.classes]
     return {
@@ -122,6 +124,7 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
             "classes": classes,
         },
         "agents": config.agents,
+        "names": list(partition.names),
         "ranks": []
         if engine.attached.uniform
         else [max(s.rank for s in engine.attached.sites_of(i).values()) for i in range(config.agents)],

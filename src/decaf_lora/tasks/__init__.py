@@ -12,10 +12,10 @@ from decaf_lora.tasks.pretrained import (
     pretrained_model,
     pretrained_tokenizer,
 )
-from decaf_lora.tasks.registry import BUILT_IN, digits, files_state, make, refuse_unused
+from decaf_lora.tasks.registry import KINDS, digits, files_state, make, refuse_unused
 
 __all__ = [
-    "BUILT_IN",
+    "KINDS",
     "Batch",
     "Task",
     "checkpoint_layers",

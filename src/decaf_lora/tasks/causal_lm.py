@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -169,6 +170,9 @@ class AnswerScoring(CausalTask):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
+
     def _differ_in_last_token(self) -> bool:
         """Whether all answers of every test example are one token after the same prompt: one pass scores all."""
         tokens, starts, count = self._test.tokens, self._test.starts, len(self.classes)
@@ -198,26 +202,30 @@ def make(config: TaskConfig) -> CausalTask:
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
         test, _ = packed(test.tokens, examples.test_labels, limit)
-    train, labels = _with_targets(train, labels, "train")
-    test, _ = _with_targets(test, np.zeros(len(test.tokens)), "test")
-    test = test.take(np.argsort(test.tokens.lengths, kind="stable"))  # batches then pad little
-    task = LanguageModeling(model, train, labels, test, examples.classes or ["all"])
+    fine = _with_targets(train, "train"), _with_targets(test, "test")
+    test = test.take(fine[1])
+    by_length = np.argsort(test.tokens.lengths, kind="stable")  # batches then pad little
+    classes = examples.classes or ["all"]
+    task = LanguageModeling(model, train.take(fine[0]), labels[fine[0]], test.take(by_length), classes)
+    if not config.packing:  # a packed block holds several rows
+        task.tables = {"train": examples.train.select(fine[0]), "test": examples.test.select(fine[1][by_length])}
+    task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
     task.content = examples.content
     return task
 
 
-def _with_targets(sequences: Sequences, labels: np.ndarray, split: str) -> tuple[Sequences, np.ndarray]:
-    """Without the sequences that have no target, such as empty texts, which a warning counts."""
+def _with_targets(sequences: Sequences, split: str) -> NDArray[np.int64]:
+    """The sequences (n,) that have a target; a warning counts the others, such as empty texts."""
     fine = sequences.tokens.lengths > sequences.starts
-    if fine.all():
-        return sequences, labels
     count, total = int((~fine).sum()), len(fine)
     if count == total:
         raise UserError(f"task.text_column: none of the {total} {split} texts has a token to predict.")
-    warnings.warn(
-        f"task.text_column: {count} of {total} {split} texts have no token to predict and are left out.", stacklevel=3
-    )
-    return sequences.take(np.flatnonzero(fine)), labels[fine]
+    if count:
+        warnings.warn(
+            f"task.text_column: {count} of {total} {split} texts have no token to predict and are left out.",
+            stacklevel=3,
+        )
+    return np.flatnonzero(fine)
 
 
 def _check_use(config: TaskConfig) -> None:
@@ -296,6 +304,8 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         length_normalized=config.length_normalized,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
     task.content = examples.content
     return task
 
@@ -311,6 +321,17 @@ def _refuse_moved_answers(answers: Sequence[str], classes: Sequence[str]) -> Non
                 f"{', '.join(classes[:8])}: give the answers in this order, or set task.classes to the order that you "
                 "want."
             )
+
+
+def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict[str, Any]:
+    facts = {"use": use, "max_length": limit, "eos_token": tokenizer.eos_token}
+    if use == "text":
+        return facts | {"columns": [config.text_column]}
+    template = config.templates[0] if config.templates else f"{{{config.prompt_column}}}"
+    facts |= {"templates": [template], "chat_template": config.chat_template}
+    if use == "instruction":
+        return facts | {"columns": [config.answer_column]}
+    return facts | {"answers": list(config.answers), "length_normalized": config.length_normalized}
 
 
 def _encode(

@@ -79,6 +79,7 @@ class ImageText(Task):
             )
         tokens = tokenizer(texts, padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
         self._tokens = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+        self.interface = {"use": "image-text", "labels": self.classes}
         self._text_adapted = False
         self._cached_text: Tensor | None = None
 
@@ -113,6 +114,9 @@ class ImageText(Task):
 
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
+
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_targets)
 
     def _text_features(self, agents: int, device: torch.device) -> Tensor:
         """(agents or 1, C, d) unit text features of the classes."""
@@ -176,6 +180,8 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test}
+    task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
     task.content = examples.content
     return task
 

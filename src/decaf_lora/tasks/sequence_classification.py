@@ -107,6 +107,9 @@ class SequenceClassification(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
+
 
 def make(config: TaskConfig) -> SequenceClassification:
     """The task that `config` describes."""
@@ -162,6 +165,14 @@ def make(config: TaskConfig) -> SequenceClassification:
         fills={"input_ids": pad},
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {
+        "use": "sequence-classification",
+        "labels": task.classes,
+        "columns": [column for _, column in columns],
+        "max_length": limit,
+        "pad_token": tokenizer.pad_token,
+    }
     task.content = examples.content
     return task
 

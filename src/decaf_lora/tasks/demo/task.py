@@ -30,6 +30,7 @@ class Digits(ImageText):
             name="digits",
             classes=digits_data.CLASS_NAMES,
         )
+        self.interface = {**self.interface, "prompt_names": self.classes, "templates": [digits_data.TEMPLATE]}
         self.content = f"{digits_data.SPLIT_SHA256}, shifted: {shift}"
 
     def default_lora(self) -> LoraConfig:

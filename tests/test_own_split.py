@@ -1,0 +1,132 @@
+"""Somebody's own sites, from their table to the report: names go with the agents all the way."""
+
+import contextlib
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from decaf_lora import tasks
+from decaf_lora.cli import main
+from decaf_lora.config import RunConfig, TaskConfig
+from decaf_lora.errors import UserError
+from decaf_lora.runs.build import build_run
+from tiny import WORDS, write
+
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("datasets_cache")]
+
+SITES = ("mayo", "charite", "kings")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write("bert", tmp_path_factory.mktemp("bert")))
+
+
+def rows(count):
+    """(text, label, hospital): a third of the rows from each site, in no order."""
+    generator = np.random.default_rng(0)
+    for i in generator.permutation(count):
+        label = ("good", "bad")[i // 3 % 2]
+        yield f"{' '.join(generator.choice(WORDS[:20], 4))} {label}", label, SITES[i % 3]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "visits.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "hospital"), *rows(60)])
+    return str(path)
+
+
+def config(model, table, **more):
+    task = {"name": "sequence-classification", "model": model, "data": table, "test_share": 0.2}
+    values = {
+        "task": task,
+        "agents": 3,
+        "partition": "column:hospital",
+        "rounds": 1,
+        "training": {"steps": 1, "batch_size": 2},
+        "algorithm": {"name": "decaf"},
+    }
+    return RunConfig.model_validate(values | more)
+
+
+def test_a_column_of_the_data_makes_the_agents(model, table):
+    task = tasks.make(config(model, table).task)
+    hospitals = task.column("hospital")
+    assert len(hospitals) == len(task.labels) == 48
+    assert len(task.column("hospital", "test")) == task.num_test == 12
+    with contextlib.closing(build_run(config(model, table))) as run:
+        assert run.partition.names == ("charite", "kings", "mayo")
+        for name, shard in zip(run.partition.names, run.partition.shards, strict=True):
+            assert set(hospitals[shard]) == {name}
+
+
+def test_the_test_rows_and_their_columns_go_together(model, table):
+    """The task sorts its test examples by length; the columns must follow."""
+    task = tasks.make(config(model, table).task)
+    labels = [task.classes[label] for label in task.test_batch(np.arange(task.num_test))["labels"]]
+    assert task.column("label", "test").tolist() == labels
+    assert task.column("label").tolist() == [task.classes[label] for label in task.labels]
+
+
+def test_a_column_that_is_not_there(model, table):
+    with pytest.raises(UserError, match=r"partition: column: 'hospitl' is not known\. Did you mean 'hospital'\?"):
+        build_run(config(model, table, partition="column:hospitl"))
+    with pytest.raises(UserError, match="the task digits has no columns, so none called 'hospital'"):
+        build_run(RunConfig(partition="column:hospital"))
+    assert tasks.make(TaskConfig()).tables == {}
+
+
+def test_packed_texts_have_no_columns(tmp_path, table):
+    llama = str(write("llama", tmp_path))
+    options = {"name": "causal-lm", "model": llama, "data": table, "test_share": 0.2}
+    plain = tasks.make(TaskConfig.model_validate(options))
+    assert set(plain.column("hospital")) == set(SITES)
+    packed = tasks.make(TaskConfig.model_validate(options | {"packing": True, "max_length": 16}))
+    with pytest.raises(UserError, match="has no columns"):
+        packed.column("hospital")
+
+
+def links(config):
+    """The graph and the names of the agents of the run."""
+    with contextlib.closing(build_run(config)) as run:
+        return run.schedule.at(0), run.partition.names
+
+
+EDGES = "mayo kings\nkings charite\n"
+
+
+def test_a_graph_with_names_finds_its_agents(model, table, tmp_path):
+    (tmp_path / "sites.edgelist").write_text(EDGES)
+    graph, names = links(config(model, table, graph=str(tmp_path / "sites.edgelist")))
+    assert graph.names == names == ("charite", "kings", "mayo")
+    assert graph.edges == [(0, 1), (1, 2)]
+    (tmp_path / "more.csv").write_text("source,target\nmayo,kings\nkings,ucl\n")
+    with pytest.raises(UserError, match="are kings, mayo, ucl but those of the run charite, kings, mayo"):
+        build_run(config(model, table, graph=str(tmp_path / "more.csv")))
+    # A matrix keeps the order of its rows; the partition's order wins.
+    (tmp_path / "rows.csv").write_text(",mayo,kings,charite\nmayo,0,1,0\nkings,1,0,1\ncharite,0,1,0\n")
+    again, _ = links(config(model, table, graph=str(tmp_path / "rows.csv")))
+    np.testing.assert_array_equal(again.weights, graph.weights)
+
+
+def test_names_of_a_graph_alone_name_the_agents(model, table, tmp_path):
+    (tmp_path / "sites.edgelist").write_text(EDGES)
+    _, names = links(config(model, table, graph=str(tmp_path / "sites.edgelist"), partition="iid"))
+    assert names == ("charite", "kings", "mayo")
+
+
+def test_the_command_line_from_the_table_to_the_report(model, table, tmp_path, capsys):
+    (tmp_path / "sites.edgelist").write_text(EDGES)
+    out = tmp_path / "run"
+    arguments = ["--agents", 3, "--partition", "column:hospital", "--graph", tmp_path / "sites.edgelist"]
+    arguments += ["--task", "sequence-classification", "--model", model, "--data", table, "--task.test_share", 0.2]
+    arguments += ["--rounds", 1, "--training.steps", 1, "--training.batch_size", 2, "--lora.r", 2, "--out", out]
+    assert main(["run", "digits", *map(str, arguments)]) == 0, capsys.readouterr().err
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["names"] == ["charite", "kings", "mayo"]
+    weights = np.array(facts["graph"]["weights"])
+    assert weights[0, 2] == 0 < weights[0, 1]
