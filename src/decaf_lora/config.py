@@ -29,7 +29,7 @@ from decaf_lora.errors import UserError, nearest
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 OWN = "own"
@@ -84,9 +84,15 @@ class TaskConfig(Section):
     model: str | None = None
     """A model on the Hugging Face Hub, or a local directory."""
     data: str | None = None
-    """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, JSON lines or text file."""
+    """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, Excel, JSON lines or text file."""
     subset: str | None = None
-    """Subset (configuration) of the data set."""
+    """Subset (configuration) of the data set, or sheet of an Excel file."""
+    delimiter: str | None = None
+    """What separates the columns of a CSV file: one character, or `tab`; found from the file if unset."""
+    quoting: Literal["standard", "none"] | None = None
+    """Whether quotes in a CSV file enclose fields, or are characters like others; found from the file if unset."""
+    encoding: str | None = None
+    """Encoding of text files, such as `cp1252`; UTF-8, or the one that makes sense, if unset."""
     train_split: str = "train"
     """Split to learn from; slices such as `train[:10%]` work."""
     test_split: str | None = None
@@ -138,6 +144,9 @@ class TaskConfig(Section):
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     num_workers: int = Field(0, ge=0)
     """Processes that preprocess texts, and threads that preprocess images; 0 uses the main one."""
+    pixel_range: tuple[float, float] | None = None
+    """Values that are black and white in images of more than 8 bits a channel; 0 65535 for whole numbers, 0 1 for
+    others, if unset."""
     image_cache: float = Field(0.5, ge=0)
     """GiB of preprocessed images that each split may keep in memory; others are decoded whenever they are asked for."""
     skip_bad: bool = False
@@ -150,6 +159,20 @@ class TaskConfig(Section):
     def _check_limit(cls, value: float | None) -> float | None:
         if value is not None and not (0 < value < 1 or (value >= 1 and isinstance(value, int))):
             raise ValueError("must be a whole number of at least 1, or a share between 0 and 1")
+        return value
+
+    @field_validator("pixel_range")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("must be two numbers, the lower one first")
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("tab", "\\t") and (len(value) != 1 or value in '"\r\n'):
+            raise ValueError("must be one character (no quote, no line break), or tab")
         return value
 
     @model_validator(mode="after")

@@ -52,7 +52,19 @@ class TaskKind(Kind):
 _ANY = {"name", "eval_batch_size"}
 _PRETRAINED = _ANY | {
     *("model", "dtype", "quantization", "gradient_checkpointing"),
-    *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
+    *(
+        "data",
+        "subset",
+        "delimiter",
+        "quoting",
+        "encoding",
+        "train_split",
+        "test_split",
+        "test_share",
+        "max_train",
+        "max_test",
+        "data_seed",
+    ),
     *("label_column", "classes", "metric", "positive", "num_workers"),
 }
 
@@ -61,7 +73,7 @@ _BUILT_IN = {
     "image-text": TaskKind(
         _image_text,
         "images and the names of their classes, with a CLIP",
-        options=frozenset(_PRETRAINED | {"image_column", "image_cache", "templates", "skip_bad"}),
+        options=frozenset(_PRETRAINED | {"image_column", "image_cache", "pixel_range", "templates", "skip_bad"}),
     ),
     "sequence-classification": TaskKind(
         _sequence_classification,
@@ -111,6 +123,19 @@ def make(config: TaskConfig) -> Task:
     if kind.options is not None:
         refuse_unused(config, kind.options, name)
     return kind.build(config)
+
+
+def files_state(config: TaskConfig) -> str:
+    """A short text that changes whenever a local file does that a task is made of: data, model, a user's own code.
+
+    A process that keeps a task for its next run compares this.
+    """
+    source = config.name.rpartition(":")[0]
+    if not (config.data or config.model or source):
+        return ""
+    from decaf_lora.data.content import state
+
+    return state([name for name in (config.data, config.model, source) if name])
 
 
 def refuse_unused(config: TaskConfig, used: frozenset[str], user: str) -> None:
