@@ -87,8 +87,8 @@ class ImageText(Task):
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
     def on_attach(self, sites: list[str]) -> None:
-        """Text features may be cached only when no adapter sits in the text encoder."""
-        self._text_adapted = any(site.split(".")[0].startswith("text") for site in sites)
+        """Text features are computed once unless something outside the vision tower is trained."""
+        self._text_adapted = not all(site.startswith(("vision", "visual")) for site in sites)
         self._cached_text = None
 
     def train_batch(self, indices: np.ndarray) -> Batch:

@@ -87,9 +87,6 @@ def family_targets(model: Any) -> list[str] | None:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 
     family = model.config.model_type
-    if family.startswith("deberta"):
-        # Its queries and keys also project the relative positions, which have no batch axis to hold agents.
-        return ["in_proj"] if family == "deberta" else ["value_proj"]
     if family in PEFT_DEFAULTS:
         return None
     leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
