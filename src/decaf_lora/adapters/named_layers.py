@@ -135,6 +135,7 @@ def _adaptable(every: list[str], config: LoraConfig) -> list[str]:
 def _matches_nothing(field: str, name: str, known: Iterable[str], model: nn.Module) -> UserError:
     short = list(dict.fromkeys(module.rpartition(".")[2] for module in known))
     close = nearest(name, short, 3) or short[:8]
+    kind = "module" if field in ("modules_to_save", "exclude_modules") else "linear layer"
     return UserError(
-        f"lora.{field}: {name} matches no layer of {type(model).__name__}. Nearest names: {', '.join(close)}."
+        f"lora.{field}: {name} matches no {kind} of {type(model).__name__}. Nearest names: {', '.join(close)}."
     )
