@@ -23,7 +23,7 @@ from decaf_lora import data
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
-from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer, refuse_unknown_tokens
 from decaf_lora.tasks.scores import ClassScore
 
 TEMPLATES = ("a photo of a {}.",)
@@ -167,7 +167,7 @@ def make(config: TaskConfig) -> ImageText:
         )
         for rows in (examples.train, examples.test)
     )
-    return ImageText(
+    task = ImageText(
         model,
         processor.tokenizer,
         [[template.format(name) for template in templates] for name in names],
@@ -178,6 +178,8 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    refuse_unknown_tokens(model, processor.tokenizer, input_ids=task._tokens["input_ids"].numpy())
+    return task
 
 
 def _features(output: Any) -> Tensor:
