@@ -117,6 +117,8 @@ def _results(task: Task, attached: Attached, adapter: Adapter, batch: Batch) -> 
     leaves = {name: t.detach().requires_grad_() for name, t in adapter.tensors().items()}
     with torch.enable_grad(), attached.bind(adapter.with_tensors(leaves)):
         loss = task.losses(batch, adapter.num_agents)
+        if not loss.requires_grad:  # it uses nothing that is trained
+            return _Results(loss.float(), {})
         found = torch.autograd.grad(loss.float().sum(), list(leaves.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
     return _Results(loss.detach().float(), gradients)

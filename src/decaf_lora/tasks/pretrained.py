@@ -99,9 +99,7 @@ def refuse_unknown_tokens(model: Any, tokenizer: Any, **used: NDArray[Any]) -> N
         if not size or highest < size:
             continue
         if name != "input_ids":
-            raise UserError(
-                f"task.model: its tokenizer gives {name} {highest}, and it knows {size}; mend one."
-            )
+            raise UserError(f"task.model: its tokenizer gives {name} {highest}, and it knows {size}; mend one.")
         raise UserError(
             f"task.model: token {tokenizer.convert_ids_to_tokens(highest)!r} has number {highest}, beyond the model's "
             f"{size} embeddings; save it with model.resize_token_embeddings({len(tokenizer)}), or take out what was "
