@@ -142,12 +142,13 @@ def test_a_comparison_ends_and_begins_no_further_run(number, times, begin):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         time.sleep(0.05)
-    assert command.ended() == 130
-    assert "Traceback" not in command.said()
+    # The second may come when the program has said its line, and is about to leave.
+    assert command.ended() in ((130,) if times == 1 else (130, -number))
     wait(lambda: not any(map(alive, workers)))
     assert set(command.begun()) == before
     assert not (command.out / "summary.json").exists()
     if times == 1:
+        assert "Traceback" not in command.said()
         assert f"Go on with: decaf compare --resume {command.out} --task {TOY}" in command.said()
         for name in before:
             whole(command.out / name)

@@ -174,7 +174,7 @@ def _refuse_unnamed_code(config: RunConfig, args: list[str]) -> None:
 
     given = {value for argument in args for value in (argument, argument.partition("=")[2])}
     for value, field in own_code(config).items():
-        if value not in given:
+        if not any(value == text or (".py:" in text and value.startswith(f"{text}:")) for text in given):
             raise UserError(
                 f"resume: this run uses Python of its own, {value}; to let it run, name it again: "
                 f"--{field.removesuffix('.name')} {value}"

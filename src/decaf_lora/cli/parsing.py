@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from tyro.conf import Suppress, arg
 
-from decaf_lora.config import RunConfig, build, fields
+from decaf_lora.cli import own
+from decaf_lora.config import OWN, RunConfig, build, fields
 from decaf_lora.errors import UserError, nearest
 
 Options = TypeVar("Options")
@@ -41,6 +42,7 @@ def parse(
 ) -> tuple[RunConfig, Options]:
     """`base` with what `args` say, and the command's own options; shows help and exits where that is asked for."""
     args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
+    args, options_of_own = own.apart(kind, base, args)
     check_options(args, [*fields(kind), *_fields_of(options), "help"])
     if "--help" in args or "-h" in args:
         _show_help(base, prog, args, options)
@@ -56,7 +58,7 @@ def parse(
     )
     both.__defaults__ = (_unchecked_values(base), _unchecked_values(options()))
     values, output = parsed(both, prog, args)
-    return build(kind, asdict(values)), options(**asdict(output))
+    return build(kind, own.together(asdict(values), base, options_of_own)), options(**asdict(output))
 
 
 _UNCHECKED: dict[Any, type[Any]] = {}
@@ -82,7 +84,7 @@ def _unchecked_values(config: Any) -> Any:
 def _fields_of(kind: type[Any]) -> dict[str, FieldInfo]:
     """The fields of a model or a dataclass of pydantic."""
     found: dict[str, FieldInfo] = kind.__pydantic_fields__
-    return found
+    return {name: field for name, field in found.items() if name != OWN}
 
 
 def _is_group(field: FieldInfo) -> bool:
@@ -114,7 +116,7 @@ def _show_help(base: RunConfig, prog: str, args: list[str], options: type[Any]) 
     both.__annotations__.update(config=Annotated[kinds[0], arg(name="")], output=Annotated[kinds[1], arg(name="")])
     both.__defaults__ = tuple(made() for made in kinds)
     with contextlib.suppress(SystemExit):
-        parsed(both, prog, ["--help"], description=groups["run"])
+        parsed(both, prog, ["--help"], description=groups["run"] + own.shown(args, base))
     others = [name for name in groups if name not in shown]
     if others:
         print("More options, in groups; `--help GROUP` lists them, `--help all` everything:\n")

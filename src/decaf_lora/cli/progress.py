@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from decaf_lora.errors import TrainingError
-from decaf_lora.records import Record
+from decaf_lora.records import Record, mean_score
 from decaf_lora.runs import events
-from decaf_lora.runs.events import Subscriber, Watch, mean_score
+from decaf_lora.runs.events import Subscriber, Watch
 
 
 @contextlib.contextmanager

@@ -114,10 +114,3 @@ def _close(subscribers: tuple[Subscriber, ...], error: BaseException | None) -> 
             failed = failed or caught
     if failed is not None and error is None:
         raise failed
-
-
-def mean_score(record: Record) -> float | None:
-    """Mean over agents of an evaluated round; None if one has no finite score, as in the tables."""
-    scores = record.scores or []
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known and len(known) == len(scores) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decaf_lora import graphs, partition
 from decaf_lora.config import RunConfig, flat
 from decaf_lora.errors import UserError
-from decaf_lora.graphs import as_schedule, parse
 
 if TYPE_CHECKING:
     from decaf_lora.run import Run
@@ -38,11 +39,11 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     schedule = run.schedule
     if config is not None:
         # The graph that was asked for, also of algorithms that do not use it: a comparison shows one.
-        schedule = as_schedule(parse(config.graph, config.agents, config.seed))
-    partition, task = run.partition, run.task
-    if config is not None and partition.names:
-        schedule = schedule.arranged(partition.names)
-    agents = len(partition.shards)
+        schedule = graphs.as_schedule(graphs.parse(config.graph, config.agents, config.seed))
+    split, task = run.partition, run.task
+    if config is not None and split.names:
+        schedule = schedule.arranged(split.names)
+    agents = len(split.shards)
     names = getattr(task, "classes", None)
     return {
         "algorithm": run.algorithm.name,
@@ -52,12 +53,12 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
             "sigma_2": None if schedule.period is None else schedule.sigma_2,
         },
         "partition": {
-            "name": partition.name if config is None else config.partition,
-            "label_table": partition.label_table().tolist(),
-            "classes": [names[c] if names else str(c) for c in partition.classes],
+            "name": split.name if config is None else config.partition,
+            "label_table": split.label_table().tolist(),
+            "classes": [names[c] if names else str(c) for c in split.classes],
         },
         "agents": agents,
-        "names": list(partition.names),
+        "names": list(split.names),
         "ranks": []
         if run.attached.uniform
         else [max(s.rank for s in run.attached.sites_of(i).values()) for i in range(agents)],
@@ -65,6 +66,8 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
         "seed": run.seed,
         "task": task.name,
         "score_name": task.score_name,
+        "lower_is_better": task.lower_is_better,
+        "majority_score": task.majority_score(),
         "uses_graph": run.algorithm.topology == "graph",
         "agents_per_pass": run.trainer.agents_per_pass,
     }
@@ -138,21 +141,27 @@ def own_code(config: RunConfig) -> dict[str, str]:
     for field in _CODE:
         given = values.get(field, ())
         for value in [given] if isinstance(given, str) else given:
-            if _names_python(value):
+            if _python_of(value) is not None:
                 found.setdefault(value, field)
     return found
 
 
-def _names_python(value: str) -> bool:
-    where, _, function = value.rpartition(":")
-    return function.isidentifier() and (where.endswith(".py") or all(part.isidentifier() for part in where.split(".")))
+def _python_of(value: str) -> str | None:
+    """The file or the module that a name runs, None if it names none. Looks, but imports nothing."""
+    match = re.search(r"([^:]+\.py):[A-Za-z_]", value)
+    if match is not None:
+        return match[1]
+    match = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*(?::.*)?", value)
+    if match is None or match[1].replace("_", "-") in {*graphs.KINDS, *partition.KINDS}:
+        return None
+    return match[1]
 
 
 def code_hashes(config: RunConfig) -> dict[str, str]:
     """What `own_code` finds -> hash of its file; without those whose file cannot be found. Imports packages."""
     hashes = {}
     for value in own_code(config):
-        file = _file_of(value.rpartition(":")[0])
+        file = _file_of(_python_of(value) or "")
         if file is not None and file.is_file():
             hashes[value] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return hashes
@@ -174,6 +183,6 @@ def refuse_changed_code(before: Mapping[str, str], config: RunConfig) -> None:
     for value, hash_ in before.items():
         if now.get(value, hash_) != hash_:
             raise UserError(
-                f"resume: {value.rpartition(':')[0]} ({own_code(config)[value]}) has changed since this run was saved; "
+                f"resume: {_python_of(value)} ({own_code(config)[value]}) has changed since this run was saved; "
                 "put the former file back, or choose another --out."
             )
