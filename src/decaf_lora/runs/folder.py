@@ -19,6 +19,7 @@ from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError
 from decaf_lora.records import (
+    Record,
     RecordWriter,
     SummaryRow,
     environment,

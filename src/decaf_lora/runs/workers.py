@@ -62,7 +62,7 @@ class Workers:
 
     def __init__(self, count: int, threads: int, hear: Callable[[Any], None]) -> None:
         # A server that has loaded torch once forks the workers; it computes nothing itself, so that GPUs stay free.
-        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
             self._context.set_forkserver_preload(list(_PRELOAD))
         self._threads, self._hear, self._count = threads, hear, count
