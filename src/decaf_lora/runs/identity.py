@@ -76,12 +76,13 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
 def sources(run: Run) -> dict[str, Any]:
     """What a run is made from, as JSON values that are equal for equal runs: hashes of data, model, graph and split."""
     task, schedule = run.task, run.schedule
-    told = getattr(task, "facts", task.describe)()
+    told = task.facts()
     found = {
-        **{f"task {name}": value for name, value in told.items()},
-        "training examples": len(task.labels),
-        "test examples": task.num_test,
         "labels (hash)": _hash(np.asarray(task.labels)),
+        "training examples": told["num_train"],
+        "test examples": told["num_test"],
+        "classes": told["classes"],
+        "data (hash)": told["content"][:16],
         "adapted layers": len(run.attached.sites),
         "base model (hash)": _model(run),
         "partition (hash)": _hash(*run.partition.shards),
