@@ -439,6 +439,8 @@ def test_a_run_from_a_notebook_gets_a_folder_and_goes_on_in_it(tmp_path, capsys)
     equal(cut, whole)
     assert decaf("report", cut) == 0
     assert (cut / "report.html").exists()
+    assert decaf("export", cut, "--agent", 1, "--to", tmp_path / "adapter") == 0
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     other = notebook()
     other.seed = 5
     other.partition = partition.iid(other.task.labels, 3, seed=1)
