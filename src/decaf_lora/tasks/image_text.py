@@ -23,7 +23,7 @@ from decaf_lora import data
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
-from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer, refuse_unknown_tokens
 from decaf_lora.tasks.scores import ClassScore
 
 TEMPLATES = ("a photo of a {}.",)
@@ -88,8 +88,8 @@ class ImageText(Task):
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
     def on_attach(self, sites: list[str]) -> None:
-        """Text features may be cached only when no adapter sits in the text encoder."""
-        self._text_adapted = any(site.split(".")[0].startswith("text") for site in sites)
+        """Text features are computed once unless something outside the vision tower is trained."""
+        self._text_adapted = not all(site.startswith(("vision", "visual")) for site in sites)
         self._cached_text = None
 
     def train_batch(self, indices: np.ndarray) -> Batch:
@@ -137,7 +137,7 @@ def make(config: TaskConfig) -> ImageText:
     """The task that `config` describes. In prompts, underscores of class names become spaces."""
     templates = config.templates or TEMPLATES
     for template in templates:
-        if template.count("{}") != 1 or template.count("{") != 1:
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
             raise UserError(f"task.templates: {template!r} needs {{}} once, for the class name.")
     label, image = config.label_column or "label", config.image_column
     examples = data.load(config, [], label=label, image=image)
@@ -146,6 +146,7 @@ def make(config: TaskConfig) -> ImageText:
             f"task.classes: the labels in column {label!r} are only numbers; give the {len(examples.classes)} names "
             "that prompts are made of, in the order of the numbers."
         )
+    data.needs_classes(examples.labels, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     processor = pretrained_tokenizer(config, processor=True)
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
@@ -164,6 +165,7 @@ def make(config: TaskConfig) -> ImageText:
             config.num_workers,
             data.image_folder(config),
             config.image_cache * 2**30,
+            config.pixel_range,
         )
         for rows in (examples.train, examples.test)
     )
@@ -178,8 +180,10 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    refuse_unknown_tokens(model, processor.tokenizer, input_ids=task._tokens["input_ids"].numpy())
     task.tables = {"train": examples.train, "test": examples.test}
     task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
+    task.content = examples.content
     return task
 
 

@@ -24,7 +24,14 @@ from decaf_lora.config import TaskConfig
 from decaf_lora.data import Ragged
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
-from decaf_lora.tasks.pretrained import family_targets, max_tokens, pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.pretrained import (
+    family_targets,
+    max_tokens,
+    pretrained_config,
+    pretrained_model,
+    pretrained_tokenizer,
+    refuse_unknown_tokens,
+)
 from decaf_lora.tasks.scores import ClassScore
 
 HEADS = ("classifier", "score")
@@ -110,7 +117,9 @@ def make(config: TaskConfig) -> SequenceClassification:
     columns = [("text_column", config.text_column)]
     if config.text_pair_column is not None:
         columns.append(("text_pair_column", config.text_pair_column))
-    examples = data.load(config, columns, label=config.label_column or "label")
+    own = _own_classes(config)
+    examples = data.load(config, columns, label=config.label_column or "label", order=own)
+    data.needs_classes(examples.labels, examples.classes)
     data.needs_text(examples.train, columns)
     data.needs_text(examples.test, columns)
     score = ClassScore(config.metric, examples.classes, config.positive)
@@ -123,8 +132,10 @@ def make(config: TaskConfig) -> SequenceClassification:
         label2id={c: i for i, c in enumerate(examples.classes)},
         ignore_mismatched_sizes=True,
     )
+    _compare_classes(own, examples.classes)
     pad = _padding_token(tokenizer, model)
     limit = max_tokens(config, model, tokenizer)
+    takes = inspect.signature(model.forward).parameters
     sequences, truncated = {}, {}
     for split, rows in (("train", examples.train), ("test", examples.test)):
         tokenized = data.preprocess(
@@ -140,8 +151,11 @@ def make(config: TaskConfig) -> SequenceClassification:
         sequences[split] = {
             name: Ragged.of(tokenized, name)
             for name in ("input_ids", "token_type_ids")
-            if name in tokenized.column_names
+            if name in tokenized.column_names and name in takes
         }
+        data.needs_tokens(rows, sequences[split]["input_ids"].lengths, "text_column", split)
+        refuse_unknown_tokens(model, tokenizer, **{name: ragged.values for name, ragged in sequences[split].items()})
+    refuse_unknown_tokens(model, tokenizer, input_ids=np.array([pad]))
     data.warn_truncated(truncated, limit)
     by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
     task = SequenceClassification(
@@ -163,7 +177,38 @@ def make(config: TaskConfig) -> SequenceClassification:
         "max_length": limit,
         "pad_token": tokenizer.pad_token,
     }
+    task.content = examples.content
     return task
+
+
+def _own_classes(config: TaskConfig) -> list[str]:
+    """The names of the classes of a checkpoint that was fine-tuned already, in the order of its head; else []."""
+    found = pretrained_config(config)
+    if not any(name.endswith("ForSequenceClassification") for name in found.architectures or ()):
+        return []
+    names = [str(found.id2label.get(i, "")) for i in range(len(found.id2label or ()))]
+    return [] if all(re.fullmatch(r"(LABEL_\d+)?", name) for name in names) else names
+
+
+def _compare_classes(own: Sequence[str], classes: Sequence[str]) -> None:
+    """What becomes of a checkpoint's head for the classes `own`: refused in another order, else told."""
+    keys, wanted = [data.alike(name) for name in own], [data.alike(name) for name in classes]
+    if not own or keys == wanted:
+        return
+    if sorted(keys) == sorted(wanted):
+        raise UserError(
+            f"task.classes: the checkpoint's head has these classes in the order {', '.join(own)}; leave task.classes "
+            "out, or give them in this order."
+        )
+    if len(own) != len(classes):
+        warnings.warn(
+            f"task.model: its head is for {len(own)} classes ({', '.join(own[:5])}), the data have {len(classes)}; a "
+            "new head is trained. If they are the same classes, name all of them in task.classes.",
+            stacklevel=3,
+        )
+        return
+    pairs = ", ".join(f"{a} for {b}" for a, b in list(zip(own, classes, strict=True))[:5])
+    warnings.warn(f"task.model: its head was trained for other classes and starts as it is: {pairs}.", stacklevel=3)
 
 
 def tokenize(batch: Mapping[str, list[str]], tokenizer: Any, columns: list[str], limit: int) -> dict[str, list[Any]]:
@@ -203,7 +248,16 @@ def heads(model: nn.Module, new: Sequence[str]) -> list[str]:
             f"task.model: the checkpoint lacks {len(lost)} tensors of {type(model).__name__}'s encoder (first: "
             f"{lost[0]}); it is no checkpoint of this family."
         )
-    return list(dict.fromkeys([*heads, *(key.rpartition(".")[0] for key in outside)]))
+    own = dict.fromkeys(key.rpartition(".")[0] for key in outside)
+    for name in own:
+        old = [key for key, _ in model.get_submodule(name).named_parameters(prefix=name) if key not in new]
+        if old:  # such as a parameter of the whole encoder: training its module would train the encoder
+            first = next(key for key in outside if key.rpartition(".")[0] == name)
+            raise UserError(
+                f"task.model: the checkpoint lacks {first} of {type(model).__name__}, which would stay as drawn; "
+                "choose a checkpoint that has it."
+            )
+    return list(dict.fromkeys([*heads, *own]))
 
 
 def _in_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
