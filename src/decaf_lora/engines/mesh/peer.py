@@ -468,7 +468,8 @@ class Peer:
                     saved.record = EMPTY
         waited = {edge.peer: (now if edge.settled is None else edge.settled) - self._opened for edge in row}
         self._pass(exchange)
-        self._end(True, verdicts, contents, frozenset(emptied), waited)
+        gone = frozenset(emptied)
+        self._outcome = Outcome(exchange, True, verdicts, contents, gone, waited, self._left, self.saved())
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
         """Gives up the open exchange for that which the neighbours are at."""
@@ -478,18 +479,7 @@ class Peer:
             self._open(target)
         else:  # the message was made for a later hop, or the run is over
             self._pass(min(target - 1, self.course.last))
-            self._end(False, {}, {}, frozenset(), {})
-
-    def _end(
-        self,
-        took_part: bool,
-        verdicts: dict[int, Verdict],
-        contents: dict[int, Any],
-        emptied: frozenset[int],
-        waited: dict[int, float],
-    ) -> None:
-        edges = self.saved()
-        self._outcome = Outcome(self.closed, took_part, verdicts, contents, emptied, waited, self._left, edges)
+            self._outcome = Outcome(self.closed, False, {}, {}, frozenset(), {}, self._left, self.saved())
 
     def _pass(self, exchange: int) -> None:
         """Everything up to `exchange` is over for this agent."""
