@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format proto clean
+.PHONY: install demo test check lint format fuzz proto clean
 
 install: $(STAMP)
 
@@ -39,6 +39,10 @@ check: lint test
 format: $(STAMP_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Spoilt inputs until it is stopped; tests/robustness/test_fuzz.py is a sample of them.
+fuzz: $(STAMP_TEST)
+	$(BIN)/python tests/helpers/fuzz.py
 
 # The module that src/decaf_lora/engines/links/mesh.proto describes; a test checks that it is current.
 proto: $(STAMP_TEST)
