@@ -43,7 +43,7 @@ def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
     """Write a run directory as the engine does.
 
     Options: agents, rounds, seed, graph, partition, classes, every (rounds between evaluations), measured (rounds
-    between measurements), note, lower_is_better.
+    between measurements), note, lower_is_better, majority (score).
     """
     agents = 1 if algorithm == "centralized" else options.get("agents", 10)
     rounds, seed = options.get("rounds", 30), options.get("seed", 0)
@@ -71,6 +71,7 @@ def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
             "task": "digits",
             "score_name": "accuracy",
             "lower_is_better": options.get("lower_is_better", False),
+            "majority_score": options.get("majority"),
         },
     )
     skew = draw.normal(0, 0.06 if agents > 1 else 0, agents)
@@ -255,6 +256,14 @@ class TestComparison:
         agents = json.loads((tmp_path / "decaf-seed0" / "records.jsonl").read_text().splitlines()[-1])["scores"]
         assert decaf[3] == f"{max(agents):.3f}", "the worst agent has the highest loss"
 
+    def test_says_that_nothing_was_learnt(self, tmp_path: Path) -> None:
+        make_run(tmp_path / "run", rounds=10, majority=0.99)
+        page = page_of(tmp_path / "run")
+        assert page.row("majority class")[2] == "0.990"
+        assert page.row("start")[2] < page.row("decaf")[2]
+        assert "Nothing useful was learnt by decaf" in page.source
+        assert "Nothing useful" not in page_of(make_run(tmp_path / "other", rounds=10, majority=0.1)).source
+
     def test_the_header_says_what_was_run(self, page: Page) -> None:
         assert page.words["h1"] == ["6 algorithms on digits"]
         facts = [
@@ -419,7 +428,7 @@ class TestSections:
         assert sections.words["h3"].count("Score by round") == 3
 
     def test_baselines_without_a_graph_are_in_each(self, sections: Page) -> None:
-        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] != "algorithm"]
+        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] in PROFILE]
         assert sorted(algorithms[:3]) == ["centralized", "decaf", "fedavg"]
         assert algorithms == algorithms[:3] * 3
 

@@ -7,11 +7,23 @@ command line.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from decaf_lora import kinds
 from decaf_lora.errors import UserError, nearest
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
@@ -27,13 +39,14 @@ class _Frozen(BaseModel):
             for name, field in cls.model_fields.items():
                 if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                     continue  # it checks itself
-                if "bool" not in str(field.annotation) and any(isinstance(v, bool) for v in _inside(values.get(name))):
+                may = any(word in str(field.annotation) for word in ("bool", "Any"))
+                if not may and any(isinstance(v, bool) for v in _inside(values.get(name))):
                     raise ValueError(f"{name} must not be true or false; write a number, or a word in quotes")
         return values
 
     @model_validator(mode="after")
     def _no_absurd_numbers(self) -> _Frozen:
-        for name in type(self).model_fields:
+        for name in set(type(self).model_fields) - {OWN}:
             most = MOST_SEED if "seed" in name else MOST
             if any(isinstance(v, int | float) and abs(v) > most for v in _inside(getattr(self, name))):
                 raise ValueError(f"{name} must be at most {most}")
@@ -51,8 +64,51 @@ def _inside(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-class TaskConfig(_Frozen):
+OWN = "own"
+"""The field of a section that holds the options of a kind which is not of this package."""
+
+
+class Section(_Frozen):
+    """A section whose `name` may be the user's own kind, or an installed package's, with options of its own.
+
+    These stand among the others in YAML and on the command line; here they are apart, since only whoever loads the
+    kind can check them.
+    """
+
+    name: str
+    own: dict[str, Any] = Field(default_factory=dict)
+    described: ClassVar[frozenset[str]]
+    """The kinds whose options are all fields of the section."""
+
+    @classmethod
+    def has_own(cls, names: Iterable[Any]) -> bool:
+        """Whether one of `names` may take options that the section does not have."""
+        return any(str(name).strip().lower().replace("_", "-") not in cls.described for name in names)
+
+    @classmethod
+    def apart(cls, values: Any, names: Iterable[Any]) -> Any:
+        """`values` with the fields that the section does not have under `own`, if one of `names` may take them."""
+        if not isinstance(values, dict) or not cls.has_own(names):
+            return values
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        rest = {str(key): value for key, value in values.items() if key not in cls.model_fields}
+        return {**known, OWN: {**known.get(OWN, {}), **rest}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_apart(cls, values: Any) -> Any:
+        return cls.apart(values, [values["name"]] if isinstance(values, dict) and "name" in values else [])
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {**{key: value for key, value in values.items() if key != OWN}, **values.get(OWN, {})}
+
+
+class TaskConfig(Section):
     """What is learnt: model, data, loss and score. A task refuses options that it does not use."""
+
+    described = frozenset({"digits", "image-text", "sequence-classification", "causal-lm"})
 
     name: str = "digits"
     """`digits`, `image-text`, `sequence-classification`, `causal-lm`, or `module:function` /
@@ -199,8 +255,10 @@ class LoraOptions(_Frozen):
         return self
 
 
-class AlgorithmConfig(_Frozen):
+class AlgorithmConfig(Section):
     """What agents send and how they combine it. Unset options take the algorithm's own default."""
+
+    described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
 
     name: str = "decaf"
     """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg or centralized."""
@@ -315,6 +373,16 @@ class RunConfig(_Frozen):
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
 
+    @field_validator("graph", "partition", mode="before")
+    @classmethod
+    def _with_options(cls, value: Any, info: ValidationInfo) -> Any:
+        """A name with its options as a mapping, {name: ..., option: value}."""
+        if not isinstance(value, dict):
+            return value
+        if not isinstance(value.get("name"), str):
+            raise ValueError("give a name, or a mapping with the field `name` and options")
+        return kinds.joined(value["name"], {k: v for k, v in value.items() if k != "name"}, str(info.field_name))
+
     @field_validator("gossip_steps")
     @classmethod
     def _check_gossip(cls, value: int | Literal["period"]) -> int | Literal["period"]:
@@ -336,6 +404,14 @@ class CompareConfig(RunConfig):
     """Seeds, all shown as mean and standard deviation."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Each algorithm's own learning rate, where it differs from `training.learning_rate`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_apart(cls, values: Any) -> Any:
+        """Options of one's own may belong to any of the algorithms that are compared."""
+        if not isinstance(values, dict) or not isinstance(values.get("algorithms"), list | tuple):
+            return values
+        return {**values, "algorithm": AlgorithmConfig.apart(values.get("algorithm", {}), values["algorithms"])}
 
 
 def load(kind: type[RunConfig], path: Path) -> RunConfig:
@@ -375,6 +451,8 @@ def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted names of all fields of a configuration."""
     names = []
     for name, field in kind.model_fields.items():
+        if name == OWN:
+            continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += fields(field.annotation, f"{prefix}{name}.")
         else:

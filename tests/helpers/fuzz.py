@@ -190,8 +190,8 @@ def config(draw: random.Random, folder: Path, made: Path) -> None:
 def command(draw: random.Random, folder: Path, made: Path) -> None:
     """A command line: the commands that are over soon, and the options of the others."""
     from decaf_lora import config as configs
-    from decaf_lora.graphs import KINDS
     from decaf_lora.cli.options import Output, Planning, configured
+    from decaf_lora.graphs import KINDS
 
     small = [word for word in WORDS if not word.strip().isdigit() or len(word) < 3]
     words = [*small, "ring", "complete", "star:1", "base:3", "exponential", "iid", "5", "3", "x.yaml"]

@@ -370,6 +370,7 @@ def test_every_field_is_shared_or_local():
     assert set(terms.LOCAL_TASK) == {
         *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
         *("text_column", "text_pair_column", "image_column", "label_column", "prompt_column", "answer_column"),
+        *("delimiter", "quoting", "encoding", "pixel_range"),
         *("gradient_checkpointing", "num_workers", "image_cache", "skip_bad", "eval_batch_size"),
     }
 
@@ -387,13 +388,30 @@ def test_nothing_of_a_site_is_signed():
 
 def test_a_site_adds_its_own_and_changes_nothing_shared():
     made = terms.terms_of(digits())
-    config = made.config(3, "ring", {"device": "cpu", "task": {"eval_batch_size": 8}})
-    assert config.task.eval_batch_size == 8
+    config = made.config(3, "ring", {"device": "cpu", "eval_batch_size": 8, "agents_per_pass": 1})
+    assert (config.task.eval_batch_size, config.device, config.training.agents_per_pass) == (8, "cpu", 1)
     assert config.training.learning_rate == digits().training.learning_rate
     assert (config.agents, config.rounds) == (3, 30)
-    for local in ({"rounds": 5}, {"task": {"classes": ("x",)}}, {"training": {"steps": 1}}):
-        with pytest.raises(UserError, match="the federation file says it"):
-            made.config(3, "ring", local)
+    for shared in ("rounds", "classes", "steps", "learning_rate", "model", "graph", "agents", "lora"):
+        with pytest.raises(UserError, match=f"{shared}: the federation file says it"):
+            made.config(3, "ring", {shared: 1})
+
+
+def test_the_options_of_ones_own_task_are_shared():
+    task = {"name": "moons.py:make", "noise": 0.25, "data": "secret.csv"}
+    made = terms.terms_of(digits(task=task))
+    assert made.task["noise"] == 0.25
+    assert "data" not in made.task
+    config = terms.Terms.model_validate(made.model_dump(mode="json")).config(3, "ring", {"data": "mine.csv"})
+    assert config.task.own == {"noise": 0.25}
+    assert config.task.data == "mine.csv"
+
+
+def test_a_site_without_a_test_set_holds_one_out():
+    made = terms.terms_of(digits(task={"name": "causal-lm", "model": "m"}))
+    assert made.config(3, "ring", {"data": "x.csv"}).task.test_share == 0.2
+    assert made.config(3, "ring", {"data": "x", "test_split": "test"}).task.test_share is None
+    assert made.config(3, "ring", {"data": "x", "test_share": 0.5}).task.test_share == 0.5
 
 
 @pytest.mark.parametrize(

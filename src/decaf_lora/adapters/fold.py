@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -98,7 +98,7 @@ def take_apart(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, str]
         config: Any = model.config
         for one in (config, config.get_text_config()):
             one.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}  # type: ignore[assignment] - read when it is saved
+        cast(Any, model).all_tied_weights_keys = {}  # read when the model is saved
     return untied
 
 

@@ -142,7 +142,7 @@ def _save_generation(directory: Path, task: Facts) -> None:
     """The base's generation settings, which end where the training texts end."""
     from transformers import AutoConfig, GenerationConfig
 
-    where = {"revision": task.get("revision")}
+    where: dict[str, Any] = {"revision": task.get("revision")}
     try:
         settings = GenerationConfig.from_pretrained(task["model"], **where)
     except OSError:

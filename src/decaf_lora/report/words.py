@@ -63,6 +63,7 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         lines = [
             [(text, (id(row), column) in best) for column, text in enumerate(records.cells(row))] for row in members
         ]
+        lines += [[(text, False) for text in line] for line in records.references(members)]
         # The title says what graph and partition (columns 1 and 2) are.
         groups.append((" · ".join(setting), [line[:1] + line[3:] for line in lines]))
     several_seeds = any(row.seeds > 1 for row in records.aggregate(everything))
@@ -75,6 +76,7 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         "groups": groups,
         "pivots": [_pivot(everything, metric) for metric in records.SHOWN] if len(groups) > 1 else [],
         "note": " ".join(notes),
+        "warnings": records.nothing_learnt(everything),
     }
 
 
