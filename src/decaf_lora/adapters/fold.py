@@ -22,13 +22,20 @@ def fold(task: Mapping[str, Any], adapter: Path, directory: Path) -> None:
     is not of transformers, cannot be loaded, or is in 4 bits.
     """
     from peft import PeftModel
+    from transformers import GenerationConfig
 
     model = base_model(task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are shared: they were taken apart
         untied = take_apart(model, trained_modules(adapter))
         with _quiet():
-            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        try:
+            merged: Any = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"merge: the adapter has values that are not finite ({error}).") from error
+    if merged.can_generate():  # what is written is the base's own, by `write_companions`
+        merged.generation_config = GenerationConfig()
     merged = merged.to(getattr(torch, task["dtype"]))
     merged.save_pretrained(directory)
     if untied:
