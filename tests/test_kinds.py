@@ -103,13 +103,13 @@ def test_a_function_of_a_module_on_the_path(mine, tmp_path, monkeypatch):
         ("MINE:number", r"^graph: .*mine\.py has no function 'number'\."),
         ("MINE:nothing", r"^graph: .*mine\.py:nothing gives no matrix of numbers"),
         ("MINE:five", r"^graph: .*mine\.py:five returned 5 agents but the run has 8; .* or use 5 agents\.$"),
-        ("MINE:needs", r"^graph: .*mine\.py:needs needs width; write .*mine\.py:needs:width=VALUE"),
+        ("MINE:needs", r"^graph: .*mine\.py:needs needs width; give graph\.width, .* supplied: num_agents, seed\.$"),
         ("MINE:two_rings:bridges=few", r"^graph\.bridges: input should be a valid integer.* \(got 'few'\)\.$"),
         ("MINE:two_rings:bridge=2", r"^graph: option of .*two_rings: 'bridge' is not known\. Did you mean 'bridges'\?"),
         ("MINE:two_rings:1,true,3", r"^graph: .* takes 2 options \(bridges, far\), so '3' is one too many\.$"),
         ("MINE:two_rings:2,bridges=3", r"^graph: .* sets bridges twice; give it once\.$"),
         ("MINE:adjacency:2", r"^graph: .* takes no options, so '2' is one too many\.$"),
-        ("MINE:adjacency:a=2", r"^graph: .* takes no options; write .*mine\.py:adjacency instead of"),
+        ("MINE:adjacency:a=2", r"^graph: .*mine\.py:adjacency takes no options; leave out a\.$"),
         (
             "no_such_module:ring",
             r"^graph: 'no-such-module' is not known\. .*Or name a function of your own, file\.py:function\.",
@@ -182,10 +182,10 @@ def install(folder, package, points, code=GRAPH):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    kinds._entry_points.cache_clear()
+    kinds.installed.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    kinds._entry_points.cache_clear()
+    kinds.installed.cache_clear()
 
 
 def test_an_installed_package_adds_graphs_and_partitions(site):

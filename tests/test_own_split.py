@@ -12,6 +12,7 @@ from decaf_lora.cli import main
 from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.errors import UserError
 from decaf_lora.runs.build import build_run
+from decaf_lora.runs.export import numbered
 from tiny import WORDS, write
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("datasets_cache")]
@@ -130,3 +131,29 @@ def test_the_command_line_from_the_table_to_the_report(model, table, tmp_path, c
     assert facts["names"] == ["charite", "kings", "mayo"]
     weights = np.array(facts["graph"]["weights"])
     assert weights[0, 2] == 0 < weights[0, 1]
+    assert "kings" in (out / "report.html").read_text()
+    # Export by name is export by number, without the table and without the user's graph.
+    (tmp_path / "sites.edgelist").unlink()
+    assert main(["export", str(out), "--agent", "kings", "--to", str(tmp_path / "kings")]) == 0
+    assert main(["export", str(out), "--agent", "1", "--to", str(tmp_path / "one")]) == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "kings" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert "agent 1, kings" in (tmp_path / "kings" / "README.md").read_text()
+    assert main(["report", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(out), "--agent", "ucl", "--to", str(tmp_path / "ucl")]) == 2
+    assert (
+        "agent: 'ucl' is neither a number nor 'averaged' nor 'all'. Choose one of: charite" in capsys.readouterr().err
+    )
+
+
+def test_a_name_with_two_meanings_is_refused():
+    assert numbered("7", ["3", "7"]) == 1  # there is no agent number 7
+    assert numbered("1", ["a", "1"]) == 1
+    assert numbered("1", []) == 1
+    assert numbered("b", ["a", "b"]) == 1
+    assert numbered("all", ["a", "b"]) == "all"
+    with pytest.raises(UserError, match="agent: 1 is the name of agent 0 and the number of '0'; rename it"):
+        numbered("1", ["1", "0"])
+    with pytest.raises(UserError, match="agent: 'all' is also the name of an agent; give its number, 1"):
+        numbered("all", ["a", "all"])

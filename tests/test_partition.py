@@ -328,8 +328,8 @@ SITES = {"hospital": ["kings", "charite", "kings", "mayo"], "ward": [1, 1, 1, 1]
 LABELS = [0, 1, 1, 0]
 
 
-def column(name):
-    return SITES[name]
+def column(name, split="train"):
+    return SITES[name] if split == "train" else np.array(["mayo", "ucl", "kings", "mayo"])
 
 
 def test_a_column_splits():
@@ -337,6 +337,7 @@ def test_a_column_splits():
     assert split.name == "column:hospital"
     assert split.names == ("charite", "kings", "mayo")
     assert [shard.tolist() for shard in split.shards] == [[1], [0, 2], [3]]
+    assert [test.tolist() for test in split.tests] == [[], [2], [0, 3]]  # nobody learns at ucl
     with pytest.raises(UserError, match=r"hospital has 3 agents \(charite, kings, mayo\) but the run has 10"):
         parse("column:hospital", LABELS, 10, 0, column)
     with pytest.raises(UserError, match=r"this task has no columns, so none called 'hospital'"):
@@ -348,7 +349,7 @@ def test_a_column_splits():
 @pytest.mark.parametrize("seed", range(4))
 def test_shots_choose_before_a_column_splits(seed):
     labels, sites = np.tile([0, 1], 20), {"site": np.repeat(["a", "b"], 20)}
-    split = parse("shots:15/column:site", labels, 2, seed, sites.__getitem__)
+    split = parse("shots:15/column:site", labels, 2, seed, lambda name, split="train": sites[name])
     assert split.name == "shots:15/column:site"
     np.testing.assert_array_equal(split.examples, partition.few_shot(labels, 15, seed))
     assert (split.shards[0] < 20).all()

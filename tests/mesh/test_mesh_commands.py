@@ -1,15 +1,21 @@
 """`decaf federation` as people call it: what is written, printed and refused; each mistake one line, exit code 2."""
 
+import inspect
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from decaf_lora.cli import main
+import tiny
+from decaf_lora.cli import federation, main
 from decaf_lora.engines.links import Links, Neighbour
-from decaf_lora.federation import checking, commands, file, keys
-from endpoints import QUICK, Heard
+from decaf_lora.federation import checking, commands, file, keys, status
+from endpoints import PATIENCE, QUICK, Heard, until
 
 NAMES = ("alice", "bob", "carol")
 
@@ -80,11 +86,12 @@ def test_what_the_people_do(place, said):
     for name in NAMES:
         assert "PRIVATE" not in (place / f"{name}.request").read_text()
     out = said("check", fed, "--name", "alice", "--trust", told(place))
-    assert [line.split()[0] for line in out.splitlines()] == ["right"] * 6 + ["open", "right"]
+    assert [line.split()[0] for line in out.splitlines()] == ["right"] * 7 + ["open", "right"]
+    assert "data: 800 examples to learn from, 10 labels among them; one batch gives the loss " in out
     assert "bob not reached: 127.0.0.1:1: Connection refused" in out
     assert "carol dials this agent" in out
     as_json = json.loads(said("check", fed, "--name", "alice", "--json"))  # the trust is kept
-    assert [finding["verdict"] for finding in as_json] == ["right"] * 6 + ["open", "right"]
+    assert [finding["verdict"] for finding in as_json] == ["right"] * 7 + ["open", "right"]
 
 
 def test_help_names_every_command(said):
@@ -261,6 +268,41 @@ def test_check_of_another_base_model_or_software_or_of_an_expired_file(place):
     assert "the file expired at 2020-" in found["clock"][1]
 
 
+def test_check_reads_the_sites_own_data(tmp_path, said, capsys):
+    """A label that is not among the agreed classes is named; so is a column that is not there."""
+    model = tiny.write("bert", tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    task = {"name": "sequence-classification", "model": str(model), "classes": ["bad", "good"]}
+    recipe.write_text(yaml.safe_dump({"task": task, "lora": {"r": 2, "target_modules": ["query", "value"]}}))
+    fed = tmp_path / "fed.yaml"
+    said("init", fed, "--recipe", recipe, "--agents", "a,b")
+    for name in "ab":
+        said("request", fed, "--name", name, "--listen", "127.0.0.1:1")
+    said("seal", fed, tmp_path / "a.request", tmp_path / "b.request")
+    trusted = ["--name", "b", "--trust", told(tmp_path)]
+    good = tmp_path / "good.csv"
+    good.write_text("text,label\n" + "the cat sat,good\nthe dog sat,bad\n" * 20)
+    out = said("check", fed, *trusted, "--data", good)
+    assert "data: 32 examples to learn from, 2 labels among them" in out  # a fifth is held out
+    assert "secret" not in fed.read_text()
+    for content, options, what in [
+        ("text,label\n" + "the cat sat,good\nthe dog sat,awful\n" * 20, [], "awful"),
+        ("question,label\n" + "the cat sat,good\n" * 20, [], "task.text_column"),
+        ("text,label\n", [], "task"),
+    ]:
+        other = tmp_path / "other.csv"
+        other.write_text(content)
+        capsys.readouterr()
+        assert main(["federation", "check", str(fed), *trusted, "--data", str(other), *options]) == 2
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "wrong" in line]
+        assert line.startswith("wrong  data: ")
+        assert what in line
+
+
+def test_check_takes_no_option_that_all_share(place, fails):
+    assert "rounds" in fails("check", place / "fed.yaml", "--name", "alice", "--rounds", "3")
+
+
 def test_check_sees_a_neighbour_that_is_up_and_one_that_refuses(place):
     """Carol dials alice, who listens and knows her, and bob, whose file is another."""
     alice, bob = (keys.load_identity(place / f"{name}.key") for name in ("alice", "bob"))
@@ -289,18 +331,50 @@ def test_check_sees_a_neighbour_that_is_up_and_one_that_refuses(place):
 
 def test_status(place, said, fails):
     fed = place / "fed.yaml"
-    assert "has not run here yet" in fails("status", fed, "--name", "alice")
+    assert "status: alice has not run here yet" in fails("status", fed, "--name", "alice")
     assert "Did you mean 'alice'" in fails("status", fed, "--name", "alise")
-    what = {"round": 3, "rounds": 30, "neighbours": [{"name": "bob", "up": True}]}
-    commands.status_file(fed, "alice").write_text(json.dumps(what))
-    assert json.loads(said("status", fed, "--name", "alice", "--json")) == what
+    edges = [status.EdgeStatus("bob", up=True, since=1.0, missed=2, sent=1500), status.EdgeStatus("carol", why="lost")]
+    what = status.AgentStatus("f", 1, "alice", 7, "training", 3, 30, loss=0.5, waits_for=["bob"], neighbours=edges)
+    path = status.file_of(fed, "alice")
+    with status.Teller(path, what, pause=0.01):
+        assert status.read(path) == what
+        what.round = 4
+        until(lambda: status.read(path).round == 4)
+        what.state = "done"
+    assert status.read(path).state == "done"
+    assert json.loads(said("status", fed, "--name", "alice", "--json"))["neighbours"][0]["name"] == "bob"
     out = said("status", fed, "--name", "alice")
-    assert out.splitlines() == ["round: 3", "rounds: 30", "neighbour name bob, up True"]
-    commands.status_file(fed, "alice").write_text("{")
-    assert "cannot be read" in fails("status", fed, "--name", "alice")
+    assert "f, version 1: alice, done" in out
+    assert "round 4 of 30, loss 0.500, waits for bob" in out
+    assert "1.5 kB" in out
+    assert "lost" in out
+    for content in ("{", "[]", '{"name": "alice"}', "{}"):
+        path.write_text(content)
+        assert "is not what an agent writes" in fails("status", fed, "--name", "alice")
 
 
 def test_unknown_commands_and_options(place, fails):
     assert "Did you mean 'check'" in fails("chek")
     assert "unknown option" in fails("check", place / "fed.yaml", "--nam", "alice")
     assert "trust" in fails("check", place / "fed.yaml", "--name", "alice", "--trst", "x")
+
+
+def test_without_the_extra_it_says_what_to_install(place):
+    code = "import sys; sys.modules[sys.argv.pop(1)] = None; from decaf_lora.cli import main; sys.exit(main())"
+    for missing in ("grpc", "cryptography"):
+        command = [sys.executable, "-c", code, missing, "federation", "check", place / "fed.yaml", "--name", "alice"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 2
+        assert done.stderr == f"decaf: mesh: {missing} is missing; pip install 'decaf-lora[mesh]'.\n"
+
+
+def test_the_page_says_what_the_commands_say(place):
+    """Every command of docs/mesh.md exists, with its options."""
+    page = (Path(__file__).parents[2] / "docs/mesh.md").read_text()
+    for line in re.findall(r"decaf federation (.*)", page):
+        command = line.split("`")[0].split()
+        if command:
+            assert command[0] in federation._COMMANDS, line
+            text = inspect.getsource(federation._COMMANDS[command[0]][1])
+            for option in re.findall(r"--([a-z-]+)", " ".join(command)):
+                assert option.replace("-", "_") in text or option == "data", line

@@ -387,13 +387,20 @@ def test_nothing_of_a_site_is_signed():
 
 def test_a_site_adds_its_own_and_changes_nothing_shared():
     made = terms.terms_of(digits())
-    config = made.config(3, "ring", {"device": "cpu", "task": {"eval_batch_size": 8}})
-    assert config.task.eval_batch_size == 8
+    config = made.config(3, "ring", {"device": "cpu", "eval_batch_size": 8, "agents_per_pass": 1})
+    assert (config.task.eval_batch_size, config.device, config.training.agents_per_pass) == (8, "cpu", 1)
     assert config.training.learning_rate == digits().training.learning_rate
     assert (config.agents, config.rounds) == (3, 30)
-    for local in ({"rounds": 5}, {"task": {"classes": ("x",)}}, {"training": {"steps": 1}}):
-        with pytest.raises(UserError, match="the federation file says it"):
-            made.config(3, "ring", local)
+    for shared in ("rounds", "classes", "steps", "learning_rate", "model", "graph", "agents", "lora"):
+        with pytest.raises(UserError, match=f"{shared}: the federation file says it"):
+            made.config(3, "ring", {shared: 1})
+
+
+def test_a_site_without_a_test_set_holds_one_out():
+    made = terms.terms_of(digits(task={"name": "causal-lm", "model": "m"}))
+    assert made.config(3, "ring", {"data": "x.csv"}).task.test_share == 0.2
+    assert made.config(3, "ring", {"data": "x", "test_split": "test"}).task.test_share is None
+    assert made.config(3, "ring", {"data": "x", "test_share": 0.5}).task.test_share == 0.5
 
 
 @pytest.mark.parametrize(

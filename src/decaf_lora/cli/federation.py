@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from decaf_lora.cli.options import check_options, configured, parsed
 from decaf_lora.config import RunConfig
@@ -150,6 +152,9 @@ def _seal(args: list[str]) -> int:
 
 
 def _check(args: list[str]) -> int:
+    from decaf_lora.federation import checking
+    from decaf_lora.federation.terms import Local
+
     def check(
         file: Positional[Path],
         name: str,
@@ -157,9 +162,10 @@ def _check(args: list[str]) -> int:
         key: Path | None = None,
         timeout: float = 5.0,
         json: bool = False,
+        local: Any = None,
     ) -> tuple[Any, ...]:
-        """Looks whether this site is ready: signature, key, clock, base model, neighbours. Exit code 2 if something is
-        wrong.
+        """Looks whether this site is ready: signature, key, clock, base model, data and one batch, neighbours. Exit
+        code 2 if something is wrong.
 
         Args:
             file: the sealed federation file.
@@ -169,20 +175,39 @@ def _check(args: list[str]) -> int:
             timeout: seconds to wait for a neighbour's answer.
             json: print JSON.
         """
-        return file, name, trust, key, timeout, json
+        return file, name, trust, key, timeout, json, local
 
-    check_options(args, ["name", "trust", "key", "timeout", "json", "help"])
-    path, name, told, key, timeout, as_json = parsed(check, "decaf federation check", args)
-    from decaf_lora.federation import checking
-
+    own = ("name", "trust", "key", "timeout", "json", "help")
+    path, name, told, key, timeout, as_json, local = _with_local(check, "decaf federation check", args, own, Local)
     findings = []
-    for found in checking.check(path, name, told=told, key=key, timeout=timeout):
+    for found in checking.check(path, name, told=told, key=key, local=local, timeout=timeout):
         findings.append(found)
         if not as_json:
             _say(f"{found.verdict:6} {found.what}: {found.said}")
     if as_json:
         print(json_.dumps([vars(found) for found in findings], indent=2))
     return 2 if any(found.verdict == "wrong" for found in findings) else 0
+
+
+def _with_local(
+    function: Callable[..., tuple[Any, ...]], prog: str, args: list[str], own: tuple[str, ...], local: type[BaseModel]
+) -> tuple[Any, ...]:
+    """What `function` returns, with the fields of `local` as further options.
+
+    Its last value becomes those that were given, as a dict.
+    """
+    check_options(args, [*own, *local.model_fields])
+    columns: list[tuple[str, Any, Any]] = [
+        (name, Annotated[field.annotation, arg(help=field.description)], dataclasses.field(default=field.default))
+        for name, field in local.model_fields.items()
+    ]
+    site = dataclasses.make_dataclass("Site", columns, frozen=True)
+    function.__annotations__["local"] = Annotated[site, arg(name="")]
+    assert function.__defaults__ is not None
+    function.__defaults__ = (*function.__defaults__[:-1], site())
+    *values, chosen = parsed(function, prog, args)
+    given = {name: value for name, value in vars(chosen).items() if value != local.model_fields[name].default}
+    return *values, given
 
 
 def _status(args: list[str]) -> int:
@@ -199,16 +224,16 @@ def _status(args: list[str]) -> int:
     check_options(args, ["name", "json", "help"])
     path, name, as_json = parsed(status, "decaf federation status", args)
     from decaf_lora.federation import commands
+    from decaf_lora.federation import status as statuses
 
-    said = commands.status(path, name)
+    known = commands.agents_of(path)
+    if name not in known:
+        raise unknown("name", name, known)
+    said = statuses.read(statuses.file_of(path, name))
     if as_json:
-        print(json_.dumps(said, indent=2))
-        return 0
-    for key, value in said.items():
-        if not isinstance(value, list | dict):
-            _say(f"{key.replace('_', ' ')}: {value}")
-    for neighbour in said.get("neighbours", []):
-        _say("neighbour " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in neighbour.items()))
+        print(json_.dumps(dataclasses.asdict(said), indent=2))
+    else:
+        Console(highlight=False).print(statuses.shown(said))
     return 0
 
 

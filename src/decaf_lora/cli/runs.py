@@ -171,19 +171,16 @@ def export_command(args: list[str]) -> int:
         Args:
             run: folder of the run.
             to: folder to write, new or empty.
-            agent: number of the agent, `averaged`, or `all`, each to a folder agent-K of its own.
+            agent: number or name of the agent, `averaged`, or `all`, each to a folder agent-K of its own.
             merge: write the whole model with the adapter folded in.
         """
         return run, to, agent, merge
 
     check_options(args, ["to", "agent", "merge", "no-merge", "help"])
     run, to, agent, merge = parsed(export, "decaf export", args)
-    chosen: int | str = int(agent) if agent.isascii() and agent.isdigit() else agent
-    if isinstance(chosen, str) and chosen not in ("averaged", "all"):
-        raise UserError(f"agent: {agent!r} is neither a number nor 'averaged' nor 'all'.")
-    written = write_export(run, chosen, to, merge=merge)
+    written = write_export(run, agent, to, merge=merge)
     what = "model" if merge else "adapter"
-    whose = f"agent {agent}" if isinstance(chosen, int) else agent
+    whose = f"agent {agent}" if agent != "averaged" else agent
     print(f"{what} of {whose} in {to}" if agent != "all" else f"{what}s of {len(written)} agents in {to}/agent-K")
     return 0
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from decaf_lora.config import AlgorithmConfig
 from decaf_lora.engines.links import Neighbour, tls
 from decaf_lora.engines.mesh.link import dialler
 from decaf_lora.errors import UserError
 from decaf_lora.federation import base_model, commands, file, keys, trust
+from decaf_lora.runs.build import build_run
 
 Verdict = Literal["right", "wrong", "open"]
 
@@ -51,7 +53,13 @@ def site(path: Path, name: str, *, told: str | None = None, key: Path | None = N
 
 
 def check(
-    path: Path, name: str, *, told: str | None = None, key: Path | None = None, timeout: float = 5.0
+    path: Path,
+    name: str,
+    *,
+    told: str | None = None,
+    key: Path | None = None,
+    local: Mapping[str, Any] | None = None,
+    timeout: float = 5.0,
 ) -> Iterator[Finding]:
     """Looks at everything in turn; what needs something that is wrong is left out.
 
@@ -60,6 +68,7 @@ def check(
         name: of this site's agent.
         told: fingerprint of the organiser's key; needed the first time.
         key: file of this agent's key; NAME.key beside the federation file if unset.
+        local: what the site sets for itself, fields of `terms.Local`; data and a batch are looked at if it is given.
         timeout: seconds to wait for a neighbour's answer.
     """
     steps = _Steps(path, name, told, key)
@@ -77,6 +86,8 @@ def check(
         if what == "signature" and not right:
             return  # nothing in the file is to be believed
     yield _look("base model", steps.base)
+    if local is not None:
+        yield _look("data", lambda: rehearse(steps.signed, steps.number, local))
     if not right:
         yield Finding("neighbours", "open", "not dialled before the rest is right.")
         return
@@ -88,6 +99,41 @@ def check(
         answer = tls.diagnose(steps.own, neighbour, steps.signed.version, timeout)
         verdict: Verdict = "right" if answer.kind == "up" else "open" if answer.kind == "not reached" else "wrong"
         yield Finding(what, verdict, answer.why)
+
+
+def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
+    """Reads the site's data and takes one step of training with one batch, alone; what was found.
+
+    Raises:
+        UserError: the data do not fit the terms (a label outside the classes, a missing column, ...), or the loss of
+            the batch is not finite.
+    """
+    config = signed.terms.config(len(signed.agents), "ring", local)
+    own = {
+        field: values[number : number + 1]
+        for field, values in (("ranks", config.lora.ranks), ("alphas", config.lora.alphas))
+    }
+    changes: dict[str, Any] = {
+        "agents": 1,
+        "partition": "iid",
+        "rounds": 1,
+        "gossip_steps": 1,
+        "lora": config.lora.model_copy(update=own),
+        "algorithm": AlgorithmConfig(name="local"),
+        "training": config.training.model_copy(update={"steps": 1, "agents_per_pass": 1}),
+    }
+    if config.task.data is not None:  # one batch is scored, not the whole test set
+        changes["task"] = config.task.model_copy(update={"max_test": config.training.batch_size})
+    run = build_run(config.model_copy(update=changes))
+    try:
+        *_, last = run.train()
+    finally:
+        run.close()
+    classes = len(set(run.task.labels.tolist()))
+    return (
+        f"{len(run.task.labels)} examples to learn from, {classes} labels among them; one batch gives the loss "
+        f"{last.losses[0]:.4g}."
+    )
 
 
 def _look(what: str, look: Callable[[], str]) -> Finding:
@@ -106,9 +152,13 @@ class _Steps:
         self.signed: file.Signed
         self.own: tls.Own
 
+    @property
+    def number(self) -> int:
+        return self.signed.number(self._name)
+
     def signature(self) -> str:
         self.signed = file.read_signed(self._path)
-        number, of = self.signed.number(self._name), len(self.signed.agents)
+        number, of = self.number, len(self.signed.agents)
         return f"{self.signed.name}, version {self.signed.version}; {self._name} is agent {number} of {of}."
 
     def version_and_trust(self) -> str:
@@ -127,7 +177,7 @@ class _Steps:
 
     def key(self) -> str:
         own = keys.load_identity(self._key)
-        member = self.signed.agents[self.signed.number(self._name)]
+        member = self.signed.agents[self.number]
         if tls.sha256(own.certificate) != tls.sha256(member.certificate.encode()):
             raise UserError(
                 f"key: {self._key} is not the key whose certificate the file has for {self._name}; use that one, or "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
@@ -238,27 +236,3 @@ def refuse_other_software(signed: file.Signed) -> None:
             f"software: the file is for decaf-lora from {first}, below {below}, and this is {here}; "
             f"pip install 'decaf-lora[mesh]>={first},<{below}'."
         )
-
-
-def status_file(federation: Path, name: str) -> Path:
-    """What a running agent rewrites each second, beside the federation file."""
-    return federation.with_name(f"{name}.status.json")
-
-
-def status(federation: Path, name: str) -> dict[str, Any]:
-    """What the agent last said of itself."""
-    known = agents_of(federation)
-    if name not in known:
-        raise unknown("name", name, known)
-    path = status_file(federation, name)
-    try:
-        said = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"status: {name} has not run here yet; start it with `decaf agent {federation} --name {name}`."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"status: {path} cannot be read ({error}).") from error
-    if not isinstance(said, dict):
-        raise UserError(f"status: {path} is not what an agent writes.")
-    return said

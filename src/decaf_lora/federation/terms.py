@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from decaf_lora.config import AlgorithmConfig, LoraOptions, RunConfig, TaskConfig, TrainingConfig, build, explain
 from decaf_lora.errors import UserError
@@ -27,6 +27,22 @@ LOCAL_TRAINING = ("agents_per_pass",)
 
 SHARED_RUN = ("gossip_steps", "start", "rounds", "seed")
 """Fields of the run itself that all agents share, beside the graph."""
+
+
+LOCAL_RUN = ("partition", "evaluate_every", "measure_every", "checkpoint_every", "device")
+"""Fields of the run itself that each site sets for itself."""
+
+
+def _local() -> type[BaseModel]:
+    found: dict[str, Any] = {}
+    for kind, names in ((TaskConfig, LOCAL_TASK), (TrainingConfig, LOCAL_TRAINING), (RunConfig, LOCAL_RUN)):
+        found |= {name: (kind.model_fields[name].annotation, kind.model_fields[name]) for name in names}
+    config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    return create_model("Local", __config__=config, __doc__="What a site sets for itself.", **found)
+
+
+Local = _local()
+"""What a site sets for itself, as one flat model: `LOCAL_TASK`, `LOCAL_TRAINING` and `LOCAL_RUN`."""
 
 
 class Terms(BaseModel):
@@ -63,23 +79,25 @@ class Terms(BaseModel):
             raise ValueError(explain(kind, error).removesuffix(".")) from error
 
     def config(self, agents: int, graph: str, local: Mapping[str, Any] | None = None) -> RunConfig:
-        """The run of a site: these terms, and `local`, the site's own values (`task` and `training` nested).
+        """The run of a site: these terms, and `local`, fields of `Local`.
+
+        A site with data of its own and no test set holds out a fifth of them.
 
         Raises:
             UserError: a value is wrong, or `local` holds a field that is shared.
         """
         own = dict(local or {})
-        task, training = dict(own.pop("task", {})), dict(own.pop("training", {}))
-        for shared, given in ((SHARED_TASK, task), (self.training, training), (SHARED_RUN, own)):
-            for name in shared:
-                if name in given:
-                    raise UserError(f"{name}: the federation file says it, for all agents; leave it out.")
+        shared = [name for name in own if name not in Local.model_fields]
+        if shared:
+            raise UserError(f"{shared[0]}: the federation file says it, for all agents; leave it out.")
+        if own.get("data") is not None and own.get("test_split") is None and own.get("test_share") is None:
+            own["test_share"] = 0.2
         values = {
-            **own,
-            "task": {**self.task, **task},
+            **{name: own[name] for name in LOCAL_RUN if name in own},
+            "task": {**self.task, **{name: own[name] for name in LOCAL_TASK if name in own}},
             "lora": self.lora,
             "algorithm": self.algorithm,
-            "training": {**self.training, **training},
+            "training": {**self.training, **{name: own[name] for name in LOCAL_TRAINING if name in own}},
             **{name: getattr(self, name) for name in SHARED_RUN},
             "agents": agents,
             "graph": graph,

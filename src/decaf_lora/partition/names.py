@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,13 +24,19 @@ class Deal(NamedTuple):
     """(M,)"""
     num_agents: int
     seed: int
-    column: Callable[[str], ArrayLike]
-    """The values (M,) of a column of the data; UserError if there is none."""
+    column: "Column"
     examples: Indices | None = None
     """Which examples to deal; None: all."""
 
 
-def no_columns(name: str) -> ArrayLike:
+class Column(Protocol):
+    """The columns of the data."""
+
+    def __call__(self, name: str, split: Literal["train", "test"] = "train") -> ArrayLike:
+        """The values (M,) of a column, of the test examples (T,) where asked; UserError if there is none."""
+
+
+def no_columns(name: str, split: Literal["train", "test"] = "train") -> ArrayLike:
     """The columns of a task that has none."""
     raise UserError(
         f"partition: this task has no columns, so none called {name!r}; write a function that returns the shards "
@@ -75,6 +81,11 @@ def _chosen(name: str, deal: Deal, argument: str) -> Partition:
 
 def _column(deal: Deal, argument: str) -> Partition:
     made = by_value(deal.labels, deal.column(argument), f"column:{argument}")
+    try:
+        values = np.array([str(value) for value in np.asarray(deal.column(argument, "test")).tolist()])
+        made = replace(made, tests=tuple(np.flatnonzero(values == name) for name in made.names))
+    except UserError:
+        pass  # the test examples are nobody's own
     return as_partition(made, deal.labels, deal.num_agents, examples=deal.examples)
 
 
@@ -112,7 +123,7 @@ def _own(function: Callable[..., Any], name: str) -> Kind:
             "labels": check_labels(deal.labels),
             "num_agents": deal.num_agents,
             "seed": deal.seed,
-            "column": lambda name: np.asarray(deal.column(name)),
+            "column": lambda name, split="train": np.asarray(deal.column(name, split)),
         }
         made = call(function, name, argument, "partition", supplied)
         return as_partition(made, deal.labels, deal.num_agents, name, examples=deal.examples)
@@ -124,9 +135,7 @@ KINDS: Table[Kind] = Table("partition", "decaf_lora.partitions", _BUILT_IN, _own
 """The partitions by name. `build` takes a `Deal` and the text after the colon."""
 
 
-def parse(
-    spec: str, labels: ArrayLike, agents: int, seed: int, column: Callable[[str], ArrayLike] = no_columns
-) -> Partition:
+def parse(spec: str, labels: ArrayLike, agents: int, seed: int, column: Column = no_columns) -> Partition:
     """The partition that a command line or a recipe names.
 
     Args:
@@ -136,7 +145,7 @@ def parse(
         labels: (M,).
         agents: N.
         seed: of every choice.
-        column: name -> the values (M,) of a column of the data, for the kinds that ask for one.
+        column: gives the columns of the data, for the kinds that ask for one: `Task.column`.
 
     Raises:
         UserError: the name is unknown or unreadable, or the rule refuses the labels.

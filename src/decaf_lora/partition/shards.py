@@ -21,6 +21,7 @@ class Partition:
         labels: (M,) of all examples, also of those in no shard.
         name: the rule; what `parse` reads.
         names: what the agents are called, one name each, all different; () if they only have numbers.
+        tests: for every agent the indices (m_i,) of those test examples that are its own, where that is known; ().
 
     Raises:
         UserError: names the agents and the example at fault.
@@ -30,12 +31,16 @@ class Partition:
     labels: NDArray[Any]
     name: str = "custom"
     names: tuple[str, ...] = ()
+    tests: tuple[Indices, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", check_labels(self.labels))
         object.__setattr__(self, "shards", tuple(frozen(shard) for shard in self.shards))
         if not self.shards:
             raise UserError("partition: there is no shard; give at least one agent.")
+        object.__setattr__(self, "tests", tuple(frozen(test) for test in self.tests))
+        if self.tests and len(self.tests) != len(self.shards):
+            raise UserError(f"partition: {len(self.tests)} test sets for {len(self.shards)} agents; give each one.")
         if self.names and (len(self.names) != len(self.shards) or len(set(self.names)) < len(self.names)):
             raise UserError(
                 f"partition: {len(set(self.names))} names for {len(self.shards)} agents; give each one of its own."

@@ -7,7 +7,7 @@ from. It needs neither the data nor a task's own file, and imports no Python cod
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ ALL = "all"
 def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) -> list[Path]:
     """Writes an agent's adapter, or the "averaged" model, of a run's newest checkpoint as a PEFT directory.
 
-    With "all" every agent's goes to `to`/agent-K. With `merge` the whole model is written with the adapter folded in,
-    to load without PEFT. Returns the directories; none is left half written.
+    An agent is given by its number or its name. With "all" every agent's goes to `to`/agent-K. With `merge` the whole
+    model is written with the adapter folded in, to load without PEFT. Returns the directories; none is left half
+    written.
     """
     from decaf_lora.adapters.adapter import as_adapter
     from decaf_lora.adapters.names import put, take
@@ -34,15 +35,47 @@ def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) 
     for group in ("scale/", "ranks/"):
         parts |= put(group, take(group, tensors))
     adapters = as_adapter(parts)
-    agents: list[int | str] = list(range(adapters.num_agents)) if agent == ALL else [agent]
+    names = read_facts(directory).get("names") or []
+    agents: list[int | str] = list(range(adapters.num_agents)) if agent == ALL else [numbered(agent, names)]
     for one in agents:
         check_agent(one, adapters.num_agents)
     made, record = _made(directory, values), _record(directory, values["round"])
     with written_whole(to) as aside:
         for one in agents:
             own = {**made, **_score(record, one, outline)}
+            if names and isinstance(one, int):
+                own["model"] = f"agent {one}, {names[one]}"
             _write(aside / f"agent-{one}" if agent == ALL else aside, chosen(adapters, one), one, outline, own, merge)
     return [to / f"agent-{one}" for one in agents] if agent == ALL else [to]
+
+
+def numbered(agent: int | str, names: Sequence[str]) -> int | str:
+    """The number of the agent that a user means; "averaged" and "all" stay.
+
+    Args:
+        agent: a number, a name, "averaged" or "all".
+        names: (N,) of the agents, or () if they only have numbers.
+
+    Raises:
+        UserError: it is none of these, or has two meanings.
+    """
+    if isinstance(agent, int):
+        return agent
+    place = names.index(agent) if agent in names else None
+    if agent.isascii() and agent.isdigit():
+        if place is not None and place != int(agent) < len(names):
+            raise UserError(
+                f"agent: {agent} is the name of agent {place} and the number of {names[int(agent)]!r}; rename it."
+            )
+        return int(agent) if place is None else place
+    if agent in ("averaged", ALL):
+        if place is not None:
+            raise UserError(f"agent: {agent!r} is also the name of an agent; give its number, {place}.")
+        return agent
+    if place is None:
+        known = f" Choose one of: {', '.join(names)}." if names else ""
+        raise UserError(f"agent: {agent!r} is neither a number nor 'averaged' nor 'all'.{known}")
+    return place
 
 
 def _write(

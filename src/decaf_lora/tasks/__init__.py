@@ -12,7 +12,7 @@ from decaf_lora.tasks.pretrained import (
     pretrained_model,
     pretrained_tokenizer,
 )
-from decaf_lora.tasks.registry import KINDS, digits, make, refuse_unused
+from decaf_lora.tasks.registry import KINDS, digits, files_state, make, refuse_unused
 
 __all__ = [
     "KINDS",
@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint_layers",
     "digits",
     "family_targets",
+    "files_state",
     "loading_by",
     "make",
     "max_tokens",

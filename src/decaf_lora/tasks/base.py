@@ -8,8 +8,9 @@ agent or many. docs/own-task.md builds one from a plain torch module and a list 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -37,6 +38,10 @@ class Task(ABC):
     score_name: str = "accuracy"
     """What `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False
+    classes: Sequence[str] = ()
+    """Names of the classes in the order of their numbers, where there are any."""
+    content: str = ""
+    """A hash of the examples; a run is resumed only on the same. "" compares labels and counts only."""
     interface: Mapping[str, Any] = MappingProxyType({})
     """How examples are put to the model: what whoever uses the trained model must know, in JSON's types.
 
@@ -59,7 +64,7 @@ class Task(ABC):
             )
         table = self.tables[split]
         if name not in table.column_names:
-            raise unknown("partition: column", name, table.column_names)
+            raise unknown("partition: column", name, [n for n in table.column_names if ":" not in n])
         feature, values = table.features[name], table.select_columns([name])[name][:]
         if hasattr(feature, "int2str"):  # classes are stored as numbers
             values = [None if value is None else feature.int2str(value) for value in values]
@@ -91,6 +96,22 @@ class Task(ABC):
     def score(self, statistics: Tensor) -> Tensor:
         """(agents, q) summed statistics -> (agents,) scores; by default the first over the second."""
         return statistics[:, 0] / statistics[:, 1].clamp_min(1)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run rests on, as plain JSON values: a checkpoint keeps it, and a resume compares it.
+
+        `task`, `num_train`, `num_test`, `classes` (names in the order of their numbers, or []), and `content`, a
+        hash over the labels and `self.content`.
+        """
+        labels = np.asarray(self.labels).astype("<i8")
+        digest = hashlib.sha256(f"{self.content} ".encode() + labels.tobytes())
+        return {
+            "task": self.name,
+            "num_train": len(labels),
+            "num_test": self.num_test,
+            "classes": [str(name) for name in self.classes],
+            "content": digest.hexdigest(),
+        }
 
     def majority_score(self) -> float | None:
         """The score of always giving the most frequent class of the training examples; None where there is none."""

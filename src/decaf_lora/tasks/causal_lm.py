@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
-from string import Formatter
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,7 @@ from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task
 from decaf_lora.tasks.pretrained import family_targets, max_tokens, pretrained_model, pretrained_tokenizer
 from decaf_lora.tasks.scores import ClassScore
-from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed
+from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed, parts_of
 
 
 def perplexity(score: float) -> float:
@@ -201,12 +202,30 @@ def make(config: TaskConfig) -> CausalTask:
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
         test, _ = packed(test.tokens, examples.test_labels, limit)
+    fine = _with_targets(train, "train"), _with_targets(test, "test")
+    test = test.take(fine[1])
     by_length = np.argsort(test.tokens.lengths, kind="stable")  # batches then pad little
-    task = LanguageModeling(model, train, labels, test.take(by_length), examples.classes or ["all"])
+    classes = examples.classes or ["all"]
+    task = LanguageModeling(model, train.take(fine[0]), labels[fine[0]], test.take(by_length), classes)
     if not config.packing:  # a packed block holds several rows
-        task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+        task.tables = {"train": examples.train.select(fine[0]), "test": examples.test.select(fine[1][by_length])}
     task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
+    task.content = examples.content
     return task
+
+
+def _with_targets(sequences: Sequences, split: str) -> NDArray[np.int64]:
+    """The sequences (n,) that have a target; a warning counts the others, such as empty texts."""
+    fine = sequences.tokens.lengths > sequences.starts
+    count, total = int((~fine).sum()), len(fine)
+    if count == total:
+        raise UserError(f"task.text_column: none of the {total} {split} texts has a token to predict.")
+    if count:
+        warnings.warn(
+            f"task.text_column: {count} of {total} {split} texts have no token to predict and are left out.",
+            stacklevel=3,
+        )
+    return np.flatnonzero(fine)
 
 
 def _check_use(config: TaskConfig) -> None:
@@ -241,11 +260,8 @@ def _check_use(config: TaskConfig) -> None:
 def _prompt_columns(config: TaskConfig) -> list[tuple[str, str]]:
     if config.prompt_column:
         return [("prompt_column", config.prompt_column)]
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(config.templates[0]) if name is not None]
-    except ValueError as error:
-        raise UserError(f"task.templates: {config.templates[0]!r}: {error}.") from error
-    if not names or not all(name.isidentifier() for name in names):
+    names = [name for _, name in parts_of(config.templates[0]) if name]
+    if not names:
         raise UserError(f"task.templates: {config.templates[0]!r} needs {{column}} for each field, by name.")
     return [("templates", name) for name in dict.fromkeys(names)]
 
@@ -271,6 +287,8 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
             f"task.answers: {len(config.answers)} answers for {len(examples.classes)} classes "
             f"({', '.join(examples.classes[:8])}); give one for each, in this order."
         )
+    data.needs_classes(examples.labels, examples.classes)
+    _refuse_moved_answers(config.answers, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     model, tokenizer, limit = _load(config)
     train, test = _encode(config, examples, columns, tokenizer, limit)
@@ -288,7 +306,21 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
     )
     task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
     task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
+    task.content = examples.content
     return task
+
+
+def _refuse_moved_answers(answers: Sequence[str], classes: Sequence[str]) -> None:
+    """UserError if an answer is the name of another class than the one that it is given for."""
+    keys = [data.alike(name) for name in classes]
+    for i, answer in enumerate(answers):
+        key = data.alike(answer)
+        if key in keys and keys[i] != key:
+            raise UserError(
+                f"task.answers: {answer!r} is given for the class {classes[i]!r}. The order of the classes is "
+                f"{', '.join(classes[:8])}: give the answers in this order, or set task.classes to the order that you "
+                "want."
+            )
 
 
 def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict[str, Any]:
@@ -310,10 +342,12 @@ def _encode(
     function: Any = encode_prompts
     if config.answers or config.answer_column:
         arguments |= {
-            "template": config.templates[0] if config.templates else f"{{{config.prompt_column}}}",
+            "parts": parts_of(config.templates[0]) if config.templates else [("", config.prompt_column)],
             "answers": config.answer_column or list(config.answers),
             "chat": config.chat_template,
         }
+        for rows in (examples.train, examples.test):
+            data.needs_text(rows, columns, numbers=True)
     else:
         function = encode_texts
         arguments |= {"column": config.text_column, "limit": 0 if config.packing else limit}

@@ -137,7 +137,7 @@ def make(config: TaskConfig) -> ImageText:
     """The task that `config` describes. In prompts, underscores of class names become spaces."""
     templates = config.templates or TEMPLATES
     for template in templates:
-        if template.count("{}") != 1 or template.count("{") != 1:
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
             raise UserError(f"task.templates: {template!r} needs {{}} once, for the class name.")
     label, image = config.label_column or "label", config.image_column
     examples = data.load(config, [], label=label, image=image)
@@ -146,6 +146,7 @@ def make(config: TaskConfig) -> ImageText:
             f"task.classes: the labels in column {label!r} are only numbers; give the {len(examples.classes)} names "
             "that prompts are made of, in the order of the numbers."
         )
+    data.needs_classes(examples.labels, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     processor = pretrained_tokenizer(config, processor=True)
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
@@ -164,6 +165,7 @@ def make(config: TaskConfig) -> ImageText:
             config.num_workers,
             data.image_folder(config),
             config.image_cache * 2**30,
+            config.pixel_range,
         )
         for rows in (examples.train, examples.test)
     )
@@ -180,6 +182,7 @@ def make(config: TaskConfig) -> ImageText:
     )
     task.tables = {"train": examples.train, "test": examples.test}
     task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
+    task.content = examples.content
     return task
 
 

@@ -59,6 +59,14 @@ def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any
     return model.eval(), sorted(new | set(report["missing_keys"]))
 
 
+def pretrained_config(config: TaskConfig) -> Any:
+    """The configuration of `config.model`, as transformers reads it."""
+    from transformers import AutoConfig
+
+    with _transformers_quiet():
+        return _from_pretrained(config, AutoConfig)
+
+
 def refuse_adapter(model: Path) -> None:
     """UserError if `model` is the directory of an adapter: transformers would load its base and the adapter."""
     path = model / "adapter_config.json"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from decaf_lora.config import TaskConfig
+from decaf_lora.config import OWN, TaskConfig
 from decaf_lora.errors import UserError
-from decaf_lora.kinds import Kind, Table
+from decaf_lora.kinds import Kind, Table, call, options
 from decaf_lora.tasks.base import Task
 
 
@@ -52,7 +52,19 @@ class TaskKind(Kind):
 _ANY = {"name", "eval_batch_size"}
 _PRETRAINED = _ANY | {
     *("model", "dtype", "quantization", "gradient_checkpointing"),
-    *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
+    *(
+        "data",
+        "subset",
+        "delimiter",
+        "quoting",
+        "encoding",
+        "train_split",
+        "test_split",
+        "test_share",
+        "max_train",
+        "max_test",
+        "data_seed",
+    ),
     *("label_column", "classes", "metric", "positive", "num_workers"),
 }
 
@@ -61,7 +73,7 @@ _BUILT_IN = {
     "image-text": TaskKind(
         _image_text,
         "images and the names of their classes, with a CLIP",
-        options=frozenset(_PRETRAINED | {"image_column", "image_cache", "templates", "skip_bad"}),
+        options=frozenset(_PRETRAINED | {"image_column", "image_cache", "pixel_range", "templates", "skip_bad"}),
     ),
     "sequence-classification": TaskKind(
         _sequence_classification,
@@ -81,17 +93,19 @@ _BUILT_IN = {
 
 
 def _own(function: Callable[..., Any], name: str) -> TaskKind:
-    """A function of the user's as a kind. A parameter without a default is given the `TaskConfig`."""
-    parameters = inspect.signature(function).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    """A function of the user's as a kind. A parameter that has no default and is not set is given the `TaskConfig`."""
+    required = [option.name for option in options(function).values() if option.default is inspect.Parameter.empty]
 
     def build(config: TaskConfig) -> Task:
-        task = function(**dict.fromkeys(required, config))
+        supplied = {parameter: config for parameter in required if parameter not in config.own}
+        if not supplied:
+            refuse_unused(config, frozenset(_ANY), name)
+        task = call(function, name, "", "task", supplied, config.own)
         if not isinstance(task, Task):
             raise UserError(f"task: {name} returned {type(task).__name__}, not a decaf_lora.tasks.Task.")
         return task
 
-    return TaskKind(build, "a task of your own", options=None if required else frozenset(_ANY))
+    return TaskKind(build, "a task of your own")
 
 
 KINDS: Table[TaskKind] = Table("task", "decaf_lora.tasks", _BUILT_IN, _own)
@@ -111,8 +125,21 @@ def make(config: TaskConfig) -> Task:
     return kind.build(config)
 
 
+def files_state(config: TaskConfig) -> str:
+    """A short text that changes whenever a local file does that a task is made of: data, model, a user's own code.
+
+    A process that keeps a task for its next run compares this.
+    """
+    source = config.name.rpartition(":")[0]
+    if not (config.data or config.model or source):
+        return ""
+    from decaf_lora.data.content import state
+
+    return state([name for name in (config.data, config.model, source) if name])
+
+
 def refuse_unused(config: TaskConfig, used: frozenset[str], user: str) -> None:
     """UserError for an option that was set but that `user` does not read."""
     for field, info in TaskConfig.model_fields.items():
-        if field not in used and getattr(config, field) != info.default:
+        if field not in used and field != OWN and getattr(config, field) != info.default:
             raise UserError(f"task.{field}: {user} does not use it; leave it out.")
