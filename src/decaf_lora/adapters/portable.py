@@ -69,8 +69,8 @@ def write_companions(directory: Path, task: Facts, made: Facts, merged: bool) ->
             _save_generation(directory, task, found)
     if labels := task.get("labels"):
         found = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        _write_json(directory / "labels.json", found)
-    _write_json(directory / "decaf_lora.json", {"task": dict(task), "made": dict(made)})
+        write_json(directory / "labels.json", found)
+    write_json(directory / "decaf_lora.json", {"task": dict(task), "made": dict(made)})
     write_card(directory, task, made, merged)
 
 
@@ -164,5 +164,6 @@ def _save_generation(directory: Path, task: Facts, tokenizer: Any) -> None:
     settings.to_json_file(directory / "generation_config.json", use_diff=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON for people: names in their own letters."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
