@@ -326,3 +326,18 @@ def test_one_adapter_is_cut_to_a_smaller_rank(tmp_path: Path, capsys: pytest.Cap
     for layer, update in updates_of(tmp_path / "m").items():
         torch.testing.assert_close(update, cut(updates[layer], 1), rtol=1e-5, atol=1e-5)
     assert (one / "adapter_config.json").read_bytes() == (tmp_path / "kept.json").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_merge_of_all_agents_is_the_averaged_model(tmp_path: Path) -> None:
+    """Agents of unequal ranks: what a run exports as its average, and the merge of what it exports of each."""
+    ranks = ("--agents", 3, "--lora.ranks", 1, 4, 2, "--rounds", 1, "--training.agents_per_pass", 1, "--lr", 0.05)
+    assert main([str(a) for a in ("run", "digits", *ranks, "--algorithm", "local", "--out", tmp_path / "r")]) == 0
+    for whose in ("all", "averaged"):
+        assert main(["export", str(tmp_path / "r"), "--agent", whose, "--to", str(tmp_path / whose)]) == 0
+    adapters.merge([tmp_path / "all" / f"agent-{i}" for i in range(3)], tmp_path / "m")
+    ours, runs = updates_of(tmp_path / "m"), updates_of(tmp_path / "averaged")
+    assert ours.keys() == runs.keys()
+    for layer, update in runs.items():
+        assert torch.linalg.norm(ours[layer] - update) <= 1e-5 * torch.linalg.norm(update)
+    assert {"tokenizer.json", "labels.json", "decaf_lora.json"} <= {path.name for path in (tmp_path / "m").iterdir()}
