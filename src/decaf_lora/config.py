@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -85,6 +86,9 @@ class TaskConfig(Section):
     """A model on the Hugging Face Hub, or a local directory."""
     data: str | None = None
     """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, Excel, JSON lines or text file."""
+    file_column: str | None = None
+    """Read the folder `data` as a file a site, and name the file of every row in a column called so; a file called
+    `test` is the test set. `partition: files:DIR` sets it."""
     subset: str | None = None
     """Subset (configuration) of the data set, or sheet of an Excel file."""
     delimiter: str | None = None
@@ -304,6 +308,9 @@ class TrainingConfig(_Frozen):
         return self
 
 
+_FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
+
+
 class RunConfig(_Frozen):
     """One run: one algorithm on one graph, partition and seed."""
 
@@ -340,6 +347,22 @@ class RunConfig(_Frozen):
     """Rounds between checkpoints."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _files_are_the_data(cls, values: Any) -> Any:
+        """`files:DIR` splits by the files of DIR, which are then the data, too."""
+        named = values.get("partition") if isinstance(values, dict) else None
+        match = _FILES.fullmatch(named.strip()) if isinstance(named, str) else None
+        if match is None:
+            return values
+        task = values.get("task", {})
+        given = task if isinstance(task, dict) else task.model_dump()
+        wanted = {"data": match[1], "file_column": "site"}
+        for field, value in wanted.items():
+            if given.get(field) not in (None, value):
+                raise ValueError(f"{named} sets task.{field} to {value}, but it is {given[field]}; leave it out")
+        return {**values, "task": {**given, **wanted}}
 
     @field_validator("graph", "partition", mode="before")
     @classmethod
@@ -385,9 +408,11 @@ class CompareConfig(RunConfig):
 def load(kind: type[RunConfig], path: Path) -> RunConfig:
     """A configuration of `kind` from a YAML file; UserError names the field, and the nearest known one."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"config: cannot read {path} ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config: {path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise UserError(f"config: {path} is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
