@@ -18,28 +18,42 @@ def check_alike(found: Sequence[Saved], compare_bases: bool = True) -> None:
         _check_tensors(one)
     if compare_bases:
         _check_bases(found)
-    first = found[0]
     for other in found[1:]:
-        pair = f"{first.directory} and {other.directory}"
-        one, two = set(layers_of(first.tensors)), set(layers_of(other.tensors))
-        if one != two:
-            raise UserError(
-                f"merge: {pair} adapt different layers; {_some(one - two, first)}{_some(two - one, other)} "
-                "Train them with the same lora.target_modules."
-            )
-        for layer in sorted(one):
-            sizes = [_sizes(saved, layer) for saved in (first, other)]
-            if sizes[0] != sizes[1]:
-                raise UserError(
-                    f"merge: {pair} are of different models; {layer} is {sizes[0]} in one, {sizes[1]} in the other."
-                )
-        heads = [{k: tuple(t.shape) for k, t in saved.tensors.items() if ".lora_" not in k} for saved in (first, other)]
-        for name in sorted(heads[0].keys() | heads[1].keys()):
-            if heads[0].get(name) != heads[1].get(name):
-                shapes = " and ".join(str(of.get(name, "missing")) for of in heads)
-                raise UserError(f"merge: {pair} differ in {name}, which is trained in full ({shapes}).")
-    if any(".lora_" not in name for name in first.tensors):
+        _check_layers(found[0], other)
+        _check_heads(found[0], other)
+    if _heads(found[0]):
         _check_labels(found)
+
+
+def _check_layers(first: Saved, other: Saved) -> None:
+    pair = f"{first.directory} and {other.directory}"
+    one, two = set(layers_of(first.tensors)), set(layers_of(other.tensors))
+    if one != two:
+        raise UserError(
+            f"merge: {pair} adapt different layers; {_some(one - two, first)}{_some(two - one, other)} "
+            "Train them with the same lora.target_modules."
+        )
+    for layer in sorted(one):
+        sizes = [_sizes(saved, layer) for saved in (first, other)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"merge: {pair} are of different models; {layer} is {sizes[0]} in one, {sizes[1]} in the other."
+            )
+
+
+def _check_heads(first: Saved, other: Saved) -> None:
+    heads = [_heads(first), _heads(other)]
+    for name in sorted(heads[0].keys() | heads[1].keys()):
+        if heads[0].get(name) != heads[1].get(name):
+            shapes = " and ".join(str(of.get(name, "missing")) for of in heads)
+            raise UserError(
+                f"merge: {first.directory} and {other.directory} differ in {name}, which is trained in full ({shapes})."
+            )
+
+
+def _heads(saved: Saved) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that were trained in full."""
+    return {name: tuple(tensor.shape) for name, tensor in saved.tensors.items() if ".lora_" not in name}
 
 
 def labels_of(directory: Path) -> list[str] | None:

@@ -76,14 +76,15 @@ def _merge(found: Sequence[Saved], shares: tuple[float, ...], rank: int) -> Merg
     for layer in layers:
         factors = [(one.tensors[f"{layer}.lora_A.weight"], one.tensors[f"{layer}.lora_B.weight"]) for one in found]
         ranks[layer] = min(rank, factors[0][0].shape[1], factors[0][1].shape[0])
-        mix = torch.tensor([w * one.scale(layer) / scale for w, one in zip(shares, found, strict=True)]).double()
+        mix = [w * one.scale(layer) / scale for w, one in zip(shares, found, strict=True)]
         a[layer], b[layer], tail, norm = _average(factors, mix, ranks[layer])
         tails.append(scale * tail)
         norms.append(scale * norm)
         lost[layer] = tail / norm if norm else 0.0
     whole = math.hypot(*norms)
+    counts = torch.tensor(shares, dtype=torch.float64)
     extras = {
-        name: sum(w * one.tensors[name].double() for w, one in zip(shares, found, strict=True))[None].to(tensor.dtype)
+        name: torch.tensordot(counts, torch.stack([one.tensors[name].double() for one in found]), 1)[None].to(tensor)
         for name, tensor in found[0].tensors.items()
         if ".lora_" not in name
     }
@@ -92,13 +93,15 @@ def _merge(found: Sequence[Saved], shares: tuple[float, ...], rank: int) -> Merg
     return Merged(adapter, _config(found, rank, scale, ranks), shares, rank, lost, in_all)
 
 
-def _average(factors: Sequence[tuple[Tensor, Tensor]], mix: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+def _average(
+    factors: Sequence[tuple[Tensor, Tensor]], mix: Sequence[float], rank: int
+) -> tuple[Tensor, Tensor, float, float]:
     """A (1, rank, d_in) and B (1, d_out, rank) of sum_j mix_j B_j A_j, the norm of what was cut, and of the whole."""
     largest = max(len(a) for a, _ in factors)
     # Zeros fill up smaller ranks. In float64, so that adapters that nearly cancel each other lose nothing.
     stack_a = torch.stack([pad(a.double(), (0, 0, 0, largest - len(a))) for a, _ in factors])
     stack_b = torch.stack([pad(b.double(), (0, largest - len(a))) for a, b in factors])
-    out = lowrank.mix_truncate(stack_a, stack_b, mix, rank)
+    out = lowrank.mix_truncate(stack_a, stack_b, torch.tensor(mix, dtype=torch.float64), rank)
     kept = float(lowrank.product_norm(out.A, out.B))
     tail = float(out.tail)
     dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
