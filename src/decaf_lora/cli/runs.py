@@ -206,6 +206,35 @@ def export_command(args: list[str]) -> int:
     return 0
 
 
+def merge_command(args: list[str]) -> int:
+    from decaf_lora.adapters import merge as write_merged
+    from decaf_lora.adapters.merging import describe
+
+    def merge(
+        adapters: Positional[tuple[Path, ...]],
+        to: Path,
+        weights: tuple[float, ...] = (),
+        rank: int | None = None,
+        base: str | None = None,
+    ) -> tuple[Any, ...]:
+        """Averages PEFT adapters of one base model, of any ranks, without data and without the model.
+
+        Args:
+            adapters: folders of the adapters.
+            to: folder to write, new or empty.
+            weights: what each adapter counts, in proportion, such as numbers of examples; equal if unset.
+            rank: rank of the merged adapter; the largest of the adapters' if unset.
+            base: the base model, by name or folder: the full model is written too, to the folder `model` in `to`.
+        """
+        return adapters, to, weights, rank, base
+
+    check_options(args, ["to", "weights", "rank", "base", "help"])
+    adapters, to, weights, rank, base = parsed(merge, "decaf merge", args)
+    merged = write_merged(adapters, to, weights=weights or None, rank=rank, base=base)
+    print(f"{describe(merged, len(adapters))}; in {to}")
+    return 0
+
+
 def report_command(args: list[str]) -> int:
     from decaf_lora.report import write_figures, write_report
 
