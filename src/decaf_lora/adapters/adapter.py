@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor]
+from decaf_lora.adapters.names import Tensors
+
 Factor = Literal["A", "B", "extras"]
 ALL_FACTORS: frozenset[Factor] = frozenset({"A", "B", "extras"})
 
