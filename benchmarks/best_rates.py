@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import fmean
 
 from decaf_lora import config as configs
-from decaf_lora import execute
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.records import SummaryRow
+from decaf_lora.runs import compare as comparisons
 
 FASTER = {"dlora_fa": 2}
 """dlora_fa, which trains B alone, chooses among higher rates: so many times the others'."""
@@ -23,9 +23,9 @@ Found = dict[str, dict[float, float]]
 
 
 def compare(config: CompareConfig, out: Path) -> list[SummaryRow]:
-    """`execute.compare`, going on with what is there."""
+    """`decaf_lora.runs.compare`, going on with what is there."""
     started = time.process_time()
-    rows = execute.compare(config, out, resume=(out / "config.yaml").exists())
+    rows = comparisons.compare(config, out, resume=(out / "config.yaml").exists())
     print(f"{out}: {time.process_time() - started:.0f} s of processor time", flush=True)
     return rows
 
@@ -75,7 +75,7 @@ def table(config: CompareConfig, found: Found, searched: Path, out: Path) -> lis
     if not out.exists():
         out.mkdir()
         (out / "config.yaml").write_text(configs.dump(config))
-        for cell in execute.cells(config):
+        for cell in comparisons.cells(config):
             runs = [summary.parent for summary in searched.parent.rglob(f"{cell.name}/summary.json")]
             same = [run for run in runs if configs.load(RunConfig, run / "config.yaml") == cell.config]
             if same:

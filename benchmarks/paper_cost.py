@@ -25,11 +25,12 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from decaf_lora import algorithms, graphs, partition, recipes
 from decaf_lora.config import RunConfig, TrainingConfig
 from decaf_lora.data import Ragged
-from decaf_lora.execute import cells
 from decaf_lora.run import Run
+from decaf_lora.runs.compare import cells
 from decaf_lora.tasks.base import Task
-from decaf_lora.tasks.causal_lm import AnswerScoring, Sequences
+from decaf_lora.tasks.causal_lm import AnswerScoring
 from decaf_lora.tasks.image_text import ImageText
+from decaf_lora.tasks.sequences import Sequences
 
 # Tokens of the longest of 32 sequences, on average: 500 draws from SuperGLUE's public validation splits, counted with
 # MiniLM's tokenizer (60 and 341) and raised by a quarter for LLaMA's, which is out of reach here.

@@ -83,10 +83,10 @@ def config_of(model: str, data: str, task: str, agents: int, batch: int, checkpo
 
 def measured(config: Any) -> int:
     """Peak bytes of tensors in a real round of `config`."""
-    from decaf_lora import execute
+    from decaf_lora.runs.build import build_run
 
     others = in_use()
-    run = execute.build(config)
+    run = build_run(config)
     return peak_of(lambda: list(run.train()), others)
 
 
@@ -95,10 +95,10 @@ def resident(config: Any) -> int:
     from transformers.models.bert import modeling_bert  # noqa: F401 - the library's own code is no part of it
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from decaf_lora import execute
+    from decaf_lora.runs.build import build_run
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    list(execute.build(config).train())
+    list(build_run(config).train())
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 

@@ -25,10 +25,13 @@ from typing import Any
 import torch
 
 from best_rates import compare
-from decaf_lora import checkpoint, execute
+from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, LoraOptions, RunConfig, TaskConfig, TrainingConfig
 from decaf_lora.records import Record, Spread, human_bytes, read_records
 from decaf_lora.report import LOOKS
+from decaf_lora.runs import checkpoint
+from decaf_lora.runs.build import build_run
+from decaf_lora.runs.compare import cells as cells_of
 from decaf_lora.tasks.causal_lm import perplexity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -107,7 +110,7 @@ def run(config: CompareConfig, out: Path) -> dict[str, list[Path]]:
     """Runs what is missing of a comparison; the folders of each algorithm's runs, one a seed."""
     if lost := [row.diverged for row in compare(config, out) if row.diverged]:
         raise SystemExit(f"{out}: {lost[0]}")
-    cells = execute.cells(config)
+    cells = cells_of(config)
     return {a: [out / c.name for c in cells if c.config.algorithm.name == a] for a in config.algorithms}
 
 
@@ -229,7 +232,7 @@ def answer_table(model: str, data: Path, out: Path) -> str:
             accuracy = [fmean(scores(folder, "accuracy")) for folder in runs]
             rows[algorithm] = (accuracy, [fmean(last(folder).scores) for folder in runs])
         before = read_records(runs[0] / "records.jsonl")[0].averaged_score
-        task = execute.build(RunConfig.model_validate(execute.cells(config)[0].config)).task
+        task = build_run(RunConfig.model_validate(cells_of(config)[0].config)).task
         share = float(task._test_labels.float().mean())
         lines += [
             f"\n**{name}**: {len(task.labels)} training and {task.num_test} test questions, "
@@ -244,8 +247,8 @@ def answer_table(model: str, data: Path, out: Path) -> str:
 
 def scores(folder: Path, metric: str, start: bool = False) -> list[float]:
     """The agents' scores by another metric, of a finished run or of its start."""
-    config = execute.configs.load(RunConfig, folder / "config.yaml")
-    engine = execute.build(config.model_copy(update={"task": config.task.model_copy(update={"metric": metric})}))
+    config = configs.load(RunConfig, folder / "config.yaml")
+    engine = build_run(config.model_copy(update={"task": config.task.model_copy(update={"metric": metric})}))
     try:
         if not start:
             engine.restore(*checkpoint.load_latest(folder / "checkpoints"))

@@ -119,10 +119,10 @@ def one(key: Key, data: Path | None = None) -> dict[str, Any]:
 
 def trained_alone(key: Key, folder: Path) -> str:
     """The adapters of a local run; returns their places as `init_adapters` takes them."""
-    from decaf_lora import execute
+    from decaf_lora.runs.build import build_run
 
     setting = replace(key.setting, rounds=30, start="independent", brought=False)
-    alone = execute.build(configured(Key("local", setting, 0.02, key.seed)))
+    alone = build_run(configured(Key("local", setting, 0.02, key.seed)))
     try:
         list(alone.train())
         for agent in range(setting.agents):
@@ -168,10 +168,10 @@ def configured(key: Key, init_adapters: str | None = None, data: Path | None = N
 
 def run(key: Key, init_adapters: str | None, data: Path | None) -> dict[str, Any]:
     """Trains; returns the row."""
-    from decaf_lora import execute
+    from decaf_lora.runs.build import build_run
 
     started = time.process_time()
-    training = execute.build(configured(key, init_adapters, data))
+    training = build_run(configured(key, init_adapters, data))
     try:
         records = list(training.train())
     finally:

@@ -51,9 +51,9 @@ def one(key: tuple[str, str, float, int], start: str, methods: Methods = METHODS
     import torch
 
     torch.set_num_threads(1)
-    from decaf_lora import execute
     from decaf_lora.config import RunConfig
     from decaf_lora.recipes import digits
+    from decaf_lora.runs.build import build_run
 
     method, partition, learning_rate, seed = key
     name, options = methods[method]
@@ -68,7 +68,7 @@ def one(key: tuple[str, str, float, int], start: str, methods: Methods = METHODS
         "evaluate_every": 30,
     }
     started = time.perf_counter()
-    run = execute.build(RunConfig.model_validate(base))
+    run = build_run(RunConfig.model_validate(base))
     try:
         *_, last = run.train()
     finally:

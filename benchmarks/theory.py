@@ -28,6 +28,7 @@ from decaf_lora import Run, TrainingConfig, algorithms, graphs, partition, recor
 from decaf_lora.report import HALF, INK, LOOKS, STYLE, WHOLE, Plot
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the problems and measurements of the tests
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 import test_theory as tests
 from quadratic import Quadratic, many_agents, slope, square_gradients, train, windows
 

@@ -1,6 +1,6 @@
 """Make the demo's base model, a CLIP that has seen 600 digits, from nothing but this repository.
 
-    python scripts/make_digits_clip.py            # train and write src/decaf_lora/assets/digits_clip
+    python scripts/make_digits_clip.py            # train and write src/decaf_lora/tasks/demo/digits_clip
     python scripts/make_digits_clip.py --check    # train again elsewhere and compare the checksums
 
 About a minute on one core. The same versions on the same machine give the same bytes; another processor or
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokeniz
 
 from clip_training import Batch, draw_captions, sha256, text_config, train, word_tokenizer, zero_shot
 from decaf_lora import randomness
-from decaf_lora.tasks import digits_data
+from decaf_lora.tasks.demo import digits_data
 
 SEED = 0
 STEPS = 800

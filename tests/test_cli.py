@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 import yaml
 
-from decaf_lora import checkpoint, execute, graphs
+from decaf_lora import graphs
 from decaf_lora.cli import main
 from decaf_lora.config import RunConfig, build
 from decaf_lora.records import read_records
+from decaf_lora.runs import checkpoint
+from decaf_lora.runs.build import build_run
+from decaf_lora.runs.events import Interrupted
+from decaf_lora.runs.folder import run
 
-TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
+TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
 SMALL = [
     *("--task", TOY, "--agents", "3", "--rounds", "3", "--training.steps", "2", "--training.batch-size", "4"),
     *("--training.agents-per-pass", "3", "--partition", "iid", "--lora.lora-alpha", "4"),
@@ -80,7 +84,7 @@ def test_bfloat16_on_a_processor_that_emulates_it(monkeypatch, instructions):
     config = build(RunConfig, {"task": {"name": "digits"}, "training": {"precision": "bfloat16", "agents_per_pass": 1}})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        execute.build(config).close()
+        build_run(config).close()
     said = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
     assert len(said) == (instructions is None)
     if said:
@@ -140,7 +144,7 @@ def test_merged_export_gives_the_agents_logits(tmp_path, capsys, digits_task):
     from peft import PeftModel
     from transformers import CLIPModel
 
-    from decaf_lora.tasks import digits_data
+    from decaf_lora.tasks.demo import digits_data
 
     out = tmp_path / "r"
     small = ["--agents", 2, "--rounds", 2, "--training.agents_per_pass", 1, "--lr", 0.05]
@@ -376,11 +380,11 @@ def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
     """The record of the start is in the file once."""
     config = build(RunConfig, {"task": {"name": TOY}, "agents": 3, "rounds": 2, "partition": "iid"} | {
         "lora": {"target_modules": ["first", "second"]}, "training": {"steps": 2, "agents_per_pass": 3}})  # fmt: skip
-    with pytest.raises(execute.Interrupted):
-        execute.run(config, tmp_path / "cut", watch=lambda event: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "cut", watch=lambda event: os.kill(os.getpid(), signal.SIGINT))
     assert [r.round for r in read_records(tmp_path / "cut" / "records.jsonl")] == [0]
-    execute.run(config, tmp_path / "cut", resume=True)
-    execute.run(config, tmp_path / "whole")
+    run(config, tmp_path / "cut", resume=True)
+    run(config, tmp_path / "whole")
     ours, theirs = (read_records(tmp_path / k / "records.jsonl") for k in ("cut", "whole"))
     assert [dataclasses.replace(r, seconds={}) for r in ours] == [dataclasses.replace(r, seconds={}) for r in theirs]
 
@@ -422,7 +426,7 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
 
 def test_ctrl_c_while_two_processes_load(tmp_path):
     """No run starts after a Ctrl-C that came while the task was loading: it would go on to its end."""
-    toy = (Path(__file__).parent / "toy.py").read_text()
+    toy = (Path(__file__).parent / "helpers" / "toy.py").read_text()
     slow = f"    Path({str(tmp_path / 'loading')!r}).touch()\n    time.sleep(3)\n    return Toy()\n"
     (tmp_path / "slow.py").write_text(f"import time\nfrom pathlib import Path\n\n{toy}\n\ndef make():\n{slow}")
     out = tmp_path / "cmp"

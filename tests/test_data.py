@@ -372,7 +372,7 @@ def test_a_folder_of_images_is_decoded_on_demand(album, workers, room, monkeypat
     assert found.classes == ["cat", "dog"]
     decoded = []
     original = data.decode_image
-    monkeypatch.setattr(data, "decode_image", lambda *a: decoded.append(1) or original(*a))
+    monkeypatch.setattr(data.images, "decode_image", lambda *a: decoded.append(1) or original(*a))
     one = data.Pixels(found.train, "image", processor)(np.array([0])).numel() * 4
     decoded.clear()
     pixels = data.Pixels(found.train, "image", processor, workers, cache=room * one)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import logging
 
 from decaf_lora import errors
-from decaf_lora.tasks import digits_data
+from decaf_lora.tasks.demo import digits_data
 
 SPLITS = ("base", "train", "test")
 CARD = (digits_data.MODEL_DIR / "README.md").read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from decaf_lora.dry_run import DryRun, UnknownNumberError
+from decaf_lora.plan.dry_run import DryRun, UnknownNumberError
 
 
 def faked(module):

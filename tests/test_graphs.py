@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import subprocess
 import sys
 
 import networkx as nx
@@ -810,3 +811,16 @@ def test_draw_writes_a_file_without_pyplot(tmp_path, suffix, magic, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it would now fail
     graphs.draw(graphs.bipartite_hubs(), tmp_path / f"graph.{suffix}")
     assert (tmp_path / f"graph.{suffix}").read_bytes().startswith(magic)
+
+
+# --- what it costs to look ----------------------------------------------------------------------------------
+
+
+def test_decaf_graph_imports_no_heavy_library():
+    code = "import sys; from decaf_lora.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "graph", "erdos-renyi:0.5", "--agents", "5", "--json"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout)["num_agents"] == 5
+    loaded = set(out.stderr.split())
+    assert "networkx" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "peft", "datasets", "sklearn", "matplotlib"})

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import test_ranks
-from decaf_lora import algorithms, checkpoint, graphs, lowrank
+from decaf_lora import algorithms, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
+from decaf_lora.runs import checkpoint
 from test_algorithms import LAYERS, make_adapter, one_round, products
 from test_tracking import SGD, assert_near, corrections, finished, make_run, random_gradients
 

@@ -10,19 +10,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from decaf_lora import algorithms, execute, graphs, partition, plan, recipes
+from decaf_lora import algorithms, graphs, partition, plan, recipes
 from decaf_lora.cli import main
 from decaf_lora.config import AlgorithmConfig, RunConfig, TaskConfig, TrainingConfig
 from decaf_lora.data import Ragged
 from decaf_lora.errors import UserError
 from decaf_lora.plan import DataSizes
 from decaf_lora.run import Run
+from decaf_lora.runs import build
+from decaf_lora.runs.build import build_run, lora_config
 from decaf_lora.tasks import checkpoint_layers
-from decaf_lora.tasks.causal_lm import LanguageModeling, Sequences
+from decaf_lora.tasks.causal_lm import LanguageModeling
+from decaf_lora.tasks.sequences import Sequences
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data")) / "stories260K" / "hf"
-TOY = f"{Path(__file__).parent / 'toy.py'}:make_toy"
+TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,7 +41,7 @@ def benchmark():
 
 @pytest.fixture(autouse=True)
 def _no_task_of_another_test():
-    execute._tasks.clear()
+    build._tasks.clear()
 
 
 def small(name="decaf", agents=3, **values):
@@ -117,7 +120,7 @@ def test_the_peak_of_a_real_llama(benchmark, agents, per_pass, checkpointing, pa
         graphs.parse(config.graph, agents, 0),
         partition.iid(labels, agents, 0),
         config.training,
-        lora=execute.lora_config(config, task.default_lora()),
+        lora=lora_config(config, task.default_lora()),
         rounds=1,
         eval_batch_size=batch,
     )
@@ -129,7 +132,7 @@ def test_the_peak_and_bytes_of_every_algorithm(benchmark, name):
     config = small(name, agents=4)
     planned = plan.estimate(config)
     others = benchmark.in_use()
-    run = execute.build(config)
+    run = build_run(config)
     records = []
     measured = benchmark.peak_of(lambda: records.extend(run.train()), others)
     run.close()
@@ -152,7 +155,7 @@ def test_the_peak_and_bytes_of_every_algorithm(benchmark, name):
 )
 def test_bytes_are_those_of_the_records(values):
     config = small(**values)
-    run = execute.build(config)
+    run = build_run(config)
     records = list(run.train())
     run.close()
     assert plan.estimate(config).bytes_sent == pytest.approx(sum(r.bytes_sent for r in records))
@@ -178,7 +181,7 @@ def test_processes_share_the_agents():
 def test_steps_follow_the_shards():
     config = small(training=TrainingConfig(epochs=2, batch_size=16, agents_per_pass=1))
     planned = plan.estimate(config)
-    largest = max(len(s) for s in partition.parse("iid", execute.build(config).task.labels, 3, 0).shards)
+    largest = max(len(s) for s in partition.parse("iid", build_run(config).task.labels, 3, 0).shards)
     assert planned.steps_per_round == -(-2 * largest // 16)
 
 
@@ -251,7 +254,7 @@ def test_checkpointing_and_smaller_passes_need_less(tmp_path):
 def test_equal_models_are_evaluated_once(monkeypatch, name, values, models):
     config = small(name, task=TaskConfig(name=TOY), rounds=4, **values)
     assert plan.estimate(config).evaluations == models
-    run = execute.build(config)
+    run = build_run(config)
     seen = []
     statistics = run.task.statistics
     monkeypatch.setattr(run.task, "statistics", lambda batch, n: seen.append(n) or statistics(batch, n))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
+from decaf_lora import algorithms, consensus, graphs, partition
 from decaf_lora.algorithms.decaf import GAUGES
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.cli import main
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
+from decaf_lora.runs import checkpoint
 from test_algorithms import LAYERS, make_adapter, one_round, products
 from toy import Toy
 
@@ -300,7 +301,7 @@ TOY = [
     "run",
     "digits",
     "--task.name",
-    "tests/toy.py:make_toy",
+    "tests/helpers/toy.py:make_toy",
     "--agents",
     "4",
     "--rounds",

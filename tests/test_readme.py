@@ -1,4 +1,4 @@
-"""The README's Python example runs as written, and its layout names the files that are there."""
+"""The README's Python example runs as written, and CONTRIBUTING's file tree names the rooms that are there."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -21,17 +22,16 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "adapters" / name / "adapter_model.safetensors").exists()
 
 
-def test_the_layout_names_every_module():
-    layout = README.split("## Layout")[1].split("## ")[0]
-    modules = {p.name for p in (ROOT / "src" / "decaf_lora").rglob("*.py")} - {"__init__.py", "__main__.py"}
-    scripts = {p.name for folder in ("benchmarks", "scripts") for p in (ROOT / folder).glob("*.py")}
-    missing = {name for name in modules | scripts if name not in layout and name != "base.py"}
-    assert not missing
-    for name in re.findall(r"[\w/]+\.py", layout):
-        assert list(ROOT.rglob(Path(name).name)), name
+def test_the_file_tree_names_every_room_and_nothing_else():
+    tree = CONTRIBUTING.split("## Where things are")[1].split("`benchmarks/` holds")[0]
+    source = ROOT / "src" / "decaf_lora"
+    rooms = {p.name for p in source.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert {room for room in rooms if not room.startswith("__") and room not in tree} == set()
+    named = {word for line in re.findall(r"^    (\S.*?)  ", tree, re.M) for word in line.split()}
+    assert {name for name in named if not (source / name).exists()} == set()
 
 
 def test_links_into_the_repository_exist():
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

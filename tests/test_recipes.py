@@ -16,7 +16,7 @@ from PIL import Image
 from decaf_lora import algorithms, config, graphs, partition, recipes, tasks
 from decaf_lora.cli import main
 from decaf_lora.config import CompareConfig, RunConfig, TaskConfig
-from decaf_lora.execute import cells
+from decaf_lora.runs.compare import cells
 from tiny import write
 
 PAPER = [name for name in recipes.RECIPES if name.startswith("paper/")]

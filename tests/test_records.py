@@ -21,6 +21,7 @@ from decaf_lora.records import (
     Spread,
     SummaryRow,
     aggregate,
+    machine,
     read_records,
     summarise,
     to_csv,
@@ -347,7 +348,7 @@ class TestEnvironment:
             raise subprocess.TimeoutExpired("git", 10)
 
         monkeypatch.setattr(subprocess, "run", broken)
-        monkeypatch.setattr(records, "_processor", lambda: None)
+        monkeypatch.setattr(machine, "_processor", lambda: None)
         found = records.environment("cuda:99")
         assert found["commit"] is None
         assert found["device"] == "cuda:99"
@@ -359,15 +360,15 @@ class TestEnvironment:
             command = ["git", "-C", str(tmp_path), *identity, *arguments]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-        source = tmp_path / "records.py"
+        source = tmp_path / "machine.py"
         source.write_text("x = 1\n")
         (tmp_path / "other.py").write_text("x = 1\n")
         git("init", "-q")
         git("add", "other.py")
         git("commit", "-qm", "m")
-        monkeypatch.setattr(records, "__file__", str(source))
+        monkeypatch.setattr(machine, "__file__", str(source))
         assert records.environment()["commit"] is None  # installed inside somebody else's checkout
-        git("add", "records.py")
+        git("add", "machine.py")
         git("commit", "-qm", "m")
         assert records.environment()["commit"] == git("rev-parse", "HEAD")
         source.write_text("x = 2\n")

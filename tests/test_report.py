@@ -16,6 +16,7 @@ from decaf_lora import records, report
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, complete, ring
 from decaf_lora.records import Record, RecordWriter
+from decaf_lora.report import figures, reading
 
 # Where each algorithm ends and what an agent sends a round: shaped like the trials in ALGORITHMS.md.
 PROFILE = {
@@ -318,8 +319,8 @@ class TestOneRun:
 
     def test_curves_pass_through_the_measured_rounds_alone(self, tmp_path: Path) -> None:
         directory = make_run(tmp_path / "run", measured=8)
-        groups = {"decaf": [report._read_run(directory)]}
-        for plot in (report._consensus(groups), report._truncation(groups)):
+        groups = {"decaf": [reading.read_run(directory)]}
+        for plot in (figures._consensus(groups), figures._truncation(groups)):
             assert plot is not None
             for axes in plot.figure.axes:
                 rounds = axes.lines[0].get_xdata()

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from decaf_lora import execute
+from decaf_lora.runs.build import build_run
+from decaf_lora.runs.compare import cells
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data"))
@@ -44,8 +45,8 @@ def test_the_search_ends_with_the_best_rate_between_two_others(benchmark, best, 
 def test_the_model_reads_text_and_scores_answers(benchmark, tmp_path):
     model = benchmark.story_teller(DATA, tmp_path / "model")
     text = benchmark.text(model, DATA / "banking77" / "train.csv", algorithms=("local",), seeds=(0,))
-    (cell,) = execute.cells(text)
-    run = execute.build(cell.config)
+    (cell,) = cells(text)
+    run = build_run(cell.config)
     assert sum(p.numel() for p in run.task.model.parameters()) == pytest.approx(260_000, rel=0.01)
     assert len(run.task.classes) == 77
     assert {site.rpartition(".")[2] for site in run.attached.sites} == {"q_proj", "v_proj"}
@@ -53,8 +54,8 @@ def test_the_model_reads_text_and_scores_answers(benchmark, tmp_path):
     assert run.task._train.tokens.lengths.max() == 64
     run.close()
     for name, train in (("BoolQ", 2191), ("WiC", 427)):
-        (cell, *_) = execute.cells(benchmark.answers(model, DATA, name))
-        run = execute.build(cell.config)
+        (cell, *_) = cells(benchmark.answers(model, DATA, name))
+        run = build_run(cell.config)
         assert (run.task.classes, run.task.score_name) == (["false", "true"], "F1 (true)")
         assert (len(run.task.labels), run.task.num_test) == (train, 80)
         run.close()

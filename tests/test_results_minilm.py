@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from decaf_lora import config as configs
-from decaf_lora import execute
 from decaf_lora.config import CompareConfig, TaskConfig
+from decaf_lora.runs.build import build_run
+from decaf_lora.runs.compare import cells
+from decaf_lora.runs.folder import run as run_folder
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data"))
@@ -45,8 +47,8 @@ def test_the_recipe_fits_the_data(benchmark, name, tmp_path):
     for partition in benchmark.PARTITIONS:
         config = benchmark.config(name, partition, DATA, tmp_path)
         values = {**config.model_dump(), "rounds": 1, "algorithms": ("local",), "seeds": (0,)}
-        (cell,) = execute.cells(CompareConfig.model_validate(values))
-        run = execute.build(cell.config)
+        (cell,) = cells(CompareConfig.model_validate(values))
+        run = build_run(cell.config)
         classes = int(name.removeprefix("banking").removeprefix("clinc"))
         assert run.partition.label_table().sum(0).tolist() == [benchmark.SETS[name][0]] * classes
         assert len(run.attached.sites) == 12
@@ -71,7 +73,7 @@ def test_the_table_takes_every_method_at_its_best_rate(benchmark, tmp_path):
         folder = tmp_path / "runs" / "table" / f"{row.algorithm}-ring-iid-seed{row.seed}"
         config = configs.load(configs.RunConfig, folder / "config.yaml")
         assert (config.training.learning_rate, config.seed) == (best[row.algorithm], row.seed)
-        alone = execute.run(config, tmp_path / "alone" / folder.name)
+        alone = run_folder(config, tmp_path / "alone" / folder.name)
         assert (alone.mean_score, alone.worst_score) == (row.mean_score, row.worst_score)
     assert [row.seed for row in rows] == [0, 0, 1, 1]
     mean = {m: sum(r.mean_score for r in rows if r.algorithm == m) / 2 for m in best}

@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from decaf_lora import algorithms, checkpoint, consensus, graphs, partition
+from decaf_lora import algorithms, consensus, graphs, partition
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Pending, Simulate
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
+from decaf_lora.runs import checkpoint
 from toy import Toy, TwoLayers
 
 CONFIG = TrainingConfig(steps=3, batch_size=5, learning_rate=0.02, agents_per_pass=2)
@@ -324,7 +325,7 @@ def test_averaged_model_is_the_best_rank_r_mean_of_products():
 def test_saved_adapters_of_a_run_load_in_peft(digits_task, tmp_path):
     from transformers import CLIPModel
 
-    from decaf_lora.tasks import digits_data
+    from decaf_lora.tasks.demo import digits_data
 
     training = TrainingConfig(steps=2, batch_size=4, learning_rate=0.02, agents_per_pass=3)
     shards = partition.iid(digits_task.labels, 3, seed=0)

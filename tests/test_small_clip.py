@@ -13,9 +13,10 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from decaf_lora import config as configs
-from decaf_lora import execute
 from decaf_lora.config import CompareConfig
 from decaf_lora.partition import parse
+from decaf_lora.runs.build import build_run
+from decaf_lora.runs.compare import cells
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["airplane", "bird", "cat"]
@@ -115,8 +116,8 @@ def test_agents_adapt_it_and_peft_loads_what_they_learnt(made, tmp_path):
     values["task"] |= {"model": str(made / "model"), "data": str(made / "images")}
     values |= {"partition": "shots:10", "rounds": 2, "algorithms": ["decaf"], "seeds": [0]}
     values["training"]["learning_rate"] = 0.02
-    (cell,) = execute.cells(CompareConfig.model_validate(values))
-    run = execute.build(cell.config)
+    (cell,) = cells(CompareConfig.model_validate(values))
+    run = build_run(cell.config)
     try:
         _, first, second = run.train()
         assert np.mean(second.losses) < np.mean(first.losses)

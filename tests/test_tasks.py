@@ -37,9 +37,9 @@ from decaf_lora.config import TaskConfig, TrainingConfig
 from decaf_lora.data import Ragged
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
-from decaf_lora.tasks import causal_lm
+from decaf_lora.tasks import causal_lm, pretrained
 from decaf_lora.tasks.base import repeat_for_agents
-from decaf_lora.tasks.sequence_classification import ClassScore
+from decaf_lora.tasks.scores import ClassScore
 from tiny import DECODERS, DUALS, ENCODERS, WORDS, tokenizer, write
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_agents_together_are_agents_one_by_one(case, directories, texts, images)
         name=name, model=directories(case.split()[0]), data=images if name == "image-text" else texts, **options
     )
     attached = attach(task.model, dataclasses.replace(task.default_lora(), r=2))
-    task.attached(list(attached.sites))
+    task.on_attach(list(attached.sites))
     adapter = moved(attached.init(range(3), seed=0))
     rows = np.arange(6)
     tests = task.test_batch(np.arange(2))
@@ -545,19 +545,19 @@ RECOMPUTED = {
 def test_gradient_checkpointing_gives_the_same_gradients_without_dropout(case, directories, texts, images, monkeypatch):
     name, family, blocks = RECOMPUTED[case]
     calls = []
-    original = tasks._checkpointed
+    original = pretrained._checkpointed
 
     def spy(forward, *args, **kwargs):
         calls.append(torch.is_grad_enabled())
         return original(forward, *args, **kwargs)
 
-    monkeypatch.setattr(tasks, "_checkpointed", spy)
+    monkeypatch.setattr(pretrained, "_checkpointed", spy)
     options = {"name": name, "model": directories(family), "data": images if name == "image-text" else texts}
     gradients = []
     for checkpointed in (False, True):
         task = make(**options, gradient_checkpointing=checkpointed)
         attached = attach(task.model, dataclasses.replace(task.default_lora(), r=2))
-        task.attached(list(attached.sites))
+        task.on_attach(list(attached.sites))
         adapter = moved(attached.init(range(2), seed=0))
         leaves = [t.requires_grad_() for t in [*adapter.A.values(), *adapter.B.values()]]
         with attached.bind(adapter):
@@ -727,7 +727,7 @@ def test_the_documented_own_task_runs(tmp_path):
 
 
 def test_an_own_task_may_read_the_configuration(tmp_path):
-    toy = (ROOT / "tests" / "toy.py").read_text()
+    toy = (ROOT / "tests" / "helpers" / "toy.py").read_text()
     (tmp_path / "mine.py").write_text(
         toy + "\n\ndef configured(config):\n    return Toy(examples=config.max_train)\n\n\ndef wrong():\n    return 3\n"
     )

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import ranks
-from decaf_lora import checkpoint
 from decaf_lora.cli import main
 from decaf_lora.engines import Simulate
+from decaf_lora.runs import checkpoint
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "helpers"
 TOY = f"{HERE / 'toy.py'}:make_toy"
 SMALL = [
     *("run", "digits", "--agents", "4", "--rounds", "6", "--training.steps", "3", "--training.batch-size", "4"),

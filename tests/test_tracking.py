@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from decaf_lora import algorithms, checkpoint, graphs, lowrank, partition
+from decaf_lora import algorithms, graphs, lowrank, partition
 from decaf_lora.adapters.adapter import concatenate
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Schedule
 from decaf_lora.run import Run
+from decaf_lora.runs import checkpoint
 from quadratic import LAYER, Quadratic, train
 from test_algorithms import LAYERS, make_adapter, one_round, products
 from toy import Toy

@@ -6,9 +6,12 @@ another number of processes, or another number of agents a pass draws exactly th
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # graphs and partitions draw with numpy alone, and must not wait for torch
+    import torch
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
@@ -17,8 +20,10 @@ def derive_seed(seed: int, *keys: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def torch_generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def torch_generator(seed: int, *keys: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
     """A fresh `torch.Generator` for the draw named by `keys`."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
 
 

@@ -110,7 +110,7 @@ class Run:
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(len(partition.shards))]
         self._largest = int(np.argmax(ranks))
-        task.attached(list(self.attached.sites))
+        task.on_attach(list(self.attached.sites))
         self.trainer = Trainer(
             task,
             self.attached,

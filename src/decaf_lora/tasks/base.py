@@ -38,7 +38,7 @@ class Task(ABC):
         """The LoRA configuration to use when the user gives none; PEFT's defaults for known architectures."""
         return LoraConfig()
 
-    def attached(self, sites: list[str]) -> None:  # noqa: B027 - an optional hook
+    def on_attach(self, sites: list[str]) -> None:  # noqa: B027 - an optional hook
         """Called once with the names of the adapted layers, before any batch: a place to set up caches."""
 
     @abstractmethod

@@ -22,9 +22,9 @@ from transformers import AutoModel
 from decaf_lora import data
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
-from decaf_lora.tasks import pretrained_model, pretrained_tokenizer
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
-from decaf_lora.tasks.sequence_classification import ClassScore
+from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.scores import ClassScore
 
 TEMPLATES = ("a photo of a {}.",)
 """The prompt of CLIP's authors, used when none is given."""
@@ -86,7 +86,7 @@ class ImageText(Task):
         """LoRA on q, k, v of every text and vision block (Zanella & Ben Ayed 2024, arXiv 2405.18541)."""
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
-    def attached(self, sites: list[str]) -> None:
+    def on_attach(self, sites: list[str]) -> None:
         """Text features may be cached only when no adapter sits in the text encoder."""
         self._text_adapted = any(site.split(".")[0].startswith("text") for site in sites)
         self._cached_text = None

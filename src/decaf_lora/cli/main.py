@@ -1,0 +1,106 @@
+"""How does a person say all this? The command `decaf`.
+
+A mistake becomes one line on standard error and exit code 2. Progress goes to standard error, results to
+standard output.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from decaf_lora.cli.graph import graph_command
+from decaf_lora.cli.planning import plan_command
+from decaf_lora.cli.runs import compare_command, export_command, recipes_command, report_command, run_command
+from decaf_lora.errors import UserError, nearest
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point: returns the exit code. 2 for a user's mistake, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        # The libraries' bars (downloads, preprocessing) are for a person who watches, and one process of several.
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "RANK" in os.environ:  # a lost process is one line of ours, not pages of torch's C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    warnings.showwarning = functools.partial(_warn, set())
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        if debug:
+            raise
+        if not error.quiet:
+            console.print(f"decaf: {error}", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        console.print("decaf: interrupted; the last checkpoint is kept, go on with --resume.", markup=False)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _warn(said: set[str], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the code; libraries' deprecations are not the user's concern.
+
+    `said`: those that were shown, for all runs of a comparison once. (Python forgets them in every catch_warnings.)
+    """
+    text = " ".join(str(message).split())
+    if text not in said and not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        said.add(text)
+        Console(stderr=True, highlight=False).print(f"decaf: warning: {text}", markup=False, soft_wrap=True)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        _overview()
+        return 0
+    if args[0] in ("-V", "--version"):
+        from decaf_lora import __version__
+
+        print(f"decaf-lora {__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in _COMMANDS:
+        close = nearest(name, _COMMANDS)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"command: {name!r} is not known.{hint} Choose one of: {', '.join(_COMMANDS)}.")
+    return _COMMANDS[name][0](rest)
+
+
+def _overview() -> None:
+    table = Table.grid(padding=(0, 3))
+    for name, (_, summary) in _COMMANDS.items():
+        table.add_row(f"  decaf {name}", summary)
+    console = Console(highlight=False)
+    console.print("Fine-tune one foundation model together, with no server.\n")
+    console.print(table)
+    console.print(
+        "\nFirst: decaf compare digits        Help of a command: decaf COMMAND --help\n"
+        "--debug shows the traceback of an error.",
+        markup=False,
+    )
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "compare": (compare_command, "several algorithms side by side: table and report"),
+    "run": (run_command, "one run of one algorithm"),
+    "plan": (plan_command, "what a run would cost: memory, bytes, arithmetic"),
+    "recipes": (recipes_command, "what is ready to use"),
+    "graph": (graph_command, "show a graph and its mixing matrix"),
+    "export": (export_command, "write an agent's adapter as a PEFT directory"),
+    "report": (report_command, "write the report of a run anew"),
+}

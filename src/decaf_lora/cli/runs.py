@@ -1,0 +1,203 @@
+"""`decaf run`, `compare`, `recipes`, `export`, `report`: runs, and what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from decaf_lora.cli.options import Output, check_options, configured, parsed
+from decaf_lora.cli.progress import display
+from decaf_lora.config import CompareConfig, RunConfig
+from decaf_lora.errors import UserError
+from decaf_lora.runs.events import Interrupted, nobody
+
+
+def run_command(args: list[str]) -> int:
+    from decaf_lora.runs.folder import run
+
+    config, output, name = configured(RunConfig, "run", args)
+    if output.engine == "torchrun":
+        return _run_split(config, output, name, args)
+    _refuse_launcher(output)
+    out = output.out or _default_out(name)
+    err = Console(stderr=True, highlight=False)
+    try:
+        with display(1, err) as watch:
+            row = run(config, out, resume=output.resume, watch=watch)
+    except Interrupted as stop:
+        return _stopped(err, stop, f"decaf run {_recipe_argument(args)}")
+    _results([row], out, output.json)
+    return 0
+
+
+def _run_split(config: RunConfig, output: Output, name: str, args: list[str]) -> int:
+    """`run` in one of the processes of torchrun; the main one prints."""
+    from decaf_lora.engines import connect
+    from decaf_lora.runs.launched import run_split
+
+    err = Console(stderr=True, highlight=False)
+    with connect(output.backend, config.device, output.timeout) as processes:
+        with processes.together():
+            if output.out is None and processes.launch.max_restarts:
+                raise UserError("out: give a folder with --max-restarts, so that a restarted run finds its checkpoint.")
+        out = Path(processes.share("out", str(output.out or _default_out(name)))[0])
+        try:
+            with display(1, err) if processes.is_main else contextlib.nullcontext(nobody) as watch:
+                row = run_split(config, out, processes, wire=output.wire, resume=output.resume, watch=watch)
+        except Interrupted as stop:
+            if not processes.is_main:
+                return 130
+            return _stopped(err, stop, f"torchrun ... -m decaf_lora run {_recipe_argument(args)} --engine torchrun")
+    if row is not None:
+        _results([row], out, output.json)
+    return 0
+
+
+def _refuse_launcher(output: Output) -> None:
+    """Several processes that each simulate all agents would write into one folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1":
+        error = UserError(
+            f"engine: torchrun has started {count} processes; `decaf run` shares them with --engine torchrun."
+        )
+        error.quiet = os.environ.get("RANK") != "0"
+        raise error
+
+
+def compare_command(args: list[str]) -> int:
+    from decaf_lora.runs.compare import cells, compare, default_jobs
+
+    config, output, name = configured(CompareConfig, "compare", args)
+    assert isinstance(config, CompareConfig)
+    if output.engine != "simulate":
+        raise UserError(
+            "engine: compare simulates its runs, several at a time with --jobs; torchrun is for `decaf run`."
+        )
+    _refuse_launcher(output)
+    if output.jobs < 0:
+        raise UserError("jobs: must be 0 (one a core) or more.")
+    jobs = output.jobs or default_jobs(config.device)
+    out = output.out or _default_out(name)
+    err = Console(stderr=True, highlight=False)
+    try:
+        with display(len(cells(config)), err) as watch:
+            rows = compare(config, out, resume=output.resume, jobs=jobs, watch=watch)
+    except Interrupted as stop:
+        return _stopped(err, stop, f"decaf compare {_recipe_argument(args)}")
+    _results(rows, out, output.json)
+    _refuse_diverged(rows)
+    return 0
+
+
+def _results(rows: list[Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    from decaf_lora.records import table
+
+    console = Console(highlight=False)
+    console.print(table(rows))
+    console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _refuse_diverged(rows: list[Any]) -> None:
+    """Raises UserError if some runs have no result: a script is told, when all that there is has been written."""
+    lost = {(row.algorithm, row.partition, row.seed, row.diverged): row for row in rows if row.diverged}
+    if lost:
+        row = next(iter(lost.values()))
+        count = f"{len(lost)} runs have diverged, the first is" if len(lost) > 1 else "one run has diverged,"
+        raise UserError(f"{count} {row.algorithm}, {row.graph}, {row.partition}, seed {row.seed}: {row.diverged}")
+
+
+def _stopped(err: Console, stop: Any, command: str) -> int:
+    where = f" in round {stop.round}" if stop.round else ""
+    err.print(
+        f"decaf: stopped{where}; everything so far is kept. Go on with: {command} "
+        f"--out {stop.directory} --resume (and the same options).",
+        markup=False,
+        soft_wrap=True,
+    )
+    return 130
+
+
+def _recipe_argument(args: list[str]) -> str:
+    return args[0]
+
+
+def _default_out(name: str) -> Path:
+    import time
+
+    return Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def recipes_command(args: list[str]) -> int:
+    from decaf_lora import recipes
+
+    def list_recipes(json: bool = False) -> bool:
+        """Lists the recipes for `decaf run` and `decaf compare`.
+
+        Args:
+            json: print JSON.
+        """
+        return json
+
+    check_options(args, ["json", "help"])
+    if parsed(list_recipes, "decaf recipes", args):
+        print(json.dumps(recipes.describe(), indent=2))
+        return 0
+    table = Table.grid(padding=(0, 3))
+    for name, summary in recipes.describe().items():
+        table.add_row(f"  {name}", summary)
+    Console(highlight=False).print(table)
+    return 0
+
+
+def export_command(args: list[str]) -> int:
+    from decaf_lora.runs.export import export as write_export
+
+    def export(run: Positional[Path], to: Path, agent: str = "averaged", merge: bool = False) -> tuple[Any, ...]:
+        """Writes one agent's adapter, or the averaged model, as a PEFT directory.
+
+        Args:
+            run: folder of the run.
+            to: folder to write, new or empty.
+            agent: number of the agent, or `averaged`.
+            merge: write the whole model with the adapter folded in.
+        """
+        return run, to, agent, merge
+
+    check_options(args, ["to", "agent", "merge", "no-merge", "help"])
+    run, to, agent, merge = parsed(export, "decaf export", args)
+    if agent != "averaged" and not agent.isdigit():
+        raise UserError(f"agent: {agent!r} is neither a number nor 'averaged'.")
+    write_export(run, int(agent) if agent.isdigit() else agent, to, merge=merge)
+    print(f"{'model' if merge else 'adapter'} of {'agent ' * agent.isdigit()}{agent} in {to}")
+    return 0
+
+
+def report_command(args: list[str]) -> int:
+    from decaf_lora.report import write_figures, write_report
+
+    def report(run: Positional[Path], figures: Path | None = None) -> tuple[Path, Path | None]:
+        """Writes report.html of a run or a comparison anew.
+
+        Args:
+            run: folder of the run or comparison.
+            figures: folder to write every figure to, as a PNG file of its own.
+        """
+        return run, figures
+
+    check_options(args, ["figures", "help"])
+    run, figures = parsed(report, "decaf report", args)
+    print(write_report(run))
+    if figures is not None:
+        print(*write_figures(run, figures), sep="\n")
+    return 0

@@ -1,0 +1,139 @@
+"""Where do examples come from?
+
+`load` reads what a user names (a data set of the Hub, a folder, a file) with `datasets.load_dataset`, numbers
+its labels, and cuts it into training and test examples. Nothing is dropped or renumbered in silence: a mistake
+is a `UserError` that names the field, anything left out is counted in one warning. Tables stay memory-mapped
+on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, Image, Value
+from numpy.typing import NDArray
+
+from decaf_lora.config import TaskConfig
+from decaf_lora.data.images import readable_images
+from decaf_lora.data.labels import Labels, listed, numbered
+from decaf_lora.data.reading import read
+from decaf_lora.errors import UserError, unknown
+from decaf_lora.randomness import numpy_generator
+
+
+class Examples(NamedTuple):
+    """Training and test examples, numbered alike in the tables and the label arrays."""
+
+    train: Dataset
+    test: Dataset
+    labels: Labels
+    """(num_train,) class numbers; zeros if the data is used without labels."""
+    test_labels: Labels
+    """(num_test,)"""
+    classes: list[str]
+    """Names of the classes; empty if the data is used without labels."""
+    named: bool
+    """Whether the data or the user gave the names; false if they are just numbers."""
+
+
+def load(
+    config: TaskConfig,
+    columns: Iterable[tuple[str, str]],
+    *,
+    label: str | None = None,
+    image: str | None = None,
+) -> Examples:
+    """The examples that `config` names, with the columns that a task needs.
+
+    `columns` are pairs (field of the configuration, column); `label` and `image` are columns as well.
+    Raises UserError for data that cannot be read, splits and columns that do not exist, empty splits, missing
+    values, labels that are no classes or unseen in training, and images that do not decode.
+    """
+    wanted = list(columns)
+    wanted += [("label_column", label)] if label is not None else []
+    wanted += [("image_column", image)] if image is not None else []
+    splits = read(config)
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            split = getattr(config, f"{name}_split") or name
+            raise UserError(f"task.{name}_split: the split {split!r} holds no example; choose or make another.")
+        for field, column in wanted:
+            if column not in rows.column_names:
+                raise unknown(f"task.{field}", column, rows.column_names)
+            if column != label:
+                _refuse_missing(field, column, name, rows)
+    if image is not None:
+        splits = {k: readable_images(config, k, rows.cast_column(image, Image(decode=False)), image)
+                  for k, rows in splits.items()}  # fmt: skip
+    if label is None:
+        zeros = {k: np.zeros(len(rows), np.int64) for k, rows in splits.items()}
+        numbers, classes, named = zeros, list[str](), False
+    else:
+        numbers, classes, named = numbered(config, splits, label)
+    if config.test_share is not None:
+        splits, numbers = _held_out(config, splits["train"], numbers["train"])
+    for name, limit in (("train", config.max_train), ("test", config.max_test)):
+        if limit is not None and limit < 1:
+            limit = math.ceil(limit * len(splits[name]))
+        if limit is not None and limit < len(splits[name]):
+            kept = np.sort(spread(numbers[name], config.data_seed, f"max_{name}")[: int(limit)])
+            splits[name], numbers[name] = splits[name].select(kept), numbers[name][kept]
+    _warn_of_absent_classes(numbers, classes)
+    return Examples(splits["train"], splits["test"], numbers["train"], numbers["test"], classes, named)
+
+
+def needs_text(rows: Dataset, fields: Iterable[tuple[str, str]]) -> None:
+    """UserError if a column (pairs of field and column) holds something other than text."""
+    for field, column in fields:
+        feature = rows.features[column]
+        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+            raise UserError(f"task.{field}: column {column!r} holds {feature}, not text.")
+
+
+def spread(labels: Labels, seed: int, purpose: str) -> NDArray[np.int64]:
+    """(n,) a random order of the examples of which every stretch has nearly the class mix of all.
+
+    The j-th of a class's m examples, in random order, is put at the fraction (j + 1/2) / m.
+    """
+    order = numpy_generator(seed, "data", purpose).permutation(len(labels))
+    _, inverse, counts = np.unique(labels[order], return_inverse=True, return_counts=True)
+    by_class = np.argsort(inverse, kind="stable")
+    rank = np.empty(len(labels))
+    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return order[np.argsort((rank + 0.5) / counts[inverse], kind="stable")]
+
+
+def _refuse_missing(field: str, column: str, split: str, rows: Dataset) -> None:
+    values = rows.data.column(column)
+    if values.null_count:
+        first = values.is_null().to_pylist().index(True)
+        raise UserError(
+            f"task.{field}: {values.null_count} of {len(rows)} {split} examples have nothing in column "
+            f"{column!r} (first: row {first}); fill or remove these rows."
+        )
+
+
+def _held_out(config: TaskConfig, rows: Dataset, labels: Labels) -> tuple[dict[str, Dataset], dict[str, Labels]]:
+    assert config.test_share is not None
+    if len(rows) < 2:
+        raise UserError("task.test_share: there is only 1 example; none can be held out.")
+    size = min(max(1, round(config.test_share * len(rows))), len(rows) - 1)
+    order = spread(labels, config.data_seed, "test_share")
+    parts = {"train": np.sort(order[size:]), "test": np.sort(order[:size])}
+    return {k: rows.select(p) for k, p in parts.items()}, {k: labels[p] for k, p in parts.items()}
+
+
+def _warn_of_absent_classes(numbers: dict[str, Labels], classes: list[str]) -> None:
+    present = {k: set(of_split.tolist()) for k, of_split in numbers.items()}
+    for name, other in (("train", "test"), ("test", "train")):
+        absent = [classes[c] for c in sorted(present[other] - present[name])] if classes else []
+        if absent:
+            warnings.warn(
+                f"task.data: {len(absent)} of {len(classes)} classes have {other} examples but no {name} "
+                f"example: {listed(absent)}.",
+                stacklevel=3,
+            )

@@ -1,0 +1,27 @@
+"""How are the rows of a data set preprocessed? In batches, in parallel, cached on disk by `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+
+from decaf_lora.config import TaskConfig
+
+
+def preprocess(
+    rows: Dataset, function: Callable[..., Any], config: TaskConfig, title: str, **arguments: Any
+) -> Dataset:
+    """`rows` mapped in batches by `function`, whose columns replace the old ones.
+
+    Cached on disk by the contents of all arguments, in `config.num_workers` processes, with a progress bar.
+    """
+    return rows.map(
+        function,
+        batched=True,
+        remove_columns=rows.column_names,
+        fn_kwargs=arguments,
+        num_proc=min(config.num_workers, len(rows)) or None,
+        desc=title,
+    )

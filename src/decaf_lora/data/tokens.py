@@ -1,0 +1,60 @@
+"""How are token sequences of different lengths held and batched? As one `Ragged` array, padded on the right."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def warn_truncated(counts: dict[str, int], limit: int) -> None:
+    """One warning for all the sequences (split -> how many) that were longer than `limit` tokens."""
+    if any(counts.values()):
+        each = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        warnings.warn(f"task.max_length: truncated to {limit} tokens: {each} examples.", stacklevel=3)
+
+
+class Ragged:
+    """Token sequences of different lengths in one array: sequence i is values[offsets[i] : offsets[i + 1]]."""
+
+    def __init__(self, values: NDArray[Any], offsets: NDArray[np.int64]) -> None:
+        self.values, self.offsets = values, offsets
+
+    @classmethod
+    def of(cls, rows: Dataset, column: str) -> Ragged:
+        """The lists of a column of what `preprocess` returns."""
+        chunks = rows.data.column(column).chunks if len(rows) else []
+        values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+        lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
+        offsets = np.concatenate([[0], *lengths]).astype(np.int64).cumsum()
+        return cls(np.concatenate(values).astype(np.int32) if values else np.zeros(0, np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int | np.integer[Any]) -> NDArray[Any]:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,)"""
+        return np.diff(self.offsets)
+
+    def take(self, indices: NDArray[np.int64]) -> Ragged:
+        """Sequences `indices` (m,) as an array of their own."""
+        values = [self[i] for i in indices] or [self.values[:0]]
+        return Ragged(np.concatenate(values), np.concatenate([[0], self.lengths[indices].cumsum()]))
+
+    def padded(self, indices: NDArray[np.int64], fill: int) -> tuple[Tensor, Tensor]:
+        """Sequences `indices` (m,) padded on the right to the longest: (tokens (m, L), mask (m, L)), int64."""
+        lengths = self.lengths[indices]
+        positions = np.arange(lengths.max(initial=0))
+        inside = positions < lengths[:, None]
+        where = np.where(inside, self.offsets[indices][:, None] + positions, 0)
+        tokens = np.where(inside, self.values[where] if self.values.size else 0, fill)
+        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(inside.astype(np.int64))

@@ -1,0 +1,157 @@
+"""Which graph does each round take, and what do several exchanges in a row make?"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decaf_lora.errors import UserError
+
+from .checks import check_consensus, check_count, is_average, second_singular_value
+from .graph import Graph
+
+DRAWS = 1000  # rounds of a random schedule, until all agents have heard from all others
+SAMPLE = 100  # rounds of a random schedule that `describe` counts messages over
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The graph of every round.
+
+    Attributes:
+        name: what tables and figures call it.
+        num_agents: N.
+        graph_at: round -> Graph; a pure function, so that a resumed run sees the same graphs. Of a
+            periodic schedule it is asked for rounds below `period` only.
+        period: after how many rounds it starts again; None: never (a random schedule).
+
+    Raises:
+        UserError: a graph has another number of agents, or a period does not connect all agents. What has no
+            period cannot be checked.
+    """
+
+    name: str
+    num_agents: int
+    graph_at: Callable[[int], Graph]
+    period: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self.num_agents)
+        if self.period is None:
+            return
+        if self.period < 1:
+            raise UserError(f"schedule: the period is {self.period}; it must be at least 1 round.")
+        graphs = [self.at(round) for round in range(self.period)]
+        if any(graph.is_server for graph in graphs):
+            return  # everybody receives everything in that round
+        # Booleans, because the product of many small weights may underflow to 0.
+        heard = np.eye(self.num_agents, dtype=bool)
+        for graph in graphs:
+            heard = (graph.weights > 0) @ heard
+        check_consensus(heard, "schedule", " in some round of the period")
+
+    @classmethod
+    def constant(cls, graph: Graph) -> "Schedule":
+        """The same graph in every round."""
+        return cls.cycle([graph], graph.name)
+
+    @classmethod
+    def cycle(cls, graphs: Sequence[Graph], name: str) -> "Schedule":
+        """The graphs one after the other, again and again."""
+        if not graphs:
+            raise UserError("schedule: there is no graph in it; give at least one.")
+        return cls(name, graphs[0].num_agents, tuple(graphs).__getitem__, len(graphs))
+
+    def at(self, round: int) -> Graph:
+        """The graph of `round`, counted from 0."""
+        graph = self.graph_at(round if self.period is None else round % self.period)
+        if graph.num_agents != self.num_agents:
+            raise UserError(
+                f"schedule: the graph of round {round} has {graph.num_agents} agents, not {self.num_agents}; "
+                "every round must have the same agents."
+            )
+        return graph
+
+    def weights_of_period(self) -> NDArray[np.float64]:
+        """(N, N) what a whole period does to the agents: `W[period - 1] @ ... @ W[0]`."""
+        if self.period is None:
+            raise UserError(f"schedule: {self.name} never starts again, so it has no weights of a period.")
+        product = np.eye(self.num_agents)
+        for round in range(self.period):
+            product = self.at(round).weights @ product
+        return product
+
+    @cached_property
+    def sigma_2(self) -> float:
+        """The second largest singular value of a whole period: 0 where the period averages exactly."""
+        return second_singular_value(self.weights_of_period())
+
+    @cached_property
+    def exact_after(self) -> int | None:
+        """After how many rounds from the start of a period all agents hold the exact average; None: not in one."""
+        product = np.eye(self.num_agents)
+        for round in range(self.period or 0):
+            product = self.at(round).weights @ product
+            if is_average(product):
+                return round + 1
+        return None
+
+    @cached_property
+    def pace(self) -> int:
+        """Rounds until what every agent sends has reached all others: the period, or counted if there is none.
+
+        Raises:
+            UserError: a random schedule does not get there in 1000 rounds.
+        """
+        if self.period is not None:
+            return self.period
+        heard = np.eye(self.num_agents, dtype=bool)
+        for round in range(DRAWS):
+            heard = (self.at(round).weights > 0) @ heard
+            if heard.all():
+                return round + 1
+        raise UserError(
+            f"schedule: {DRAWS} rounds of {self.name} do not connect all {self.num_agents} agents; give it more links."
+        )
+
+    @cached_property
+    def sigma_2_per_round(self) -> float:
+        """What a round leaves of the disagreement in the long run, to compare with the sigma_2 of one graph.
+
+        With a period: its sigma_2 to the power of 1 / period. Without: the root of the second eigenvalue of the
+        mean of W^T W (Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE Transactions on
+        Information Theory 2006), the mean taken over the first 100 rounds.
+        """
+        if self.period is not None:
+            return self.sigma_2 ** (1 / self.period) if self.exact_after is None else 0.0
+        weights = [self.at(round).weights for round in range(SAMPLE)]
+        return math.sqrt(second_singular_value(np.mean([W.T @ W for W in weights], axis=0)))
+
+    def window(self, round: int, exchanges: int) -> Graph:
+        """The graph of `exchanges` in a row from `round` on; that of the round itself for 1."""
+        graphs = [self.at(round + hop) for hop in range(exchanges)]
+        return graphs[0] if exchanges == 1 else compose(graphs)
+
+
+def as_schedule(graph: Graph | Schedule) -> Schedule:
+    """A graph as the schedule that repeats it; a schedule as it is."""
+    return graph if isinstance(graph, Schedule) else Schedule.constant(graph)
+
+
+def compose(graphs: Sequence[Graph]) -> Graph:
+    """Several exchanges as one: weights `W[m-1] @ ... @ W[0]`, and the graphs as `hops`.
+
+    Sending a message along the hops and mixing at each (or forwarding it whole) gives what one exchange with
+    the composed weights gives. A product that is the average but for rounding is made so exactly: its rows are
+    then equal bit by bit, as those of `complete`.
+    """
+    product = np.eye(graphs[0].num_agents)
+    for graph in graphs:
+        product = graph.weights @ product
+    if is_average(product):
+        product = np.full_like(product, 1 / len(product))
+    name = " * ".join(dict.fromkeys(graph.name for graph in graphs))
+    return Graph(product, name, require_symmetric=False, connected=False, hops=tuple(graphs))

@@ -1,0 +1,74 @@
+"""Which weights does a graph of one's own get?"""
+
+import networkx as nx
+import numpy as np
+from numpy.typing import ArrayLike
+
+from decaf_lora.errors import UserError
+
+from .checks import TOLERANCE, check_count
+from .graph import Graph
+
+ROUNDING = 1e-6  # what a float32 or a printed matrix may miss; `from_matrix` mends it
+
+
+def metropolis(adjacency: ArrayLike, name: str = "metropolis", *, connected: bool = True) -> Graph:
+    """Metropolis-Hastings weights on an undirected graph.
+
+    Args:
+        adjacency: (N, N) symmetric, non-zero where two agents are linked; the diagonal is ignored.
+        connected: False accepts a graph that does not connect all agents: one round of a schedule.
+    """
+    links = np.asarray(adjacency) != 0
+    if links.ndim != 2 or links.shape[0] != links.shape[1]:
+        raise UserError(f"graph: the adjacency has shape {links.shape}, not (N, N).")
+    if (links != links.T).any():
+        i, j = np.argwhere(links & ~links.T)[0]
+        raise UserError(f"graph: agent {i} is linked to agent {j} but {j} not to {i}; make the adjacency symmetric.")
+    links = links & ~np.eye(len(links), dtype=bool)
+    degrees = links.sum(axis=1)
+    weights = links / (1 + np.maximum.outer(degrees, degrees))
+    own = 1 - weights.sum(axis=1)
+    # Exact where no neighbour has more links than oneself: the rows of a complete graph are then equal bit by
+    # bit, and one computation serves all its agents.
+    highest = np.where(links, degrees, 0).max(axis=1, initial=0)
+    np.fill_diagonal(weights, np.where(highest <= degrees, 1 / (1 + degrees), own))
+    return Graph(weights, name, connected=connected)
+
+
+def from_networkx(graph: nx.Graph, name: str = "networkx") -> Graph:
+    """Metropolis weights on any undirected networkx graph.
+
+    Agents are its nodes in sorted order (in the order they were added where they do not sort). Self-loops and
+    edge weights are ignored.
+    """
+    if graph.is_directed():
+        raise UserError("graph: the networkx graph is directed; pass graph.to_undirected().")
+    check_count(graph.number_of_nodes())
+    try:
+        nodes = sorted(graph.nodes)
+    except TypeError:
+        nodes = list(graph.nodes)
+    return metropolis(nx.to_numpy_array(graph, nodes, weight=None), name)
+
+
+def from_matrix(
+    weights: ArrayLike, name: str = "matrix", *, require_symmetric: bool = True, connected: bool = True
+) -> Graph:
+    """A user's own mixing matrix (N, N).
+
+    A symmetric matrix that misses row sums of 1 by rounding only (below 1e-6: float32, or printed with few
+    digits) is mended on its diagonal; anything else must pass the checks of `Graph` as it is.
+    """
+    try:
+        matrix = np.array(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"graph: the weights are not a matrix of numbers ({error}).") from error
+    # A comparison with NaN is False: what is not finite is left for `Graph` to name.
+    if matrix.ndim == 2 and np.array_equal(matrix, matrix.T):
+        missing = np.abs(matrix.sum(axis=1) - 1).max(initial=0)
+        if TOLERANCE < missing < ROUNDING:
+            np.fill_diagonal(matrix, 0)
+            matrix /= max(1.0, matrix.sum(axis=1).max())  # leaves no diagonal below 0
+            np.fill_diagonal(matrix, np.maximum(1 - matrix.sum(axis=1), 0))
+    return Graph(matrix, name, require_symmetric=require_symmetric, connected=connected)

@@ -1,0 +1,318 @@
+"""Takes one round of the run that a configuration describes through `dry_run.py`, and reads off what it costs."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decaf_lora import algorithms, graphs, partition
+from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.config import RunConfig, TrainingConfig
+from decaf_lora.engines import Simulate
+from decaf_lora.engines.base import Pending, Sizes
+from decaf_lora.errors import UserError
+from decaf_lora.graphs import Graph
+from decaf_lora.plan.assumed import Data, planned_task
+from decaf_lora.plan.costs import DataSizes, Part, Plan
+from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors
+from decaf_lora.run import Run
+from decaf_lora.runs.build import build_run, lora_configs
+from decaf_lora.tasks.base import Batch, Task
+from decaf_lora.tasks.causal_lm import CausalTask
+from decaf_lora.tasks.sequence_classification import SequenceClassification
+
+
+def estimate(
+    config: RunConfig,
+    sizes: DataSizes | None = None,
+    *,
+    processes: int = 1,
+    tflops: float | None = None,
+) -> Plan:
+    """The plan of `config`, with its agents split over `processes` (of torchrun); of the first, which has most.
+
+    `tflops` is the throughput to compute hours with. Raises UserError where the model's shapes or a needed size cannot
+    be known.
+    """
+    try:
+        return _Planner(config, sizes or DataSizes(), processes).plan(tflops)
+    except UnknownNumberError as error:
+        raise UserError(f"task: {config.task.name} cannot be planned: {error}.") from error
+
+
+def measured(plan: Plan, config: RunConfig) -> Plan:
+    """`plan` with the throughput of a real step on this machine, for which model and data are loaded."""
+    run = build_run(config)
+    run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
+    for _ in range(2):  # the first one warms up
+        run.step_in_round = 0
+        run._seconds = {}
+        run._local_steps(1)
+    seconds = run._seconds["train"]
+    kind = torch.cuda.get_device_name(run.trainer.device) if run.trainer.device.type == "cuda" else "the CPU"
+    note = (
+        f"measured: a step of {len(run.engine.agents)} agents, {run.trainer.agents_per_pass} in a pass, takes "
+        f"{seconds:.3g} s on {kind}"
+    )
+    run.close()
+    tflops = plan.flops_per_step / seconds / 1e12
+    return replace(plan, tflops=tflops, assumptions=(*plan.assumptions, note))
+
+
+class _Share(Simulate):
+    """The agents of the first of several processes; the others' tensors come as shapes."""
+
+    def __init__(self, num_agents: int, processes: int) -> None:
+        super().__init__(num_agents)
+        self.agents = list(range(math.ceil(num_agents / processes)))
+
+    def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
+        heard = (graph.weights[self.agents] != 0).any(0)
+        heard[self.agents] = True
+        senders = np.flatnonzero(heard).tolist()
+        inbox = Inbox.from_weights(self._filled(message, len(senders)), graph.weights, senders, self.agents)
+        return Pending(lambda: inbox)
+
+    def gather(self, tensors: Tensors) -> Tensors:
+        return self._filled(tensors, self.num_agents)
+
+    def collect(self, tensors: Tensors) -> Pending[Tensors]:
+        collected = self.gather(tensors)
+        return Pending(lambda: collected)
+
+    def _filled(self, tensors: Tensors, count: int) -> Tensors:
+        more = count - len(self.agents)
+        return {k: torch.cat([t, t.new_empty(more, *t.shape[1:])]) if more else t for k, t in tensors.items()}
+
+
+class _Planner:
+    def __init__(self, config: RunConfig, sizes: DataSizes, processes: int) -> None:
+        if not 1 <= processes <= config.agents:
+            raise UserError(f"processes: {processes} for {config.agents} agents; give 1 to {config.agents}.")
+        for name, value in asdict(sizes).items():
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} is below 1.")
+        self.config, self.sizes, self.processes = config, sizes, processes
+        self.assumptions: list[str] = []
+        self.dry = DryRun()
+
+    def plan(self, tflops: float | None) -> Plan:
+        config, dry = self.config, self.dry
+        algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
+        graph = graphs.parse(config.graph, config.agents, config.seed)
+        task, data = planned_task(config, self.sizes)
+        self.assumptions += [*data.assumptions, *self._numbers(task)]
+        num_test, task.num_test = task.num_test, min(task.num_test, config.task.eval_batch_size)
+        pooled = algorithm.topology == "pooled"
+        processes = 1 if pooled else self.processes
+        dry.fake_module(task.model)
+        weights = dry.live
+        kept = self._watch(task)
+        # transformers must look into masks that the dry run knows, as it does in a real run.
+        with dry, mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
+            run = Run(
+                task,
+                algorithm,
+                graph,
+                self._shards(task, data),
+                self._training(1 if pooled else math.ceil(config.agents / processes)),
+                lora=lora_configs(config, task.default_lora()),
+                rounds=config.rounds,
+                seed=config.seed,
+                common_start=config.start == "common",
+                gossip_steps=config.gossip_steps,
+                evaluate_every=1,
+                eval_batch_size=config.task.eval_batch_size,
+                engine=lambda count: _Share(count, processes),
+            )
+            gc.collect()
+            trainer = run.trainer
+            steps, here, count = trainer.steps_in_round, len(run.engine.agents), run.engine.num_agents
+            per_pass = min(trainer.agents_per_pass, here)
+            first = self._fill_caches(run)
+            phases = self._one_step_and_pass(run)
+            run._send_ahead()
+            run._one_round()
+            phases["evaluate"].peak = max(phases["evaluate"].peak, first.peak)
+            parts = self._parts(run, weights, max(kept), phases["train"])
+            bytes_per_round = self._bytes_per_round(run)
+        alike, most = self._end_alike(run), count + (count > 1)
+        evaluate = phases["forward"].flops / ((1 if alike else per_pass) * task.num_test)
+        start_alike = config.start == "common" and not config.init_adapters
+        models = [min(2, most) if equal else most for equal in (start_alike, alike)]
+        return Plan(
+            model=config.task.model or config.task.name,
+            agents=config.agents,
+            agents_here=here,
+            agents_per_pass=per_pass,
+            examples_per_pass=per_pass * trainer.config.batch_size,
+            parameters=sum(p.numel() for p in task.model.parameters()),
+            trained_per_agent=sum(t[0].numel() for t in run.adapter.tensors(algorithm.trains(1)).values()),
+            parts=parts,
+            peaks={name: phases[name].peak for name in ("train", "exchange", "evaluate") if name in phases},
+            rounds=config.rounds,
+            steps_per_round=steps,
+            bytes_per_round=bytes_per_round,
+            flops_per_step=phases["train"].flops * count / per_pass,
+            flops_per_evaluation=evaluate * num_test if data.num_test_known else None,
+            evaluations=models[0] + models[1] * math.ceil(config.rounds / config.evaluate_every),
+            assumptions=tuple(self.assumptions),
+            tflops=tflops,
+        )
+
+    def _fill_caches(self, run: Run) -> Phase:
+        """Lets a task compute, on one example, what it keeps for the whole run, such as text features."""
+        task, whole = run.task, run.task.num_test
+        with self.dry.phase() as phase:
+            if not isinstance(task, CausalTask | SequenceClassification):  # these keep nothing
+                task.num_test = 1
+                run.trainer.evaluate(run.adapter.select(slice(0, 1)))
+                task.num_test = whole
+        return phase
+
+    def _one_step_and_pass(self, run: Run) -> dict[str, Phase]:
+        """Shortens the round of `run` to what repeats in it, and notes what each of its phases costs.
+
+        Steps follow one another and so do passes, each of which frees what it took: one stands for all.
+        """
+        trainer, phases = run.trainer, dict[str, Phase]()
+        trainer.steps_in_round, trainer.local_steps = 1, np.ones_like(trainer.local_steps)
+        passes, evaluate = trainer._passes, trainer.evaluate
+        evaluated = 1 if self._end_alike(run) else trainer.agents_per_pass
+
+        def evaluate_one_pass(adapter: Adapter) -> Tensor:
+            n = adapter.num_agents
+            if "forward" in phases:  # the averaged model needs no more than the agents did
+                return torch.zeros(n, dtype=torch.float64)
+            with self.dry.phase() as phases["forward"]:
+                return evaluate(adapter.select(slice(0, evaluated))).new_zeros(n)
+
+        def during(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                with self.dry.phase() as phase:
+                    out = method(*args, **kwargs)
+                if name in phases:
+                    phase.peak = max(phase.peak, phases[name].peak)
+                phases[name] = phase
+                return out
+
+            return watched
+
+        trainer._passes = lambda active: islice(passes(active), 1)  # type: ignore[method-assign]
+        trainer.evaluate = evaluate_one_pass  # type: ignore[method-assign]
+        names = {"_local_steps": "train", "_mix": "exchange", "_measure": "exchange", "_survey": "evaluate"}
+        for method, name in names.items():
+            setattr(run, method, during(name, getattr(run, method)))
+        return phases
+
+    def _numbers(self, task: Task) -> list[str]:
+        base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)
+        autocast = ", under bfloat16 autocast" if self.config.training.precision == "bfloat16" else ""
+        says = [f"numbers: base {base.removeprefix('torch.')}, adapters and optimizer float32{autocast}"]
+        attention = getattr(getattr(task.model, "config", None), "_attn_implementation", None)
+        fused = " (fused, as on the CPU)" if attention == "sdpa" else ""
+        return says + ([f"attention: {attention}{fused}"] if attention else [])
+
+    def _end_alike(self, run: Run) -> bool:
+        """Whether all agents end a round with equal adapters: found by mixing small random ones for real."""
+        algorithm, n = run.algorithm, run.engine.num_agents
+        if algorithm.topology not in ("graph", "server") or algorithm.order != "adapt-combine":
+            return False
+        if run.schedule.period != 1 or not run.attached.uniform:
+            return False
+        graph = run.schedule.window(0, run.gossip_steps)
+        if graph.hops and algorithm.relay is not None:
+            return False
+        with real_tensors():
+            draw, one = torch.Generator().manual_seed(0), torch.ones(n)
+            start = torch.randn(1 if self.config.start == "common" else n, 1, 3, generator=draw).expand(n, 1, 3)
+            before = Adapter({"x": start}, {"x": torch.zeros(n, 3, 1)}, {"x": one}, {"y": torch.zeros(n, 2)})
+            state, trained = algorithm.init(before), before.tensors(algorithm.trains(1))
+            moved = {k: t + torch.randn(t.shape, generator=draw) for k, t in trained.items()}
+            adapter = before.with_tensors(moved)
+            message = algorithm.message(adapter, state, 1)
+            everybody = list(range(n))
+            inbox = Inbox.from_weights(message, graph.weights, everybody, everybody)
+            after = algorithm.combine(adapter, state, inbox, 1)[0]
+            return all(bool((t == t[:1]).all()) for t in after.tensors().values())
+
+    def _training(self, here: int) -> TrainingConfig:
+        training = self.config.training
+        if training.agents_per_pass != "auto":
+            return training
+        if here > 1:
+            self.assumptions.append(
+                f"agents per pass: auto tries up to all {here} agents at once, which is what is planned; "
+                "training.agents_per_pass bounds it"
+            )
+        return training.model_copy(update={"agents_per_pass": here})
+
+    def _shards(self, task: Task, data: Data) -> partition.Partition:
+        config = self.config
+        if data.labels_known or config.training.epochs is not None:
+            return partition.parse(config.partition, task.labels, config.agents, config.seed)
+        return partition.iid(task.labels, config.agents, config.seed)
+
+    def _watch(self, task: Task) -> list[int]:
+        """Takes batches into the dry run, and notes what every forward pass of the loss leaves for the backward."""
+        dry, kept = self.dry, list[int]()
+        losses, train_batch, test_batch = task.losses, task.train_batch, task.test_batch
+
+        def outside(make: Callable[[np.ndarray], Batch]) -> Callable[[np.ndarray], Batch]:
+            def batch(indices: np.ndarray) -> Batch:
+                with real_tensors():
+                    made = make(indices)
+                return {k: dry.fake(t) for k, t in made.items()}
+
+            return batch
+
+        def watched(batch: Batch, agents: int) -> Tensor:
+            before = dry.live
+            loss = losses(batch, agents)
+            kept.append(dry.live - before)
+            return loss
+
+        task.train_batch = outside(train_batch)  # type: ignore[method-assign, assignment]
+        task.test_batch = outside(test_batch)  # type: ignore[method-assign, assignment]
+        task.losses = watched  # type: ignore[method-assign]
+        return kept
+
+    def _bytes_per_round(self, run: Run) -> float:
+        period = run.schedule.period
+        if period is None:
+            rounds = min(8, run.rounds)
+            self.assumptions.append(f"bytes: mean of {rounds} rounds of a random schedule")
+        else:
+            rounds = min(math.lcm(period, run.gossip_steps) // run.gossip_steps, run.rounds)
+        for number in range(2, rounds + 1):
+            run._mix(number)
+        return run._bytes_sent / rounds
+
+    def _parts(self, run: Run, weights: int, kept: int, train: Phase) -> tuple[Part, ...]:
+        here = len(run.engine.agents)
+        adapter = run.adapter
+        moments = [t for m in run.trainer.moments.values() for t in (m.first, m.second, m.steps)]
+        own = {
+            "adapters": [*adapter.tensors().values(), *adapter.scale.values()],
+            "adapters, working copy": list(adapter.tensors().values()),
+            "gradients": list(adapter.tensors(run.algorithm.trains(1)).values()),
+            f"optimizer state ({run.training.optimizer})": moments,
+            f"state of {run.algorithm.name}": list(run.state.values()),
+        }
+        parts = [Part("base model", weights)]
+        for name, tensors in own.items():
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            parts.append(Part(name, size, size // here))
+        parts.append(Part("activations kept for the backward pass", kept))
+        parts.append(Part("temporary, at the highest", train.peak - sum(p.bytes for p in parts)))
+        return tuple(parts)

@@ -1,0 +1,60 @@
+"""What happened in a run, and how is it told?"""
+
+from decaf_lora.records.formats import (
+    COLUMNS,
+    cells,
+    human_bytes,
+    table,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from decaf_lora.records.machine import environment
+from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, tables
+from decaf_lora.records.record import (
+    Record,
+    RecordWriter,
+    read_facts,
+    read_records,
+    replace_text,
+    write_json,
+)
+from decaf_lora.records.summary import (
+    METRICS,
+    Aggregate,
+    Spread,
+    SummaryRow,
+    aggregate,
+    read_summary,
+    summarise,
+    summary_row,
+)
+
+__all__ = [
+    "COLUMNS",
+    "METRICS",
+    "SHOWN",
+    "Aggregate",
+    "Pivot",
+    "Record",
+    "RecordWriter",
+    "Spread",
+    "SummaryRow",
+    "aggregate",
+    "cells",
+    "environment",
+    "human_bytes",
+    "pivot",
+    "read_facts",
+    "read_records",
+    "read_summary",
+    "replace_text",
+    "summarise",
+    "summary_row",
+    "table",
+    "tables",
+    "to_csv",
+    "to_latex",
+    "to_markdown",
+    "write_json",
+]

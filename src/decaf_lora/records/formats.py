@@ -1,0 +1,126 @@
+"""How are the rows of a comparison shown? As a table for the terminal, in Markdown, CSV and LaTeX."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+
+from decaf_lora.records.summary import METRICS, Aggregate, Spread, SummaryRow, aggregate
+
+COLUMNS = (
+    "algorithm",
+    "graph",
+    "partition",
+    "seeds",
+    "mean score",
+    "worst agent",
+    "std over agents",
+    "averaged model",
+    "sent per agent",
+    "time (s)",
+)
+
+
+def cells(row: Aggregate) -> list[str]:
+    """`row` as text for people, one cell a column of `COLUMNS`."""
+    scores = [number(getattr(row, metric), ".3f") for metric in METRICS[:4]]
+    sent = human_bytes(row.bytes_sent) if row.bytes_sent.mean else "–"
+    seconds = number(row.seconds, ".0f" if (row.seconds.mean or 0) >= 100 else ".1f")
+    return [row.algorithm, row.graph, row.partition, str(row.seeds), *scores, sent, seconds]
+
+
+def number(spread: Spread, form: str) -> str:
+    if spread.mean is None:
+        return spread.missing
+    return f"{spread.mean:{form}}" + ("" if spread.std is None else f" ± {spread.std:{form}}")
+
+
+def human_bytes(spread: Spread) -> str:
+    """Bytes in decimal units, e.g. `1.23 MB`; the spread only where it shows."""
+    if spread.mean is None:
+        return "n/a"
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = min(int(math.log10(max(float(f"{spread.mean:.3g}"), 1)) // 3), len(units) - 1)
+    mean, std = f"{spread.mean / 1000**power:.3g}", f"{(spread.std or 0) / 1000**power:.2g}"
+    visible = spread.std is not None and spread.std > 0.005 * spread.mean
+    return f"{mean} ± {std} {units[power]}" if visible else f"{mean} {units[power]}"
+
+
+def table(rows: Iterable[SummaryRow]) -> Table:
+    """The aggregated rows for the terminal, within 80 columns: what all runs share goes to the title."""
+    lines = [cells(row) for row in aggregate(rows)]
+    shared = [k for k in (1, 2, 3) if lines and len({line[k] for line in lines}) == 1]
+    facts = [_literal(lines[0][k]) for k in shared if k != 3]
+    if 3 in shared:
+        facts.append("1 seed" if lines[0][3] == "1" else f"{lines[0][3]} seeds (mean ± standard deviation)")
+    result = Table(
+        title=", ".join(facts),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    for k, column in enumerate(COLUMNS):
+        if k not in shared:
+            justify: Literal["left", "right"] = "left" if k < 3 else "right"
+            result.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for line in lines:
+        line[-1] = line[-1].split(" ")[0]
+        shown = [text.replace(" ± ", "±") for k, text in enumerate(line) if k not in shared]
+        result.add_row(*map(_literal, shown))
+    return result
+
+
+def _literal(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def to_markdown(rows: Iterable[SummaryRow]) -> str:
+    """The aggregated rows as a GitHub table."""
+    return markdown([COLUMNS, *(cells(row) for row in aggregate(rows))], texts=3)
+
+
+def markdown(lines: Iterable[Sequence[str]], texts: int) -> str:
+    """A GitHub table of a header and its lines; the first `texts` columns hold text, the others numbers."""
+    header, *body = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    rule = ["---"] * texts + ["---:"] * (len(header) - texts)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *body))
+
+
+def to_csv(rows: Iterable[SummaryRow]) -> str:
+    """The aggregated rows for machines: full precision, and a column `<metric>_std` after each metric."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [name for metric in METRICS for name in (metric, f"{metric}_std")]
+    writer.writerow(["algorithm", "graph", "partition", "seeds", *names])
+    for row in aggregate(rows):
+        spreads: list[Spread] = [getattr(row, metric) for metric in METRICS]
+        numbers = [number for spread in spreads for number in (spread.mean, spread.std)]
+        writer.writerow([row.algorithm, row.graph, row.partition, row.seeds, *numbers])
+    return text.getvalue()
+
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+        **{character: "\\" + character for character in "&%$#_{}"},
+    }
+)
+
+
+def to_latex(rows: Iterable[SummaryRow]) -> str:
+    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}."""
+    body = [" & ".join(cell.translate(LATEX) for cell in cells(row)) + r" \\" for row in aggregate(rows)]
+    head = " & ".join(COLUMNS) + r" \\"
+    columns = "lll" + "r" * (len(COLUMNS) - 3)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", ""])

@@ -1,0 +1,94 @@
+"""How do the algorithms compare across settings? One score in the layout of papers: algorithms x settings."""
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from decaf_lora.records.formats import LATEX, markdown, number, to_csv, to_latex, to_markdown
+from decaf_lora.records.summary import Spread, SummaryRow, aggregate
+
+SHOWN = {"mean_score": "mean score over agents", "averaged_score": "score of the averaged model"}
+"""What a table of settings shows: metric -> its title."""
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """A metric of all algorithms (rows) under all settings (columns, graph by graph)."""
+
+    metric: str
+    settings: list[tuple[str, str]]  # (graph, partition)
+    lines: dict[str, list[Spread | None]]  # algorithm -> one entry a setting, None if it did not run
+
+    @property
+    def graphs(self) -> list[tuple[str, int]]:
+        """The graphs in the order of the columns, and how many columns each has."""
+        return [(graph, len(list(group))) for graph, group in itertools.groupby(graph for graph, _ in self.settings)]
+
+    def cells(self, algorithm: str) -> list[str]:
+        """The line of an algorithm as text for people."""
+        return ["–" if spread is None else number(spread, ".3f") for spread in self.lines[algorithm]]
+
+
+def pivot(rows: Iterable[SummaryRow], metric: str = "mean_score") -> Pivot:
+    """The table of a metric, mean and standard deviation over seeds, in the layout of papers."""
+    found = {(row.algorithm, row.graph, row.partition): getattr(row, metric) for row in aggregate(rows)}
+    graphs = list(dict.fromkeys(key[1] for key in found))
+    settings = sorted(dict.fromkeys(key[1:] for key in found), key=lambda setting: graphs.index(setting[0]))
+    algorithms = dict.fromkeys(key[0] for key in found)
+    return Pivot(metric, settings, {name: [found.get((name, *setting)) for setting in settings] for name in algorithms})
+
+
+def tables(rows: Sequence[SummaryRow]) -> dict[str, str]:
+    """File name -> text: the table of all metrics, and those of the scores by setting if there are several."""
+    texts = {"table.md": to_markdown(rows), "table.csv": to_csv(rows), "table.tex": to_latex(rows)}
+    pivots = [pivot(rows, metric) for metric in SHOWN]
+    if len(pivots[0].settings) > 1:
+        texts |= {"scores.md": _pivots_to_markdown(pivots), "scores.csv": _pivots_to_csv(pivots)}
+        texts["scores.tex"] = "\n".join(map(_pivot_to_latex, pivots))
+    return texts
+
+
+def _pivots_to_markdown(pivots: Iterable[Pivot]) -> str:
+    parts = []
+    for table in pivots:
+        header = ["algorithm", *(f"{graph}, {partition}" for graph, partition in table.settings)]
+        lines = [[name, *table.cells(name)] for name in table.lines]
+        parts.append(f"{SHOWN[table.metric].capitalize()}\n\n{markdown([header, *lines], texts=1)}")
+    return "\n".join(parts)
+
+
+def _pivots_to_csv(pivots: Iterable[Pivot]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for index, table in enumerate(pivots):
+        if index == 0:
+            names = [f"{graph}, {partition}" for graph, partition in table.settings]
+            writer.writerow(["metric", "algorithm", *(name + end for name in names for end in ("", " (std)"))])
+        for algorithm, spreads in table.lines.items():
+            numbers = [number for s in spreads for number in ((None, None) if s is None else (s.mean, s.std))]
+            writer.writerow([table.metric, algorithm, *numbers])
+    return text.getvalue()
+
+
+def _pivot_to_latex(table: Pivot) -> str:
+    """A tabular with a line of graphs over a line of partitions."""
+    groups, rules, column = [], [], 2
+    for graph, width in table.graphs:
+        groups.append(rf"\multicolumn{{{width}}}{{c}}{{{graph.translate(LATEX)}}}")
+        rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
+        column += width
+    partitions = ["", *(partition.translate(LATEX) for _, partition in table.settings)]
+    body = [[name, *table.cells(name)] for name in table.lines]
+    lines = [
+        f"% {SHOWN[table.metric]}",
+        rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
+        r"\toprule",
+        " & ".join(["", *groups]) + r" \\",
+        " ".join(rules),
+        " & ".join(partitions) + r" \\",
+        r"\midrule",
+        *(" & ".join(cell.translate(LATEX) for cell in line) + r" \\" for line in body),
+    ]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

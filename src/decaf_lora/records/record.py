@@ -1,0 +1,137 @@
+"""What does a run write down, and how is it read back? One JSON line a round (`Record`), facts in run.json.
+
+NaN and infinity are written as null, so every file is valid JSON. Higher scores are better.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pydantic
+
+from decaf_lora.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One round of one run. A list has one entry an agent; None means not measured, or not finite."""
+
+    round: int
+    losses: list[float | None] | None = None  # mean over the local steps; round 0 has none
+    scores: list[float | None] | None = None  # None when the round was not evaluated
+    averaged_score: float | None = None
+    consensus_distance: float | None = None
+    interference: float | None = None
+    tail: float | None = None
+    recompression: float | None = None  # what cutting stacks between the exchanges of the round has left out
+    bytes_sent: float  # by one agent in this round, mean over agents
+    wire_bytes: float | None = None  # of them between processes, as written there; None in one process
+    learning_rate: float
+    seconds: dict[str, float]  # phase -> seconds
+
+
+_RECORD = pydantic.TypeAdapter(Record)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` aside and rename it onto `path`: readers see the old file or the new one, never half."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically; dataclasses become objects, NaN and infinity null."""
+    replace_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's types: no dataclass, no array, no NaN."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+class RecordWriter:
+    """Appends one line a round and flushes it.
+
+    A new run starts an empty file. A run that goes on from a checkpoint passes the last round in that
+    checkpoint: later rounds, and a line torn by the interruption, are dropped first.
+    """
+
+    def __init__(self, path: Path, last_round: int | None = None) -> None:
+        kept = [] if last_round is None else [r for r in read_records(path) if r.round <= last_round]
+        replace_text(path, "".join(_line(record) for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records in `path`, first round first. A torn last line (no newline, does not parse) is left out."""
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"records: cannot read {path} ({error.strerror}); is it a run's?") from error
+    records = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    if rest:
+        with contextlib.suppress(pydantic.ValidationError):  # torn: the write was interrupted
+            records.append(_RECORD.validate_json(rest))
+    return records
+
+
+def _parse(line: bytes, path: Path, number: int) -> Record:
+    try:
+        return _RECORD.validate_json(line)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}, line {number}: not a record ({first_complaint(error)}); mend it.") from error
+
+
+def first_complaint(error: pydantic.ValidationError) -> str:
+    """The first complaint of pydantic, on one line."""
+    complaint = error.errors()[0]
+    where = ".".join(str(part) for part in complaint["loc"])
+    return f"{where}: {complaint['msg']}" if where else str(complaint["msg"])
+
+
+def read_facts(run_dir: Path) -> dict[str, Any]:
+    """The facts in run.json that do not change from round to round."""
+    path = run_dir / "run.json"
+    try:
+        facts = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"run: cannot read {path} ({error.strerror}); is it a run's?") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}).") from error
+    if missing := {"algorithm", "graph", "partition", "seed"} - set(facts):
+        raise UserError(f"{path}: not the facts of a run; it lacks {', '.join(sorted(missing))}.")
+    return facts

@@ -1,0 +1,90 @@
+"""How does a value go over the rounds? Curves with their bands, one an algorithm."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from decaf_lora.records import Record
+from decaf_lora.report.reading import Groups, RunRecords
+from decaf_lora.report.style import line_style, log_axis, looks
+
+Values = Sequence[float | None] | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value over rounds: the mean and the band around it, which is the mean itself if there is no band."""
+
+    rounds: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def one(value: float | None) -> Values:
+    return None if value is None else [value]
+
+
+def curve(runs: Sequence[RunRecords], value: Callable[[Record], Values], agents: bool) -> Curve | None:
+    """`value` over the rounds that every run has, mean over agents and seeds.
+
+    The band is the range over seeds; with one seed, the range over agents if `agents`, otherwise none.
+    """
+    tables = [
+        {
+            record.round: [np.nan if number is None else number for number in values]
+            for record in run.records
+            if (values := value(record))
+        }
+        for run in runs
+    ]
+    tables = [table for table in tables if table]
+    rounds = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    if not rounds:
+        return None
+    means = np.array([[np.mean(table[number]) for number in rounds] for table in tables])  # (seeds, rounds)
+    spread = np.array([tables[0][number] for number in rounds]).T if len(tables) == 1 and agents else means
+    return Curve(np.array(rounds), means.mean(axis=0), spread.min(axis=0), spread.max(axis=0))
+
+
+def draw_curves(axes: Axes, groups: Groups, value: Callable[[Record], Values], log: bool = False) -> list[str]:
+    """A curve for each algorithm; returns those that have no point on the axis because all are zero."""
+    unseen = []
+    for algorithm, (colour, marker) in looks(groups).items():
+        found = curve(groups[algorithm], value, agents=len(groups) == 1)
+        if found is None:
+            continue
+        mean, low, high = (
+            np.where(line > 0, line, np.nan) if log else line for line in (found.mean, found.low, found.high)
+        )
+        if log and np.isnan(mean).all():
+            unseen.append(algorithm)
+            continue
+        axes.plot(found.rounds, mean, label=algorithm, **line_style(algorithm, colour, marker, len(mean)))
+        if (found.high > found.low).any():
+            axes.fill_between(found.rounds, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.margins(x=0.02)
+    if log and axes.lines:
+        log_axis(axes)
+    return unseen
+
+
+def band(groups: Groups) -> str:
+    """What the shaded band means, as a sentence for the caption."""
+    if num_seeds(groups) > 1:
+        return " Bands: lowest to highest seed."
+    return " Band: lowest to highest agent." if len(groups) == 1 and num_agents(groups) > 1 else ""
+
+
+def num_seeds(groups: Groups) -> int:
+    return max(len(runs) for runs in groups.values())
+
+
+def num_agents(groups: Groups) -> int:
+    everything = (record for runs in groups.values() for run in runs for record in run.records)
+    return max((len(record.scores or ()) for record in everything), default=0)

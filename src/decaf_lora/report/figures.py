@@ -1,0 +1,310 @@
+"""Which figures does a report have? Each is made from the runs of a section; one without data is left out."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
+
+from decaf_lora.graphs import Graph, draw
+from decaf_lora.records import Record
+from decaf_lora.report.curves import Values, band, curve, draw_curves, num_agents, num_seeds, one
+from decaf_lora.report.reading import Groups, RunRecords, peer
+from decaf_lora.report.style import (
+    HALF,
+    HEAT,
+    INK,
+    PHASE_COLOURS,
+    WHOLE,
+    legend,
+    line_style,
+    looks,
+    name_rows,
+    new_figure,
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure for the page; `alt` is what a screen reader says."""
+
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+
+    @property
+    def wide(self) -> bool:
+        return self.figure.get_figwidth() > HALF
+
+
+def make_plots(groups: Groups) -> list[Plot]:
+    """The figures of a section; one without data is left out."""
+    makers = (
+        _scores,
+        _scores_by_bytes,
+        _losses,
+        _consensus,
+        _truncation,
+        _final_scores,
+        _labels,
+        _graph,
+        _seconds,
+    )
+    return [plot for maker in makers if (plot := maker(groups))]
+
+
+def _names(groups: Groups) -> str:
+    return ", ".join(groups)
+
+
+def _score_name(groups: Groups) -> str:
+    return next((str(run.facts.get("score_name") or "score") for runs in groups.values() for run in runs), "score")
+
+
+def _scores(groups: Groups) -> Plot | None:
+    figure = new_figure()
+    axes = figure.add_subplot()
+    draw_curves(axes, groups, lambda record: record.scores)
+    caption = "Each agent's own model on the test data, mean over agents." + band(groups)
+    if len(groups) == 1 and num_agents(groups) > 1:
+        [runs] = groups.values()
+        averaged = curve(runs, lambda record: one(record.averaged_score), agents=False)
+        if averaged is not None and axes.lines:
+            axes.lines[0].set_label("mean over agents")
+            axes.plot(averaged.rounds, averaged.mean, ":", color=INK, label="averaged model")
+            caption += " Dotted: the model that averages all agents' adapters."
+    if not axes.lines:
+        return None
+    axes.set_ylabel(_score_name(groups))
+    legend(figure)
+    return Plot("Score by round", caption, f"Line chart of the score by round for {_names(groups)}.", figure)
+
+
+def _scores_by_bytes(groups: Groups) -> Plot | None:
+    figure = new_figure()
+    axes = figure.add_subplot()
+    ends, flat = [], []
+    for algorithm, (colour, marker) in looks(groups).items():
+        found = curve(groups[algorithm], lambda record: record.scores, agents=False)
+        if found is None:
+            continue
+        sent = np.mean([_sent(run, found.rounds) for run in groups[algorithm]], axis=0)
+        style = line_style(algorithm, colour, marker, len(sent))
+        if sent[-1] > 0:
+            axes.plot(sent, found.mean, label=algorithm, **style)
+            ends.append(sent[-1])
+        else:
+            flat.append(algorithm)
+            style |= {"marker": "", "linestyle": style.get("linestyle", "-.")}
+            axes.axhline(found.mean[-1], label=algorithm, **style)
+    if not ends:
+        return None
+    if max(ends) > 10 * min(ends):
+        axes.set_xscale("log", nonpositive="mask")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.set_xlabel("bytes sent by one agent")
+    axes.set_ylabel(_score_name(groups))
+    legend(figure)
+    caption = "The same score against what one agent has sent so far (mean over agents)."
+    if flat:
+        caption += f" Horizontal: the final score of what sends nothing ({', '.join(flat)})."
+    alt = f"Line chart of the score by bytes sent for {_names(groups)}."
+    return Plot("Score by bytes sent", caption, alt, figure)
+
+
+def _sent(run: RunRecords, rounds: np.ndarray) -> np.ndarray:
+    """The bytes an agent had sent by the end of each of `rounds`."""
+    total = np.cumsum([record.bytes_sent for record in run.records])
+    return np.array([sent for sent, record in zip(total, run.records, strict=True) if record.round in rounds])
+
+
+def _losses(groups: Groups) -> Plot | None:
+    figure = new_figure()
+    axes = figure.add_subplot()
+    draw_curves(axes, groups, lambda record: record.losses)
+    if not axes.lines:
+        return None
+    axes.set_ylabel("training loss")
+    legend(figure)
+    caption = "Mean over the local steps of a round and over agents, each on its own data." + band(groups)
+    alt = f"Line chart of the training loss by round for {_names(groups)}."
+    return Plot("Training loss by round", caption, alt, figure)
+
+
+def _consensus(groups: Groups) -> Plot | None:
+    figure = new_figure()
+    axes = figure.add_subplot()
+    unseen = draw_curves(axes, groups, lambda record: one(record.consensus_distance), log=True)
+    if not axes.lines:
+        return None
+    axes.set_ylabel("distance (log scale)")
+    legend(figure)
+    caption = "How far the agents' products BA are from their mean: Frobenius norm, RMS over agents."
+    alt = f"Line chart of the consensus distance by round for {_names(groups)}."
+    return Plot("Consensus distance by round", caption + _band_over_seeds(groups) + _zeros(unseen), alt, figure)
+
+
+def _truncation(groups: Groups) -> Plot | None:
+    parts: dict[str, tuple[str, Callable[[Record], Values]]] = {
+        "consensus interference": (
+            "what averaging the factors A and B loses against averaging the products BA",
+            lambda record: one(record.interference),
+        ),
+        "truncation tail": (
+            "what cutting the averaged product back to the rank loses",
+            lambda record: one(record.tail),
+        ),
+    }
+    everything = [record for runs in groups.values() for run in runs for record in run.records]
+    shown = [name for name, (_, value) in parts.items() if any((value(record) or [0])[0] for record in everything)]
+    if not shown:
+        return None
+    figure = new_figure(WHOLE, 3.4) if len(shown) > 1 else new_figure()
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    zeros, meanings = [], []
+    for axes, name in zip(panels, shown, strict=True):
+        meaning, value = parts[name]
+        if unseen := draw_curves(axes, groups, value, log=True):
+            zeros.append(f"{name} ({', '.join(unseen)})")
+        meanings.append(f"{name.capitalize()}: {meaning}.")
+        if len(shown) > 1:
+            axes.set_title(name, fontsize=10)
+    panels[0].set_ylabel("Frobenius norm (log scale)")
+    legend(figure)
+    caption = f"{' '.join(meanings)} RMS over layers and agents.{_band_over_seeds(groups)}{_zeros(zeros)}"
+    alt = f"Line chart of {' and '.join(shown)} by round for {_names(groups)}."
+    title = "Interference against truncation" if len(shown) > 1 else shown[0].capitalize()
+    return Plot(title, caption, alt, figure)
+
+
+def _band_over_seeds(groups: Groups) -> str:
+    return band(groups) if num_seeds(groups) > 1 else ""
+
+
+def _zeros(names: Sequence[str]) -> str:
+    return f" Exactly zero in every round, so not on a log scale: {', '.join(names)}." if names else ""
+
+
+def _final_scores(groups: Groups) -> Plot | None:
+    finals: dict[str, list[float]] = {}
+    for algorithm, runs in groups.items():
+        lasts = (next((r.scores for r in reversed(run.records) if r.scores), []) for run in runs)
+        finals[algorithm] = [score for last in lasts for score in last if score is not None]
+    finals = {algorithm: scores for algorithm, scores in finals.items() if scores}
+    if max(map(len, finals.values()), default=0) < 2:
+        return None
+    figure = new_figure(height=max(3.2, 1.0 + 0.42 * len(finals)))
+    axes, unequal = figure.add_subplot(), False
+    for place, (algorithm, (colour, _)) in enumerate(looks(finals).items()):
+        scores = np.array(finals[algorithm])
+        axes.plot([scores.mean()] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=2.4)
+        jitter = np.random.Generator(np.random.PCG64(place)).uniform(-0.22, 0.22, len(scores))
+        ranks: list[int] = next((r for run in groups[algorithm] if (r := run.facts.get("ranks"))), [])
+        if ranks and len(scores) % len(ranks) == 0 and algorithm != "centralized":
+            unequal = True
+            axes.plot(scores, place + jitter, linestyle="")  # for the limits of the axis, which a text does not widen
+            for rank, score, height in zip(np.resize(ranks, len(scores)), scores, place + jitter, strict=True):
+                axes.text(score, height, str(rank), color=colour, fontsize=9, ha="center", va="center")
+        else:
+            axes.plot(scores, place + jitter, "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
+    name_rows(axes, finals)
+    axes.set_xlabel(_score_name(groups))
+    seeds = " of every seed" if num_seeds(groups) > 1 else ""
+    what = "One mark an agent, its rank," if unequal else "One dot an agent"
+    caption = f"{what}{seeds} at the last evaluation; the bar is their mean."
+    alt = f"Dot plot of the final score of every agent for {_names(groups)}."
+    return Plot("Final score of every agent", caption, alt, figure)
+
+
+def _labels(groups: Groups) -> Plot | None:
+    run = peer(groups)
+    table = run.facts["partition"].get("label_table")
+    if not table:
+        return None
+    counts = np.array(table).T  # (classes, agents)
+    classes, agents = counts.shape
+    names = run.facts["partition"].get("classes") or range(classes)
+    names = [text if len(text := str(name)) <= 24 else text[:23] + "…" for name in names]
+    figure = new_figure(HALF if agents <= 24 else WHOLE, float(np.clip(1.1 + 0.24 * classes, 2.0, 6.4)))
+    axes = figure.add_subplot()
+    image = axes.imshow(counts, cmap=HEAT, vmin=0, aspect="auto", interpolation="none")
+    if classes <= 20 and agents <= 16 and counts.max() < 10_000:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if count > 0.55 * counts.max() else INK
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
+    else:
+        figure.colorbar(image, label="examples").outline.set_visible(False)
+    step = _step(classes)
+    axes.set_yticks(range(0, classes, step), names[::step])
+    axes.set_xticks(range(0, agents, _step(agents)))
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("agent")
+    caption = f"Training examples of each class (rows) that each agent (columns) holds; seed {run.seed}."
+    alt = f"Heat map of examples by class and agent under {run.partition}."
+    return Plot("Who holds what", caption, alt, figure)
+
+
+def _step(count: int) -> int:
+    """Label every how many of `count` rows or columns: a round number that leaves at most 26 labels."""
+    steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return next(step for step in steps if count <= 26 * step)
+
+
+def _graph(groups: Groups) -> Plot | None:
+    run = peer(groups)
+    weights = run.facts["graph"].get("weights")
+    if not weights or len(weights) == 1:
+        return None
+    figure = new_figure(height=3.9)
+    axes = figure.add_subplot()
+    server = run.graph == "server"
+    draw(Graph(np.array(weights), run.graph, require_symmetric=False, connected=False, is_server=server), axes)
+    _recolour(axes)
+    caption = "The agents and who exchanges with whom."
+    if (sigma := run.facts["graph"].get("sigma_2")) is not None:
+        caption += f" σ₂ = {sigma:.3f}: one exchange leaves at most this share of disagreement (0: none, 1: all)."
+    alt = f"Drawing of the graph {run.graph} of {len(weights)} agents."
+    return Plot(f"Graph: {run.graph}", caption, alt, figure)
+
+
+def _seconds(groups: Groups) -> Plot | None:
+    means: dict[str, dict[str, float]] = {}  # algorithm -> phase -> seconds of a run
+    for algorithm, runs in groups.items():
+        phases = dict.fromkeys(phase for run in runs for record in run.records for phase in record.seconds)
+        means[algorithm] = {
+            phase: sum(record.seconds.get(phase, 0.0) for run in runs for record in run.records) / len(runs)
+            for phase in phases
+        }
+    phases = dict.fromkeys(phase for seconds in means.values() for phase in seconds)
+    if not any(second > 0 for seconds in means.values() for second in seconds.values()):
+        return None
+    figure = new_figure(height=max(3.2, 1.2 + 0.4 * len(means)))
+    axes = figure.add_subplot()
+    left = np.zeros(len(means))
+    for phase, colour in zip(phases, itertools.cycle(PHASE_COLOURS)):
+        widths = np.array([seconds.get(phase, 0.0) for seconds in means.values()])
+        axes.barh(range(len(means)), widths, left=left, height=0.62, color=colour, label=phase)
+        left += widths
+    name_rows(axes, means)
+    axes.set_xlabel("seconds")
+    legend(figure)
+    caption = "Wall-clock time of a run by phase" + (", mean over seeds." if num_seeds(groups) > 1 else ".")
+    return Plot("Where the time went", caption, f"Bar chart of the seconds by phase for {_names(groups)}.", figure)
+
+
+def _recolour(axes: Axes) -> None:
+    """Let the drawing follow the page: links in the text's colour, numbers dark on their light discs."""
+    axes.set_title("")
+    for links in axes.findobj(LineCollection):
+        links.set_color(INK)
+    for text in axes.texts:
+        text.set_color("#16202c")
+        text.set_visible(float(text.get_fontsize()) >= 5)  # no dots for digits

@@ -1,0 +1,117 @@
+"""How is the page made? One HTML file for a run or a comparison of runs.
+
+The file needs no network and no script: the figures are inline SVG whose text and lines take the page's
+colours, so one drawing serves the light page and the dark one. A run directory holds run.json; a comparison
+holds run directories.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup, escape
+
+from decaf_lora import records
+from decaf_lora.report import words
+from decaf_lora.report.figures import Plot, make_plots
+from decaf_lora.report.reading import by_algorithm, by_setting, read_runs
+from decaf_lora.report.style import PAGE_COLOURS, STYLE
+
+
+def write_report(directory: Path | str) -> Path:
+    """Write report.html for the run or the comparison in `directory` and return its path."""
+    directory = Path(directory)
+    runs = read_runs(directory)
+    with matplotlib.rc_context(STYLE):
+        sections = [
+            (f"{graph} · {partition}", make_plots(by_algorithm(members)))
+            for (graph, partition), members in by_setting(runs).items()
+        ]
+    path = directory / "report.html"
+    configurations = {run.name: run.config for run in runs}
+    write_page(
+        path,
+        words.title(runs),
+        words.facts_shown(runs),
+        words.summary_table(runs),
+        sections,
+        configurations,
+        words.environments(runs),
+    )
+    return path
+
+
+def write_page(
+    path: Path,
+    title: str,
+    facts: dict[str, str],
+    table: dict[str, Any],
+    sections: Sequence[tuple[str, Sequence[Plot]]],
+    configurations: dict[str, str],
+    environment: dict[str, str],
+) -> None:
+    """Write a page of figures to `path`.
+
+    facts: a few words each on what was done. table: `columns`, `note` and `groups`, (title, rows) of (text,
+    highlighted) cells. sections: (title, figures, made under `STYLE`). configurations: name -> how to repeat it.
+    """
+    loader = jinja2.Environment(
+        loader=jinja2.PackageLoader("decaf_lora.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    with matplotlib.rc_context(STYLE):
+        inlined = [
+            {
+                "title": name,
+                "plots": [(plot, inline(plot, prefix=f"s{number}f{index}-")) for index, plot in enumerate(plots)],
+            }
+            for number, (name, plots) in enumerate(sections)
+        ]
+    page = loader.get_template("report.html.j2").render(
+        title=title,
+        facts=facts,
+        table=table,
+        sections=inlined,
+        configurations=configurations,
+        environment=environment,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    records.replace_text(path, page)
+
+
+def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
+    """Write every figure of the report as a file of its own (.png, .svg or .pdf), on white, into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
+        sections = by_setting(read_runs(Path(directory)))
+        for (graph, partition), members in sections.items():
+            for plot in make_plots(by_algorithm(members)):
+                name = [plot.title] if len(sections) == 1 else [graph, partition, plot.title]
+                paths.append(folder / (re.sub(r"[^a-z0-9.]+", "-", " ".join(name).lower()) + suffix))
+                plot.figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def inline(plot: Plot, prefix: str) -> Markup:
+    """The figure as an SVG element for the page: its colours and font, and ids that no other figure has."""
+    buffer = io.StringIO()
+    plot.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]  # no XML prologue inside HTML
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # the page has it
+    svg = re.sub(r"font-family: [^;\"]*(; )?", "", svg)
+    for stand_in, colour in PAGE_COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}", svg)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.alt)}"', 1))

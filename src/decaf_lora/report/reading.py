@@ -1,0 +1,112 @@
+"""What is there to report? The runs in a directory, and which of them are to be compared with which."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decaf_lora import records
+from decaf_lora.errors import UserError
+from decaf_lora.records import Record, SummaryRow
+
+GRAPHLESS = ("server", "pooled", "none")  # graph names of algorithms that do not use the run's graph
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """One run directory, read."""
+
+    name: str
+    facts: dict[str, Any]
+    records: list[Record]
+    config: str
+    environment: dict[str, Any]
+
+    @property
+    def algorithm(self) -> str:
+        return str(self.facts["algorithm"])
+
+    @property
+    def graph(self) -> str:
+        return str(self.facts["graph"]["name"])
+
+    @property
+    def partition(self) -> str:
+        return str(self.facts["partition"]["name"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.facts["seed"])
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether who talks to whom is what the graph says: not so for a server, pooled data, no exchange."""
+        return bool(self.facts.get("uses_graph", self.graph not in GRAPHLESS and self.algorithm != "centralized"))
+
+
+Groups = dict[str, list[RunRecords]]  # algorithm -> its runs, one a seed
+
+
+def read_runs(directory: Path) -> list[RunRecords]:
+    """The runs in `directory`, in the order of its summary.json if it has one."""
+    if (directory / "run.json").exists():
+        return [read_run(directory)]
+    runs = [read_run(path.parent) for path in sorted(directory.glob("*/run.json"))]
+    if not runs:
+        raise UserError(f"report: {directory} holds no run. Give the directory of a run or of a comparison.")
+    summary = directory / "summary.json"
+    listed = [_identity(row) for row in records.read_summary(summary)] if summary.exists() else []
+    place = {identity: index for index, identity in reversed(list(enumerate(listed)))}
+    return sorted(runs, key=lambda run: place.get(_identity(run), len(place)))
+
+
+def read_run(directory: Path) -> RunRecords:
+    environment = directory / "environment.json"
+    config = directory / "config.yaml"
+    return RunRecords(
+        name=directory.resolve().name,
+        facts=records.read_facts(directory),
+        records=records.read_records(directory / "records.jsonl"),
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        environment=json.loads(environment.read_bytes()) if environment.exists() else {},
+    )
+
+
+def _identity(run: RunRecords | SummaryRow) -> tuple[str, str, str, int]:
+    return run.algorithm, run.graph, run.partition, run.seed
+
+
+def by_setting(runs: Sequence[RunRecords]) -> dict[tuple[str, str], list[RunRecords]]:
+    """What is to be compared with what: the runs under one graph and partition.
+
+    Baselines that have no use for the graph (a server, pooled data, no exchange) may have run once only; they
+    belong to every graph of their partition.
+    """
+    bound = [run for run in runs if run.uses_graph]
+    sections: dict[tuple[str, str], list[RunRecords]] = {(run.graph, run.partition): [] for run in bound or runs}
+    for run in runs:
+        own = (run.graph, run.partition)
+        partition = [setting for setting in sections if setting[1] == run.partition]
+        if "uses_graph" in run.facts:
+            settings = [own] if run.uses_graph else partition or [own]
+        else:  # written by an earlier version, which ran baselines under every graph
+            settings = [own] if own in sections else partition or list(sections)
+        for setting in settings:
+            sections.setdefault(setting, []).append(run)
+    return sections
+
+
+def by_algorithm(runs: Iterable[RunRecords]) -> Groups:
+    """The runs of each algorithm; a seed counts once."""
+    groups: dict[str, dict[int, RunRecords]] = {}
+    for run in runs:
+        groups.setdefault(run.algorithm, {})[run.seed] = run
+    return {algorithm: list(seeds.values()) for algorithm, seeds in groups.items()}
+
+
+def peer(groups: Groups) -> RunRecords:
+    """The run whose graph and partition stand for the section."""
+    runs = [run for group in groups.values() for run in group]
+    peers = [run for run in runs if run.algorithm != "centralized"] or runs
+    return next((run for run in peers if run.uses_graph), peers[0])

@@ -1,0 +1,149 @@
+"""How does a configuration become a run? Task, graph, partition, algorithm and adapters, put together."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from decaf_lora.config import RunConfig, TaskConfig
+from decaf_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from decaf_lora.engines import Engine
+
+
+def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, device: str | None = None) -> Any:
+    """The `Run` that a configuration describes; `device` goes before the configuration's."""
+    from decaf_lora import algorithms, graphs, partition
+    from decaf_lora.run import Run
+
+    algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
+    graph = graphs.parse(config.graph, config.agents, config.seed)
+    task = _task(config.task, device or config.device)
+    shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
+    run = Run(
+        task,
+        algorithm,
+        graph,
+        shards,
+        config.training,
+        lora=lora_configs(config, task.default_lora()),
+        rounds=config.rounds,
+        seed=config.seed,
+        common_start=config.start == "common",
+        init_adapters=init_adapters(config) or None,
+        gossip_steps=config.gossip_steps,
+        evaluate_every=config.evaluate_every,
+        measure_every=config.measure_every,
+        eval_batch_size=config.task.eval_batch_size,
+        **({} if engine is None else {"engine": engine}),
+    )
+    _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
+    return run
+
+
+def lora_configs(config: RunConfig, default: Any) -> Any:
+    """The `peft.LoraConfig` of the options, or a list of one for each agent where they differ in rank or alpha."""
+    options, own = config.lora, lora_config(config, default)
+    for field, values in (("ranks", options.ranks), ("alphas", options.alphas)):
+        if values and len(values) != config.agents:
+            raise UserError(f"lora.{field}: {len(values)} given for {config.agents} agents; give one for each.")
+    directories = init_adapters(config)
+    if not (options.ranks or options.alphas or directories):
+        return own
+    configs = []
+    for agent in range(config.agents):
+        one = copy.deepcopy(own)
+        if directories and directories[agent] is not None and not options.ranks:
+            from decaf_lora.adapters import read_config
+
+            saved = read_config(Path(directories[agent]))
+            for field in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+                setattr(one, field, saved.get(field, getattr(one, field)))
+        elif options.ranks:
+            one.r = options.ranks[agent]
+            ratio = one.r / own.r
+            one.lora_alpha = own.lora_alpha * (ratio**0.5 if own.use_rslora else ratio)
+        if options.alphas:
+            one.lora_alpha = options.alphas[agent]
+        configs.append(one)
+    return configs
+
+
+def init_adapters(config: RunConfig) -> list[Any]:
+    """The PEFT directory that each agent starts from, None for a fresh start; empty if nobody has one."""
+    given = config.init_adapters
+    if not given:
+        return []
+    if len(given) == 1:
+        given = tuple(given[0].replace("{agent}", str(agent)) for agent in range(config.agents))
+    if len(given) != config.agents:
+        raise UserError(
+            f"init_adapters: {len(given)} given for {config.agents} agents; give one for each ('fresh' for none), or "
+            "one for all."
+        )
+    return [None if path == "fresh" else str(Path(path).expanduser()) for path in given]
+
+
+def lora_config(config: RunConfig, default: Any) -> Any:
+    """The `peft.LoraConfig` of the options; unset targets and modules to save are the task's own."""
+    from peft import LoraConfig
+
+    values = config.lora.model_dump(exclude={"ranks", "alphas"})
+    values["init_lora_weights"] = "gaussian" if values["init_lora_weights"] == "gaussian" else True
+    for field in ("target_modules", "modules_to_save"):
+        if values[field] is None:
+            values[field] = getattr(default, field)
+    values["fan_in_fan_out"] = values["fan_in_fan_out"] or default.fan_in_fan_out
+    return LoraConfig(**values, task_type=default.task_type)
+
+
+_tasks: dict[tuple[str, str], Any] = {}
+_loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+"""Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
+
+
+def _task(config: TaskConfig, device: str) -> Any:
+    """The task, loaded once per process: the runs of a comparison share the model and the data."""
+    from decaf_lora import tasks
+
+    key = (config.model_dump_json(), device)
+    if key not in _tasks:
+        with _loading:
+            task = tasks.make(config)
+        task.model.to(_device(device))
+        _tasks.clear()
+        _tasks[key] = task
+    return _tasks[key]
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+
+
+def _warn_of_slow_bfloat16(config: RunConfig, device: Any) -> None:
+    """Says so if the run is to compute in bfloat16 on a processor that has to emulate it."""
+    import torch
+
+    fields = {"task.dtype": config.task.dtype, "training.precision": config.training.precision}
+    names = [name for name, value in fields.items() if value == "bfloat16"]
+    if device.type != "cpu" or not names:
+        return
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") == "x86_64" and not (has.get("avx512_f") or has.get("avx_ne_convert")):
+        warnings.warn(
+            f"{' and '.join(names)}: this processor has no instructions for bfloat16 and computes in it many times "
+            f"slower than in float32; use {' '.join(f'--{name} float32' for name in names)}.",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""The demo task: its model, its data, and how both are joined."""

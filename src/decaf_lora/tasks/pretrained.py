@@ -1,0 +1,175 @@
+"""How is a pretrained model or tokenizer loaded by name? For the tasks of this package and a user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from decaf_lora.config import TaskConfig
+from decaf_lora.errors import UserError
+
+Loader = Callable[[TaskConfig, Any, dict[str, Any]], tuple[Any, list[str]]]
+_loader: ContextVar[Loader | None] = ContextVar("loader", default=None)
+
+
+@contextlib.contextmanager
+def loading_by(loader: Loader) -> Iterator[None]:
+    """Inside, `pretrained_model` calls `loader`: for a model of which only the shapes are wanted (plan.py)."""
+    token = _loader.set(loader)
+    try:
+        yield
+    finally:
+        _loader.reset(token)
+
+
+def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any, list[str]]:
+    """The model `config.model` as the transformers class `kind` loads it, in eval mode, and the names of the
+    parameters that the checkpoint does not have.
+
+    Those are drawn from a fixed seed: every agent and every process starts from the same ones, and the global
+    generators are left alone. Raises UserError if there is no such model, or no GPU for a quantized one.
+    """
+    if (instead := _loader.get()) is not None:
+        return instead(config, kind, options)
+    options = {"dtype": getattr(torch, config.dtype), **options}
+    if config.quantization == "4bit":
+        options |= _four_bit()
+    with torch.random.fork_rng(devices=[]), _transformers_quiet():
+        torch.default_generator.manual_seed(0)
+        model, report = _from_pretrained(config, kind, output_loading_info=True, **options)
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    new = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    return model.eval(), sorted(new | set(report["missing_keys"]))
+
+
+def pretrained_tokenizer(config: TaskConfig, processor: bool = False) -> Any:
+    """The tokenizer of `config.model`, or its whole processor (of images and text)."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    with _transformers_quiet():
+        found = _from_pretrained(config, AutoProcessor if processor else AutoTokenizer)
+    if not processor:
+        found("")  # leaves the truncation of its file: its state, and with it the cache of `data.preprocess`, is fixed
+    return found
+
+
+def max_tokens(config: TaskConfig, model: Any, tokenizer: Any) -> int:
+    """The longest sequence: the model's limit, or `config.max_length`, which must not be above it."""
+    text_config = model.config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():
+        # RoBERTa's kin number positions from after the padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit = module.num_embeddings - module.padding_idx - 1
+    limit = min(limit, tokenizer.model_max_length)  # huge if the tokenizer knows no limit
+    if config.max_length is None:
+        if limit > 10**9:
+            raise UserError("task.max_length: the model states no limit; set one.")
+        return int(limit)
+    if config.max_length > limit:
+        raise UserError(f"task.max_length: {config.max_length} is more than the model's limit of {limit}.")
+    return config.max_length
+
+
+def family_targets(model: Any) -> list[str] | None:
+    """Names of the layers that project queries and values; None where PEFT has a default for the family."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
+
+    family = model.config.model_type
+    if family.startswith("deberta"):
+        # Its queries and keys also project the relative positions, which have no batch axis to hold agents.
+        return ["in_proj"] if family == "deberta" else ["value_proj"]
+    if family in PEFT_DEFAULTS:
+        return None
+    leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for names in (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",)):
+        if leaves.issuperset(names):
+            return list(names)
+    return None
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Makes every block compute its activations again in the backward pass.
+
+    transformers does so only in training mode, which would switch dropout on; this leaves the mode alone.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"task.gradient_checkpointing: {type(model).__name__} does not support it.")
+    for layer in layers:
+        layer.forward = functools.partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _from_pretrained(config: TaskConfig, kind: Any, **options: Any) -> Any:
+    from decaf_lora.data import looks_local
+
+    if config.model is None:
+        raise UserError("task.model: not set; name a model of the Hugging Face Hub or a local directory.")
+    path = Path(config.model).expanduser()
+    local = path.is_dir()
+    if not local and looks_local(config.model):
+        raise UserError(f"task.model: {path} does not exist.")
+    try:
+        return kind.from_pretrained(str(path) if local else config.model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        if local or not isinstance(error, OSError):
+            raise UserError(f"task.model: {config.model} cannot be loaded: {reason[:300]}") from error
+        if "gated" in reason:
+            raise UserError(
+                f"task.model: {config.model} is gated; accept its licence on its page, then `hf auth login`."
+            ) from error
+        raise UserError(
+            f"task.model: {config.model!r} is no local directory, is not in the cache, and cannot be fetched "
+            f"from the Hugging Face Hub. Where there is a network, run `hf download {config.model} "
+            "--local-dir DIR`, bring DIR here and set task.model to it."
+        ) from error
+
+
+def _four_bit() -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("task.quantization: 4bit needs bitsandbytes; pip install bitsandbytes.")
+    if not torch.cuda.is_available():
+        raise UserError("task.quantization: 4bit needs a CUDA GPU, and there is none.")
+    from transformers import BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "classifier", "score"],
+    )
+    return {"quantization_config": quantized, "device_map": {"": torch.cuda.current_device()}}
+
+
+@contextlib.contextmanager
+def _transformers_quiet() -> Iterator[None]:
+    """Without transformers' own remarks on what it loads; ours are errors or one warning."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,51 @@
+"""How is a classification scored? Accuracy, the F1 of one of two classes, or the mean F1 of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from decaf_lora.errors import UserError, unknown
+from decaf_lora.tasks.base import accuracy_statistics
+
+
+class ClassScore:
+    """The score of a classification: accuracy, the F1 of one of two classes, or the mean F1 of all.
+
+    `positive` names the class of `f1`, the second one if None.
+    """
+
+    def __init__(self, metric: str, classes: Sequence[str], positive: str | None = None) -> None:
+        if metric == "f1" and len(classes) != 2:
+            raise UserError(f"task.metric: f1 is for two classes, there are {len(classes)}; use macro-f1.")
+        if positive is not None and metric != "f1":
+            raise UserError(f"task.positive: only the metric f1 uses it, not {metric}.")
+        if positive is not None and positive not in classes:
+            raise unknown("task.positive", positive, classes)
+        self.metric, self.num_classes = metric, len(classes)
+        self.positive = 1 if positive is None else list(classes).index(positive)
+        self.name = {"f1": f"F1 ({classes[self.positive]})" if metric == "f1" else "", "macro-f1": "macro-F1"}.get(
+            metric, metric
+        )
+
+    def statistics(self, logits: Tensor, labels: Tensor, agents: int) -> Tensor:
+        """Logits (agents * b, C) and labels (agents * b,) -> sums over the examples: (agents, 2) right and all
+        for accuracy; (agents, 3 C) true positives, false positives, false negatives of each class for F1."""
+        if self.metric == "accuracy":
+            return accuracy_statistics(logits, labels, agents)
+        told = nn.functional.one_hot(logits.argmax(-1), self.num_classes).view(agents, -1, self.num_classes)
+        true = nn.functional.one_hot(labels, self.num_classes).view(agents, -1, self.num_classes)
+        return torch.cat([(told * true).sum(1), (told * (1 - true)).sum(1), ((1 - told) * true).sum(1)], 1)
+
+    def score(self, statistics: Tensor) -> Tensor:
+        """(agents, q) -> (agents,). The mean F1 is over the classes that occur as a label or a prediction."""
+        if self.metric == "accuracy":
+            return statistics[:, 0] / statistics[:, 1].clamp_min(1)
+        right, false_positive, false_negative = statistics.double().chunk(3, 1)
+        wrong = false_positive + false_negative
+        f1 = 2 * right / (2 * right + wrong).clamp_min(1)
+        if self.metric == "f1":
+            return f1[:, self.positive]
+        return f1.sum(1) / (right + wrong > 0).sum(1).clamp_min(1)
