@@ -51,21 +51,16 @@ class Partition:
             raise UserError("partition: there is no shard; give at least one agent.")
         owner = np.full(len(self.labels), -1)
         for agent, shard in enumerate(self.shards):
-            if shard.size == 0:
-                raise UserError(f"partition: agent {agent} holds no example; use fewer agents or more data.")
-            if shard[0] < 0 or shard[-1] >= owner.size:
-                stray = shard[0] if shard[0] < 0 else shard[-1]
-                raise UserError(
-                    f"partition: agent {agent} holds example {stray}; the examples are 0 to {owner.size - 1}."
-                )
-            # Of two equal neighbours in an ascending shard the second is a repetition.
-            taken = (owner[shard] >= 0) | (np.diff(shard, prepend=-1) == 0)
-            if taken.any():
-                example = shard[taken][0]
-                other = owner[example]
-                holders = f"agents {other} and {agent} both hold" if other >= 0 else f"agent {agent} holds twice"
-                raise UserError(f"partition: {holders} example {example}; shards must be disjoint.")
-            owner[shard] = agent
+            _claim(shard, agent, owner)
+
+    @property
+    def num_agents(self) -> int:
+        """N."""
+        return len(self.shards)
+
+    def shard(self, agent: int) -> Indices:
+        """The examples of an agent, ascending."""
+        return self.shards[agent]
 
     @property
     def sizes(self) -> Indices:
@@ -91,6 +86,55 @@ class Partition:
         """
         classes, ranks = np.unique(self.labels if labels is None else _check_labels(labels), return_inverse=True)
         return np.stack([np.bincount(ranks[shard], minlength=len(classes)) for shard in self.shards])
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What one agent of a mesh knows of the partition: its own examples.
+
+    Attributes:
+        agent: its number, from 0.
+        num_agents: N, the agents of the whole run.
+        indices: (n_i,) of its examples, int64, ascending, read-only.
+        labels: (M,) of the examples on its machine.
+        name: what tables call it.
+
+    Raises:
+        UserError: the agent is not among the N, or its indices do not fit the labels.
+    """
+
+    agent: int
+    num_agents: int
+    indices: Indices
+    labels: NDArray[Any]
+    name: str = "own"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.agent < self.num_agents:
+            raise UserError(f"partition: agent {self.agent} is not one of {self.num_agents}; they are numbered from 0.")
+        object.__setattr__(self, "labels", _check_labels(self.labels))
+        object.__setattr__(self, "indices", _frozen(self.indices))
+        _claim(self.indices, self.agent, np.full(len(self.labels), -1))
+
+    def shard(self, agent: int) -> Indices:
+        """The agent's own examples; nobody else's are known."""
+        if agent != self.agent:
+            raise ValueError(f"agent {self.agent} does not know the examples of agent {agent}")
+        return self.indices
+
+    @property
+    def sizes(self) -> Indices:
+        """(1,) how many examples the agent holds."""
+        return np.array([self.indices.size])
+
+    @cached_property
+    def classes(self) -> NDArray[Any]:
+        """(C,) the distinct labels, ascending."""
+        return np.unique(self.labels)
+
+    def label_table(self, labels: ArrayLike | None = None) -> Indices:
+        """(1, C) how many examples of each class the agent holds; `labels` as for `Partition.label_table`."""
+        return Partition((self.indices,), self.labels).label_table(labels)
 
 
 # --- the rules ----------------------------------------------------------------------------------------------
@@ -247,6 +291,23 @@ def _check_labels(labels: ArrayLike) -> NDArray[Any]:
         raise UserError("partition: there are no labels; give at least one example.")
     array.flags.writeable = False
     return array
+
+
+def _claim(shard: Indices, agent: int, owner: Indices) -> None:
+    """Notes in `owner` (M,) that the examples of `shard` are the agent's; UserError for one that it cannot have."""
+    if shard.size == 0:
+        raise UserError(f"partition: agent {agent} holds no example; use fewer agents or more data.")
+    if shard[0] < 0 or shard[-1] >= owner.size:
+        stray = shard[0] if shard[0] < 0 else shard[-1]
+        raise UserError(f"partition: agent {agent} holds example {stray}; the examples are 0 to {owner.size - 1}.")
+    # Of two equal neighbours in an ascending shard the second is a repetition.
+    taken = (owner[shard] >= 0) | (np.diff(shard, prepend=-1) == 0)
+    if taken.any():
+        example = shard[taken][0]
+        other = owner[example]
+        holders = f"agents {other} and {agent} both hold" if other >= 0 else f"agent {agent} holds twice"
+        raise UserError(f"partition: {holders} example {example}; shards must be disjoint.")
+    owner[shard] = agent
 
 
 def _frozen(indices: ArrayLike) -> Indices:

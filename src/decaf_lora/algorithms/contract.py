@@ -33,7 +33,8 @@ class Round(NamedTuple):
     number: int
     """From 1."""
     period: int = 1
-    """Rounds until what every agent sends has reached all others: 1 on a graph that stays the same."""
+    """Rounds until what every agent sends has reached all others, or on a schedule until it starts again: 1 on a graph
+    that stays the same. On random schedules it is known only to those who say that they need it (`periodic`)."""
 
     @property
     def opens(self) -> bool:
@@ -57,7 +58,7 @@ class Setting:
     seed: int = 0
     """For noise that is drawn by name (`randomness.py`), the same whoever draws it."""
     period: int = 1
-    """Rounds until what every agent sends has reached all others."""
+    """`Round.period`."""
     measure_sigma_2: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     """Computes `sigma_2`, which takes long for many agents and which few rules need."""
 
@@ -135,6 +136,8 @@ class Rule(NamedTuple):
     stacks: frozenset[str] = frozenset()
     """First parts of the names of those tensors that `combine` must receive unmixed. With several exchanges in a round
     these are forwarded as they are; all others are averaged at every hop."""
+    periodic: bool = False
+    """Whether anything depends on `Round.period`."""
     truncates: bool = False
     """Whether `combine` adds `Inbox.carried` to what it mixes, and returns as `rest` what it cuts off."""
 
@@ -190,6 +193,8 @@ class Transform(NamedTuple):
     """Raises UserError for a rule that the transform cannot lie over."""
     stacks: frozenset[str] = frozenset()
     """As `Rule.stacks`."""
+    periodic: bool = False
+    """As `Rule.periodic`."""
     suffix: str = ""
     """What the algorithm's name says of it: `_tracked`."""
 

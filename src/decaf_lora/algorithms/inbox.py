@@ -127,6 +127,14 @@ class Inbox:
         own = tuple(position[agent] for agent in receivers) if position.keys() >= set(receivers) else ()
         return Inbox(tensors, groups, len(receivers), tuple(senders), own, exchange)
 
+    def weights_of_first(self) -> dict[str, float]:
+        """Number of each neighbour that the first receiver heard -> weight of its message."""
+        group = next(group for group in self.groups if 0 in group.receivers.tolist())
+        row = int(group.expand[group.receivers.tolist().index(0)])
+        heard = [self.senders[k] for k in group.senders[row].tolist()]
+        own = self.senders[self.own[0]] if self.own else None
+        return {str(j): w for j, w in zip(heard, group.weights[row].tolist(), strict=True) if j != own}
+
     def average(self, name: str) -> Tensor:
         """(n, ...) weighted sum of the senders' tensor `name` for every receiver."""
         x = self.tensors[name]

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 KEEP = 2

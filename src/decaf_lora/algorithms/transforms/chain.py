@@ -73,6 +73,11 @@ class Algorithm:
         return self.rule.stacks.union(*(transform.stacks for transform in self.transforms))
 
     @property
+    def periodic(self) -> bool:
+        """Whether anything depends on the period of the schedule."""
+        return self.rule.periodic or any(transform.periodic for transform in self.transforms)
+
+    @property
     def relays(self) -> bool:
         """Whether several exchanges in a round are made one by one, with `relay` between them."""
         return self.rule.relay is not None

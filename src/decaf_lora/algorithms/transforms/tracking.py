@@ -101,7 +101,7 @@ def tracking(gamma: float = 1.0) -> Transform:
             state = leave("own/", leave("mixing/", state))
         return turned(state, change.frames)
 
-    return Transform("tracking", init, steer, send, receive, after, check=check, suffix="_tracked")
+    return Transform("tracking", init, steer, send, receive, after, check=check, periodic=True, suffix="_tracked")
 
 
 def _means(state: Tensors) -> Tensors:
