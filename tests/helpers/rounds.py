@@ -19,7 +19,11 @@ def repeated(graph, period):
 
 def one_round(algorithm, adapter, graph, number=1, state=None):
     """(adapter, state) after the exchange of round `number` on a graph or schedule; `state` None: the first one."""
-    exchange = Exchange(algorithm, as_schedule(graph), Simulate(adapter.num_agents))
+    if not getattr(graph, "connected", True):  # one round of a schedule
+        schedule = Schedule(graph.name, graph.num_agents, lambda exchange: graph)
+    else:
+        schedule = as_schedule(graph)
+    exchange = Exchange(algorithm, schedule, Simulate(adapter.num_agents))
     state = exchange.init(adapter) if state is None else state
     done = exchange.finish(adapter, exchange.start(adapter, state, number))
     return done.adapter, done.state
