@@ -68,9 +68,11 @@ def test_a_run_leaves_its_folder(finished):
     (row,) = json.loads((finished / "summary.json").read_text())
     assert list(row) == [
         *("algorithm", "graph", "partition", "seed", "mean_score", "worst_score", "std_score"),
-        *("averaged_score", "bytes_sent", "seconds", "diverged"),
+        *("averaged_score", "bytes_sent", "seconds", "diverged", "lower_is_better", "start_score", "majority_score"),
     ]
     assert row["algorithm"] == "decaf"
+    assert row["start_score"] == np.mean(read_records(finished / "records.jsonl")[0].scores)
+    assert row["majority_score"] is None  # a task of one's own may have no classes
     assert row["graph"] == "ring"
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["training"]["steps"] == 2
@@ -105,6 +107,16 @@ def test_comparison_writes_summary_tables_and_report(tmp_path, capsys):
     assert decaf(*arguments, "--jobs", "2", "--out", out, "--resume", "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert [r["mean_score"] for r in again] == [r["mean_score"] for r in json.loads(before)]
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
+    assert decaf("run", "digits", *SMALL, "--lr", 1e-12, "--out", tmp_path / "r") == 0
+    shown = capsys.readouterr().out
+    assert "nothing useful was learnt by decaf (ring, " in shown
+    assert "not better than the start (" in shown
+    assert "training.learning_rate" in shown
+    assert any(line.split()[:1] == ["start"] for line in shown.splitlines())
+    assert "Nothing useful was learnt by decaf" in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_json_prints_rows(tmp_path, capsys):
@@ -170,7 +182,7 @@ def test_unknown_names_suggest_the_nearest(capsys):
     assert "Did you mean --algorithm.gauge" in fails(capsys, "run", "digits", "--gauge", "balanced")
     assert "Did you mean --training.steps" in fails(capsys, "run", "digits", "--training.step", 3)
     assert "Did you mean 'ring'" in fails(capsys, "run", "digits", "--graph", "rin")
-    assert "Did you mean 'dirichlet:0.1'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
+    assert "Did you mean 'dirichlet'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
     assert "Did you mean 'decaf'" in fails(capsys, "run", "digits", "--algorithm", "decav")
     assert "Did you mean 'digits'" in fails(capsys, "run", "digits", "--task", "digit")
     assert "name a recipe" in fails(capsys, "run", "--agents", 3)

@@ -17,9 +17,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
-from decaf_lora.adapters import attach, load_peft, save_peft
-from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters import attach, load_peft
+from decaf_lora.adapters.adapter import Adapter, as_adapter
 from decaf_lora.adapters.names import Tensors, flattened, parted, put, take
+from decaf_lora.adapters.portable import config_values, write_adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import local_steps
@@ -34,8 +35,6 @@ from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.timing import Phases, Timer
 from decaf_lora.training import Trainer
-
-AVERAGED = "averaged"
 
 LATE = 3
 """Rounds behind its neighbours from which an agent takes their average instead of its own adapter."""
@@ -389,7 +388,7 @@ class Run:
                 scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
-                adapters = _as_adapter(self._collected())
+                adapters = as_adapter(self._collected())
                 if measured:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
@@ -412,10 +411,10 @@ class Run:
         """The adapters of the agents reported (all N, or in a mesh the own), in the main process; None in others."""
         self._collect()
         gathered = self._collected()
-        return _as_adapter(gathered) if gathered else None
+        return as_adapter(gathered) if gathered else None
 
-    def save_adapter(self, directory: str | Path, agent: int | str = AVERAGED) -> None:
-        """Writes one agent's adapter, or the averaged model, as a PEFT directory.
+    def save_adapter(self, directory: str | Path, agent: int | str = consensus.AVERAGED) -> None:
+        """Writes one agent's adapter, or the averaged model, as a PEFT directory, with its tokenizer and a card.
 
         Args:
             directory: to write into.
@@ -425,22 +424,26 @@ class Run:
             UserError: there is no such agent, or this process does not see the agents that it asks for.
         """
         known = self.engine.reports
-        if agent == AVERAGED and not self.sees_all:
-            raise UserError(f"agent: only agent {known[0]} is known here, so there is no average; use {known[0]}.")
-        if agent != AVERAGED and agent not in known:
-            some = f"0 to {known[-1]} or '{AVERAGED}'" if self.sees_all else f"{known[0]}, the only one known here"
-            raise UserError(f"agent: {agent!r} is not in this run; use {some}.")
+        consensus.check_agent(agent, self.engine.num_agents)
+        if not self.sees_all and agent not in known:
+            raise UserError(f"agent: {agent!r} is not known here; use {known[0]}, the agent of this process.")
         adapters = self.all_adapters()
         if adapters is not None:
-            number = agent if isinstance(agent, int) else 0
-            if agent == AVERAGED:
-                adapters, index = consensus.averaged(adapters), 0
-            else:
-                index = known.index(number)
-            name = getattr(getattr(self.task.model, "config", None), "_name_or_path", None)
-            alike = agent == AVERAGED or self.algorithm.topology == "pooled"
-            config = self.attached.config_of(self._largest if alike else number)
-            save_peft(adapters, index, config, Path(directory), name)
+            place = known.index(agent) if isinstance(agent, int) else agent
+            made = {"algorithm": self.algorithm.name, "agents": self.partition.num_agents, "rounds": self.round}
+            write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
+
+    def outline(self) -> dict[str, Any]:
+        """What an export needs beside the tensors, in JSON's types.
+
+        task: `Task.describe`. configs: the adapter_config.json of every agent, or one for all. averaged: which of
+        them is the averaged model's.
+        """
+        trained, task = list(self.attached.extras), dict(self.task.describe())
+        pooled = self.algorithm.topology == "pooled"
+        agents = [self._largest] if pooled or self.attached.uniform else range(self.engine.num_agents)
+        configs = [config_values(self.attached.config_of(i), trained, task) for i in agents]
+        return {"task": task, "configs": configs, "averaged": self._largest if len(configs) > 1 else 0}
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
         """All that is needed to go on: named tensors with the agents reported on the leading axis, and plain values.
@@ -448,6 +451,7 @@ class Run:
         The tensors are for the main process, which writes them; others get none.
         """
         tensors = put("adapter/", self.adapter.tensors()) | put("state/", flattened(self.state))
+        tensors |= put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
         for group, moments in self.trainer.moments.items():
             tensors[f"moments/{group}/first"] = moments.first
             tensors[f"moments/{group}/second"] = moments.second
@@ -465,6 +469,7 @@ class Run:
             "wire_bytes": self._wire_bytes if self.step_in_round else None,
             "agents_per_pass": self.trainer.agents_per_pass,
             "engine": self.engine.snapshot(),
+            "outline": self.outline(),
         }
         return self.engine.collect({k: t.cpu() for k, t in tensors.items()}).wait(), values
 
@@ -492,11 +497,6 @@ class Run:
         self.timer.seconds = dict(values["seconds"])
         self._bytes_sent, self._wire_bytes = float(values.get("bytes_sent", 0.0)), values.get("wire_bytes")
         self.trainer.agents_per_pass = int(values["agents_per_pass"])
-
-
-def _as_adapter(tensors: Tensors) -> Adapter:
-    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
-    return Adapter(**parted(tensors, dict.fromkeys(("A", "B", "scale", "extras", "ranks"))))
 
 
 def _rms(values: Tensor | None) -> float | None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.names import Tensors
+from decaf_lora.adapters.names import Tensors, parted
 
 Factor = Literal["A", "B", "extras"]
 ALL_FACTORS: frozenset[Factor] = frozenset({"A", "B", "extras"})
@@ -107,3 +107,8 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         return {k: torch.cat([getattr(a, field)[k] for a in adapters]) for k in getattr(first, field)}
 
     return Adapter(join("A"), join("B"), join("scale"), join("extras"), join("ranks"))
+
+
+def as_adapter(tensors: Tensors) -> Adapter:
+    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
+    return Adapter(**parted(tensors, dict.fromkeys(("A", "B", "scale", "extras", "ranks"))))

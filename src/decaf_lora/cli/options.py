@@ -19,7 +19,8 @@ import tyro
 from pydantic import BaseModel
 from tyro.conf import arg
 
-from decaf_lora.config import RunConfig, build, fields, load
+from decaf_lora.cli import own
+from decaf_lora.config import OWN, RunConfig, build, fields, load
 from decaf_lora.errors import UserError, nearest
 
 _ALIASES = {
@@ -121,6 +122,7 @@ def _parse(
     kind: type[RunConfig], base: RunConfig, prog: str, args: list[str], options: type[Options]
 ) -> tuple[RunConfig, Options]:
     args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
+    args, options_of_own = own.apart(kind, base, args)
     check_options(args, [*fields(kind), *(f.name for f in dataclasses.fields(options)), "help"])
 
     def both(config: Any, output: Any) -> tuple[Any, Output]:
@@ -133,8 +135,11 @@ def _parse(
         config=Annotated[_unchecked(kind), arg(name="")], output=Annotated[options, arg(name="")]
     )
     both.__defaults__ = (_unchecked_values(base), options())
-    values, output = parsed(both, prog, args, description=(kind.__doc__ or "").strip())
-    return build(kind, asdict(values)), output
+    description = (kind.__doc__ or "").strip()
+    if {"-h", "--help"} & set(args):
+        description += own.shown(args, base)
+    values, output = parsed(both, prog, args, description=description)
+    return build(kind, own.together(asdict(values), base, options_of_own)), output
 
 
 def _unchecked(kind: type[BaseModel]) -> type:
@@ -142,6 +147,8 @@ def _unchecked(kind: type[BaseModel]) -> type:
     `config.build` checks them all at once, with our messages."""
     columns: list[tuple[str, Any, Any]] = []
     for name, field in kind.model_fields.items():
+        if name == OWN:
+            continue
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             columns.append((name, _unchecked(inner), dataclasses.field()))
@@ -157,7 +164,7 @@ _UNCHECKED: dict[type[BaseModel], type] = {}
 
 
 def _unchecked_values(config: BaseModel) -> Any:
-    values = {name: getattr(config, name) for name in type(config).model_fields}
+    values = {name: getattr(config, name) for name in type(config).model_fields if name != OWN}
     plain = {k: _unchecked_values(v) if isinstance(v, BaseModel) else v for k, v in values.items()}
     return _UNCHECKED[type(config)](**plain)
 

@@ -101,10 +101,12 @@ def _results(rows: list[Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    from decaf_lora.records import table
+    from decaf_lora.records import nothing_learnt, table
 
     console = Console(highlight=False)
     console.print(table(rows))
+    for line in nothing_learnt(rows):
+        console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
 
 
@@ -164,22 +166,22 @@ def export_command(args: list[str]) -> int:
     from decaf_lora.runs.export import export as write_export
 
     def export(run: Positional[Path], to: Path, agent: str = "averaged", merge: bool = False) -> tuple[Any, ...]:
-        """Writes one agent's adapter, or the averaged model, as a PEFT directory.
+        """Writes one agent's adapter, the averaged model, or all agents' adapters, as PEFT directories.
 
         Args:
             run: folder of the run.
             to: folder to write, new or empty.
-            agent: number of the agent, or `averaged`.
+            agent: number or name of the agent, `averaged`, or `all`, each to a folder agent-K of its own.
             merge: write the whole model with the adapter folded in.
         """
         return run, to, agent, merge
 
     check_options(args, ["to", "agent", "merge", "no-merge", "help"])
     run, to, agent, merge = parsed(export, "decaf export", args)
-    if agent != "averaged" and not agent.isdigit():
-        raise UserError(f"agent: {agent!r} is neither a number nor 'averaged'.")
-    write_export(run, int(agent) if agent.isdigit() else agent, to, merge=merge)
-    print(f"{'model' if merge else 'adapter'} of {'agent ' * agent.isdigit()}{agent} in {to}")
+    written = write_export(run, agent, to, merge=merge)
+    what = "model" if merge else "adapter"
+    whose = f"agent {agent}" if agent != "averaged" else agent
+    print(f"{what} of {whose} in {to}" if agent != "all" else f"{what}s of {len(written)} agents in {to}/agent-K")
     return 0
 
 

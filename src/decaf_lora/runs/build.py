@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
-    shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
+    shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
+    if names := shards.names or graphs.as_schedule(graph).names:
+        graph, shards = graph.arranged(names), replace(shards, names=names)
     run = Run(
         task,
         algorithm,
@@ -102,16 +105,19 @@ def lora_config(config: RunConfig, default: Any) -> Any:
     return LoraConfig(**values, task_type=default.task_type)
 
 
-_tasks: dict[tuple[str, str], Any] = {}
+_tasks: dict[tuple[str, str, str], Any] = {}
 _loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 """Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
 
 
 def _task(config: TaskConfig, device: str) -> Any:
-    """The task, loaded once per process: the runs of a comparison share the model and the data."""
+    """The task, loaded once per process: the runs of a comparison share the model and the data.
+
+    It is loaded again if a file of it has changed.
+    """
     from decaf_lora import tasks
 
-    key = (config.model_dump_json(), device)
+    key = (config.model_dump_json(), device, tasks.files_state(config))
     if key not in _tasks:
         with _loading:
             task = tasks.make(config)

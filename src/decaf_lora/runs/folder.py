@@ -15,10 +15,10 @@ from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError
 from decaf_lora.records import (
-    Record,
     RecordWriter,
     SummaryRow,
     environment,
+    mean_score,
     replace_text,
     summarise,
     write_json,
@@ -94,12 +94,6 @@ def write(config: RunConfig, out: Path, engine: Any, resumed: bool, watch: Watch
     return row
 
 
-def mean_score(record: Record) -> float | None:
-    """Mean over agents of an evaluated round."""
-    scores = [s for s in record.scores or [] if s is not None]
-    return sum(scores) / len(scores) if scores else None
-
-
 def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
     """What run.json says: the static facts of a run that its report needs."""
     from decaf_lora import graphs
@@ -107,6 +101,8 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
     # The graph that was asked for, also of algorithms that do not use it: a comparison shows one.
     schedule = graphs.as_schedule(graphs.parse(config.graph, config.agents, config.seed))
     partition = engine.partition
+    if partition.names:
+        schedule = schedule.arranged(partition.names)
     names = getattr(engine.task, "classes", None)
     classes = [names[c] if names else str(c) for c in partition.classes]
     return {
@@ -122,6 +118,7 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
             "classes": classes,
         },
         "agents": config.agents,
+        "names": list(partition.names),
         "ranks": []
         if engine.attached.uniform
         else [max(s.rank for s in engine.attached.sites_of(i).values()) for i in range(config.agents)],
@@ -129,6 +126,8 @@ def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
         "seed": config.seed,
         "task": engine.task.name,
         "score_name": engine.task.score_name,
+        "lower_is_better": engine.task.lower_is_better,
+        "majority_score": engine.task.majority_score(),
         "uses_graph": engine.algorithm.topology == "graph",
         "agents_per_pass": engine.trainer.agents_per_pass,
     }
