@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from decaf_lora import optimizers
-from decaf_lora.adapters.adapter import Adapter, Factor, Tensors
+from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
 from decaf_lora.algorithms.contract import Round
 from decaf_lora.algorithms.transforms.chain import Algorithm, State

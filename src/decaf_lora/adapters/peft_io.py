@@ -16,7 +16,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from decaf_lora import lowrank
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import Attached
 from decaf_lora.errors import UserError
 

@@ -29,7 +29,7 @@ from decaf_lora.adapters.names import Tensors
 from decaf_lora.algorithms.inbox import Group, Inbox, routes
 from decaf_lora.engines.base import InStep, Pending, Sizes
 from decaf_lora.engines.launch import Processes
-from decaf_lora.engines.wire import Parcels, Rows, Wire, check_wire
+from decaf_lora.engines.wire import Parcels, Rows, as_wire
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph
 
@@ -60,15 +60,14 @@ class Torchrun(InStep):
         UserError: more processes than agents, or an unknown wire.
     """
 
-    def __init__(self, num_agents: int, processes: Processes, wire: Wire = "exact") -> None:
-        check_wire(wire)
+    def __init__(self, num_agents: int, processes: Processes, wire: str = "exact") -> None:
         world_size = processes.world_size
         if world_size > num_agents:
             raise UserError(
                 f"engine: {world_size} processes share {num_agents} agent{'s' * (num_agents > 1)}, so some would have "
                 f"none; start at most {num_agents} (torchrun --nproc-per-node) or use more agents."
             )
-        self.num_agents, self.processes, self.wire = num_agents, processes, wire
+        self.num_agents, self.processes, self.wire = num_agents, processes, as_wire(wire)
         self.is_main = processes.is_main
         counts = [num_agents // world_size + (rank < num_agents % world_size) for rank in range(world_size)]
         ends = list(accumulate(counts))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,14 +16,15 @@ Wire = Literal["exact", "bfloat16"]
 """How floating-point messages cross between processes: as they are, or rounded to bfloat16."""
 
 
-def check_wire(wire: str) -> None:
-    """UserError for a wire that there is none of."""
-    if wire == "int8":
+def as_wire(name: str) -> Wire:
+    """The wire of that name; UserError if there is none."""
+    if name == "int8":
         raise UserError(
             "wire: int8 between processes would have no error feedback; use --algorithm.messages int8, which has."
         )
-    if wire not in get_args(Wire):
-        raise unknown("wire", wire, get_args(Wire))
+    if name not in get_args(Wire):
+        raise unknown("wire", name, get_args(Wire))
+    return cast(Wire, name)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from decaf_lora.runs.signals import stopping
 
 if TYPE_CHECKING:
     from decaf_lora.engines import Processes
-    from decaf_lora.engines.wire import Wire
 
 
 def run_split(
@@ -26,7 +25,7 @@ def run_split(
     out: Path,
     processes: Processes,
     *,
-    wire: Wire = "exact",
+    wire: str = "exact",
     resume: bool = False,
     watch: Watch = nobody,
 ) -> SummaryRow | None:
