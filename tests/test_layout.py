@@ -20,7 +20,7 @@ FLOORS = (
     {"exchange"},
     {"data"},
     {"tasks"},
-    {"optimizers", "batches", "training", "consensus"},
+    {"optimizers", "batches", "separation", "training", "consensus"},
     {"records", "statistics"},
     {"report"},
     {"run"},

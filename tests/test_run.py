@@ -186,6 +186,7 @@ def events_of(order, **options):
     training = CONFIG.model_copy(update={"agents_per_pass": 4})
     options |= {"order": order, "engine": engine, "training": training, "common_start": False}
     run = make_run("dlora", rounds=3, task=LoggedToy(events), **options)
+    events.clear()  # what preparing the run has asked of the task
     list(run.train())
     return events
 

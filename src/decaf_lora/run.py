@@ -130,7 +130,7 @@ class Run:
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(agents)]
         self._largest = int(np.argmax(ranks))
-        task.on_attach(list(self.attached.sites))
+        task.on_attach([*self.attached.sites, *self.attached.modules])
         self.timer = Timer(self.attached.device)
         self.phase = phases or self.timer
         self.exchange = Exchange(

@@ -8,6 +8,7 @@ backward into passes; the result does not change.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora import optimizers
+from decaf_lora import optimizers, separation
 from decaf_lora.adapters.adapter import Adapter, Factor
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
@@ -80,6 +81,7 @@ class Trainer:
         self.steps_in_round = int(self.local_steps.max()) if steps_in_round is None else steps_in_round
         self.steps_taken = np.zeros(len(self.streams), dtype=np.int64)
         self.moments: dict[str, optimizers.Moments] = {}
+        self._one_by_one = False
         self.agents_per_pass = 0 if config.agents_per_pass == "auto" else int(config.agents_per_pass)
         self._layouts: dict[str, FlatGroup] = {}
 
@@ -89,15 +91,39 @@ class Trainer:
         return self.attached.device
 
     def prepare(self, adapter: Adapter) -> None:
-        """Allocates the optimizer's state and, for `auto`, measures the best number of agents a pass."""
+        """Allocates the optimizer's state, checks that agents stay apart in a pass (`separation.check`) and, for
+        `auto`, measures the best number of agents a pass."""
         for group in GROUPS:
             tensors = getattr(adapter, group)
             if tensors:
                 self._layouts[group] = FlatGroup(tensors)
                 flat = self._layouts[group].pack(tensors)
                 self.moments[group] = optimizers.Moments.zeros(flat, self.config)
-        if not self.agents_per_pass:
+        auto, alone = not self.agents_per_pass, len(self.streams) == 1
+        together = self.agents_per_pass != 1 and not (auto and alone)
+        if not separation.check(self.task, self.attached, adapter, self._two_examples(), together):
+            self._one_by_one, self.agents_per_pass = True, 1
+            warnings.warn(
+                f"training.agents_per_pass: {type(self.task.model).__name__} does not keep the examples of a batch "
+                "apart in a layer that is trained, so agents go through it one by one.",
+                stacklevel=2,
+            )
+        elif auto:
             self.agents_per_pass = self._calibrate(adapter)
+
+    @property
+    def agents_per_pass(self) -> int:
+        """The most agents whose examples go through the model together; 0 until `prepare` has found it."""
+        return 1 if self._one_by_one else self._agents_per_pass
+
+    @agents_per_pass.setter
+    def agents_per_pass(self, count: int) -> None:
+        self._agents_per_pass = count
+
+    def _two_examples(self) -> Batch:
+        """Training examples of the first and of the last agent here, different ones where there are two."""
+        first, last = self.streams[0].shard[0], self.streams[-1].shard[-1]
+        return self._to_device(self.task.train_batch(np.array([first, last])))
 
     def train_round(
         self,

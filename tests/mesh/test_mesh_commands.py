@@ -2,10 +2,14 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -327,6 +331,39 @@ def test_check_sees_a_neighbour_that_is_up_and_one_that_refuses(place):
     assert found["neighbour alice"] == ("right", f"alice answers at {members[0].address}.")
     refused = "refused by bob after its certificate was shown: ask whether the file of bob is version 1."
     assert found["neighbour bob"] == ("wrong", refused)
+
+
+def test_two_sites_that_wait_for_each_other_meet(place):
+    """Both ends of an edge run `check --wait` at once; a third is not there."""
+    ports = [free_port(), free_port()]
+    signed = file.read_signed(place / "fed.yaml")
+    members = [m.model_copy(update={"address": f"127.0.0.1:{p}"}) for m, p in zip(signed.agents, ports, strict=False)]
+    signed = resealed(place, agents=(*members, signed.agents[2]))
+    found = {}
+
+    def meet(name, wait):
+        own = keys.load_identity(place / f"{name}.key")
+        bind = f"127.0.0.1:{ports[0 if name == 'alice' else 1]}"
+        found[name] = {f.what: (f.verdict, f.said) for f in checking.meet(signed, own, place / "fed.yaml", bind, wait)}
+
+    threads = [threading.Thread(target=meet, args=(name, 3.0)) for name in ("alice", "bob")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert found["alice"]["neighbour bob"] == ("right", "bob is up.")
+    assert found["bob"]["neighbour alice"] == ("right", "alice is up.")
+    assert found["alice"]["neighbour carol"][0] == "open"
+    assert "it has not dialled this agent" in found["alice"]["neighbour carol"][1]
+    own = status.AgentStatus("f", 1, "alice", os.getpid(), "training", written=time.time())
+    with status.Teller(status.file_of(place / "fed.yaml", "alice"), own):
+        meet("alice", 1.0)
+    assert "the agent is running" in found["alice"]["neighbours"][1]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_status(place, said, fails):

@@ -370,6 +370,7 @@ def test_every_field_is_shared_or_local():
     assert set(terms.LOCAL_TASK) == {
         *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
         *("text_column", "text_pair_column", "image_column", "label_column", "prompt_column", "answer_column"),
+        *("delimiter", "quoting", "encoding", "pixel_range"),
         *("gradient_checkpointing", "num_workers", "image_cache", "skip_bad", "eval_batch_size"),
     }
 
@@ -394,6 +395,16 @@ def test_a_site_adds_its_own_and_changes_nothing_shared():
     for shared in ("rounds", "classes", "steps", "learning_rate", "model", "graph", "agents", "lora"):
         with pytest.raises(UserError, match=f"{shared}: the federation file says it"):
             made.config(3, "ring", {shared: 1})
+
+
+def test_the_options_of_ones_own_task_are_shared():
+    task = {"name": "moons.py:make", "noise": 0.25, "data": "secret.csv"}
+    made = terms.terms_of(digits(task=task))
+    assert made.task["noise"] == 0.25
+    assert "data" not in made.task
+    config = terms.Terms.model_validate(made.model_dump(mode="json")).config(3, "ring", {"data": "mine.csv"})
+    assert config.task.own == {"noise": 0.25}
+    assert config.task.data == "mine.csv"
 
 
 def test_a_site_without_a_test_set_holds_one_out():

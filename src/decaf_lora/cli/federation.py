@@ -160,6 +160,8 @@ def _check(args: list[str]) -> int:
         name: str,
         trust: str | None = None,
         key: Path | None = None,
+        wait: float = 0.0,
+        bind: str | None = None,
         timeout: float = 5.0,
         json: bool = False,
         local: Any = None,
@@ -172,15 +174,19 @@ def _check(args: list[str]) -> int:
             name: this site's agent.
             trust: fingerprint of the organiser's key, told by telephone; needed the first time.
             key: file of this agent's key; NAME.key beside the federation file if unset.
+            wait: seconds to connect to the neighbours as an agent does, while they do the same; 0 dials them once.
+            bind: HOST:PORT to listen on while waiting; the port of the file on all addresses if unset.
             timeout: seconds to wait for a neighbour's answer.
             json: print JSON.
         """
-        return file, name, trust, key, timeout, json, local
+        return file, name, trust, key, wait, bind, timeout, json, local
 
-    own = ("name", "trust", "key", "timeout", "json", "help")
-    path, name, told, key, timeout, as_json, local = _with_local(check, "decaf federation check", args, own, Local)
+    own = ("name", "trust", "key", "wait", "bind", "timeout", "json", "help")
+    values = _with_local(check, "decaf federation check", args, own, Local)
+    path, name, told, key, wait, bind, timeout, as_json, local = values
     findings = []
-    for found in checking.check(path, name, told=told, key=key, local=local, timeout=timeout):
+    looked = checking.check(path, name, told=told, key=key, local=local, bind=bind, wait=wait, timeout=timeout)
+    for found in looked:
         findings.append(found)
         if not as_json:
             _say(f"{found.verdict:6} {found.what}: {found.said}")

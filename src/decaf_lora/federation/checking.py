@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from decaf_lora.config import AlgorithmConfig
-from decaf_lora.engines.links import Neighbour, tls
+from decaf_lora.engines.links import Links, Neighbour, tls
+from decaf_lora.engines.mesh.frames import Frame
 from decaf_lora.engines.mesh.link import dialler
 from decaf_lora.errors import UserError
-from decaf_lora.federation import base_model, commands, file, keys, trust
+from decaf_lora.federation import base_model, commands, file, keys, status, trust
 from decaf_lora.runs.build import build_run
 
 Verdict = Literal["right", "wrong", "open"]
@@ -59,6 +61,8 @@ def check(
     told: str | None = None,
     key: Path | None = None,
     local: Mapping[str, Any] | None = None,
+    bind: str | None = None,
+    wait: float = 0.0,
     timeout: float = 5.0,
 ) -> Iterator[Finding]:
     """Looks at everything in turn; what needs something that is wrong is left out.
@@ -69,6 +73,8 @@ def check(
         told: fingerprint of the organiser's key; needed the first time.
         key: file of this agent's key; NAME.key beside the federation file if unset.
         local: what the site sets for itself, fields of `terms.Local`; data and a batch are looked at if it is given.
+        bind: HOST:PORT to listen on while it waits; the port of the file on all addresses if unset.
+        wait: seconds to listen and dial until all neighbours are up, who do the same; 0: dials once, does not listen.
         timeout: seconds to wait for a neighbour's answer.
     """
     steps = _Steps(path, name, told, key)
@@ -91,14 +97,63 @@ def check(
     if not right:
         yield Finding("neighbours", "open", "not dialled before the rest is right.")
         return
+    if wait > 0:
+        yield from meet(steps.signed, steps.own, path, bind, wait)
+        return
     for neighbour in neighbours(steps.signed, name):
         what = f"neighbour {neighbour.name}"
         if neighbour.dials:
-            yield Finding(what, "right", f"{neighbour.name} dials this agent; the line is tested from there.")
+            yield Finding(what, "right", f"{neighbour.name} dials this agent; --wait 60 at both ends tests it.")
             continue
         answer = tls.diagnose(steps.own, neighbour, steps.signed.version, timeout)
         verdict: Verdict = "right" if answer.kind == "up" else "open" if answer.kind == "not reached" else "wrong"
         yield Finding(what, verdict, answer.why)
+
+
+def listening(signed: file.Signed, name: str, bind: str | None) -> str | None:
+    """host:port to listen on; None where no neighbour dials this agent."""
+    if not any(neighbour.dials for neighbour in neighbours(signed, name)):
+        return None
+    address = signed.agents[signed.number(name)].address
+    assert address is not None
+    return bind or f"0.0.0.0:{file.host_port(address)[1]}"
+
+
+def meet(signed: file.Signed, own: tls.Own, path: Path, bind: str | None, wait: float) -> Iterator[Finding]:
+    """Connects to all neighbours as an agent does, for at most `wait` seconds, and says how it went."""
+    running = status.running(status.file_of(path, own.name))
+    if running:  # a second connection would take the place of the agent's
+        yield Finding("neighbours", "open", f"the agent is running (process {running}): see `decaf federation status`.")
+        return
+    others = neighbours(signed, own.name)
+    links = Links(own, others, version=signed.version, listen=listening(signed, own.name, bind))
+    try:
+        links.start(_Nobody())
+    except UserError as error:
+        yield Finding("port", "wrong", str(error))
+        return
+    try:
+        end = time.monotonic() + wait
+        while time.monotonic() < end and not all(links.up(other.number) for other in others):
+            time.sleep(0.1)
+        for other in others:
+            what, up = f"neighbour {other.name}", links.up(other.number)
+            why = "it has not dialled this agent: is it running, and does it reach the port?"
+            if not other.dials or links.status(other.number).connections:
+                why = links.status(other.number).why
+            yield Finding(what, "right" if up else "open", f"{other.name} is up." if up else why)
+    finally:
+        links.stop()
+
+
+class _Nobody:
+    """Listens to no event."""
+
+    def on_up(self, peer: int, connection: int) -> None: ...
+
+    def on_down(self, peer: int, connection: int) -> None: ...
+
+    def on_frame(self, peer: int, connection: int, frame: Frame) -> None: ...
 
 
 def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:

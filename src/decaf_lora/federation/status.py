@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -94,6 +95,16 @@ def read(path: Path) -> AgentStatus:
         raise UserError(f"status: {name} has not run here yet; start it with `decaf agent`.") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"status: {path} is not what an agent writes ({error}).") from error
+
+
+def running(path: Path) -> int | None:
+    """The number of the agent's process, if it runs; None if not."""
+    try:
+        said = read(path)
+        os.kill(said.process, 0)
+    except (UserError, OSError):
+        return None
+    return None if said.state in ENDED or time.time() - said.written > 60 else said.process
 
 
 class Teller:

@@ -10,12 +10,21 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
-from decaf_lora.config import AlgorithmConfig, LoraOptions, RunConfig, TaskConfig, TrainingConfig, build, explain
+from decaf_lora.config import (
+    OWN,
+    AlgorithmConfig,
+    LoraOptions,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+    build,
+    explain,
+)
 from decaf_lora.errors import UserError
 
 SHARED_TASK = (
     *("name", "model", "classes", "templates", "answers", "length_normalized", "chat_template", "packing"),
-    *("max_length", "metric", "positive", "dtype", "quantization"),
+    *("max_length", "metric", "positive", "dtype", "quantization", OWN),
 )
 """Fields of the task that all agents share."""
 

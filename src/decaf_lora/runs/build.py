@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,11 +64,10 @@ def lora_configs(config: RunConfig, default: Any) -> Any:
     for agent in range(config.agents):
         one = copy.deepcopy(own)
         if directories and directories[agent] is not None and not options.ranks:
-            from decaf_lora.adapters import read_config
+            from decaf_lora.adapters import rank_fields
 
-            saved = read_config(Path(directories[agent]))
-            for field in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-                setattr(one, field, saved.get(field, getattr(one, field)))
+            for field, value in rank_fields(Path(directories[agent])).items():
+                setattr(one, field, value)
         elif options.ranks:
             one.r = options.ranks[agent]
             ratio = one.r / own.r
@@ -94,16 +94,26 @@ def init_adapters(config: RunConfig) -> list[Any]:
 
 
 def lora_config(config: RunConfig, default: Any) -> Any:
-    """The `peft.LoraConfig` of the options; unset targets and modules to save are the task's own."""
+    """The `peft.LoraConfig` of the options; unset targets are the task's own, and its new layers always train."""
     from peft import LoraConfig
 
     values = config.lora.model_dump(exclude={"ranks", "alphas"})
     values["init_lora_weights"] = "gaussian" if values["init_lora_weights"] == "gaussian" else True
-    for field in ("target_modules", "modules_to_save"):
-        if values[field] is None:
-            values[field] = getattr(default, field)
+    for field in ("target_modules", "exclude_modules"):
+        name = values[field]
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):  # one name, no pattern; all-linear has a dash
+            values[field] = [name]
+    if values["target_modules"] is None:
+        values["target_modules"] = default.target_modules
+    # Without the task's own modules a new head would stay as it was drawn, and not be exported.
+    values["modules_to_save"] = (
+        list(dict.fromkeys([*(values["modules_to_save"] or []), *(default.modules_to_save or [])])) or None
+    )
     values["fan_in_fan_out"] = values["fan_in_fan_out"] or default.fan_in_fan_out
-    return LoraConfig(**values, task_type=default.task_type)
+    try:
+        return LoraConfig(**values, task_type=default.task_type)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"lora: {' '.join(str(error).split())}") from error
 
 
 _tasks: dict[tuple[str, str, str], Any] = {}

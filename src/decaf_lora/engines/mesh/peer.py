@@ -14,30 +14,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from decaf_lora.engines.mesh.account import EMPTY, digest, extended
 from decaf_lora.engines.mesh.course import Course, Plan
 from decaf_lora.engines.mesh.edge import Assembly, Edge, Kept, Saved, Verdict
 from decaf_lora.engines.mesh.frames import At, Closed, Data, Frame, Get, Have, Hello, Last, fault, split
 from decaf_lora.engines.mesh.link import Link
-from decaf_lora.engines.mesh.outcome import CaughtUp, Failure, Limits, Outcome, Phase, RejectionError
-
-
-class Owner(Protocol):
-    """Who knows what payloads mean. Each of the first three raises `RejectionError` with a reason."""
-
-    def agree(self, peer: int, facts: bytes) -> None:
-        """Compares the facts of a neighbour's hello with the own ones."""
-
-    def check(self, peer: int, exchange: int, payload: bytes) -> Any:
-        """A message, before it is answered; what it returns is kept instead of the payload."""
-
-    def check_adapter(self, peer: int, payload: bytes) -> Any:
-        """An adapter that a neighbour sent to one who catches up."""
-
-    def adapter(self) -> bytes:
-        """This agent's newest adapter."""
+from decaf_lora.engines.mesh.outcome import CaughtUp, Failure, Limits, Outcome, Owner, Phase, RejectionError
 
 
 class Peer:
@@ -88,7 +72,7 @@ class Peer:
         self.caught_up: CaughtUp | None = None
         self.rejections: list[tuple[int, str]] = []
         """Neighbours that sent what was not usable, and why."""
-        self._link, self._owner, self._clock, self._facts = link, owner, clock, facts
+        self._link, self._owner, self._clock, self.facts = link, owner, clock, facts
         self._restarted = restarted and closed < last
         self._told = self.next
         self._payload, self._content, self._opened = b"", b"", 0.0
@@ -152,6 +136,18 @@ class Peer:
         outcome, self._outcome = self._outcome, None
         return outcome
 
+    def saved(self) -> dict[int, Saved]:
+        """What of the edges goes into a checkpoint, as of now."""
+        return {j: replace(edge.saved) for j, edge in self.edges.items()}
+
+    def be_patient(self, seconds: float) -> None:
+        """Sets D, where it follows from how long the own rounds take."""
+        for edge in self.edges.values():
+            if edge.patience == self.limits.patience:
+                edge.patience = seconds
+            edge.patience = min(edge.patience, seconds)
+        self.limits = replace(self.limits, patience=seconds)
+
     def tick(self) -> None:
         """Time has passed."""
         self._advance()
@@ -181,7 +177,7 @@ class Peer:
             return
         self._lost(edge)
         edge.connection = edge.latest = connection
-        self._send(edge, Hello(self.next, self.life, self._facts))
+        self._send(edge, Hello(self.next, self.life, self.facts))
         self._advance()
 
     def on_down(self, peer: int, connection: int) -> None:
@@ -462,7 +458,7 @@ class Peer:
                     saved.record = EMPTY
         waited = {edge.peer: (now if edge.settled is None else edge.settled) - self._opened for edge in row}
         self._pass(exchange)
-        self._end(verdicts, contents, frozenset(emptied), waited)
+        self._end(True, verdicts, contents, frozenset(emptied), waited)
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
         """Gives up the open exchange for that which the neighbours are at."""
@@ -472,13 +468,18 @@ class Peer:
             self._open(target)
         else:  # the message was made for a later hop, or the run is over
             self._pass(min(target - 1, self.course.last))
-            self._end({}, {}, frozenset(), {})
+            self._end(False, {}, {}, frozenset(), {})
 
     def _end(
-        self, verdicts: dict[int, Verdict], contents: dict[int, Any], emptied: frozenset[int], waited: dict[int, float]
+        self,
+        took_part: bool,
+        verdicts: dict[int, Verdict],
+        contents: dict[int, Any],
+        emptied: frozenset[int],
+        waited: dict[int, float],
     ) -> None:
-        edges = {j: replace(edge.saved) for j, edge in self.edges.items()}
-        self._outcome = Outcome(self.closed, verdicts, contents, emptied, waited, self._left, edges)
+        edges = self.saved()
+        self._outcome = Outcome(self.closed, took_part, verdicts, contents, emptied, waited, self._left, edges)
 
     def _pass(self, exchange: int) -> None:
         """Everything up to `exchange` is over for this agent."""
@@ -502,9 +503,9 @@ class Peer:
                 return
         target = self.course.first(max(self.course.ahead(self.edges.values(), number), number))
         adapters = self._adapters if target > number else {}
+        for edge in self.edges.values():  # the state is fresh, whatever the others have come to meanwhile
+            edge.saved.record, edge.saved.misses = EMPTY, 0
         if target > number:
-            for edge in self.edges.values():
-                edge.saved.record, edge.saved.misses = EMPTY, 0
             self._pass(target - 1)
         else:
             self.phase = Phase.IDLE
