@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.adapter import Adapter, Factor
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
 from decaf_lora.algorithms.contract import Round, Setting
 from decaf_lora.algorithms.inbox import Inbox
@@ -142,6 +142,8 @@ class Exchange:
             period,
             lambda: schedule.sigma_2_per_round**gossip_steps,
         )
+        rounds = (Round(number, period) for number in range(1, 100))
+        self._trained = frozenset[Factor]().union(*map(algorithm.trains, rounds))
         self._windows = functools.lru_cache(maxsize=64)(schedule.window)
 
     def round(self, number: int) -> Round:
@@ -165,22 +167,36 @@ class Exchange:
         """Waits for what was started, makes the further exchanges of the round, and combines."""
         with self.phase("exchange"):
             round_, inbox, cut, bytes_sent, wire_bytes = self._make(adapter, started)
+        if not inbox.senders:  # the run was over before this agent's message arrived
+            return Exchanged(round_, adapter, started.state, inbox, None, bytes_sent, wire_bytes)
         with self.phase("combine"):
             new, state, read = self.algorithm.combine(adapter, started.state, inbox, round_)
+        self.hold(new)
         return Exchanged(round_, new, state, read, cut, bytes_sent, wire_bytes)
 
-    def current(self, number: int) -> int:
-        """The round to go on with: `number`, or a later one that the neighbours are at."""
-        return self._number(self.engine.current(self._first(number)))
+    def meet(self, adapter: Adapter, state: State, number: int) -> tuple[int, Adapter, State]:
+        """The round to take part in next, asked before `start`: `number`, or a later one that the neighbours are at.
 
-    def catch_up(self, adapter: Adapter, number: int) -> tuple[Adapter, State]:
-        """The neighbours' average for agents that are late or come back in round `number`, with a fresh state."""
-        with self.phase("exchange"):
-            message, state = self.algorithm.send(adapter, self.init(adapter), self.round(number))
-            inbox = self.engine.catch_up(message, self._first(number))
-        with self.phase("combine"):
-            new = self.algorithm.combine(adapter, state, inbox, self.round(number)).adapter
-        return new, self.init(new)
+        Agents that are late for it, or come back, get the neighbours' average for an adapter, and a fresh state.
+        """
+        exchange, late = self.engine.current(self._first(number))
+        if late:
+            with self.phase("exchange"):
+                inbox = self.engine.catch_up(self._held(adapter))
+            exchange, round_ = inbox.exchange, self.round(self._number(inbox.exchange))
+            with self.phase("combine"):
+                rule = self.algorithm.rule
+                adapter = rule.combine(adapter, self.init(adapter)["rule"], inbox, round_).adapter
+                state = self.init(adapter)
+        return self._number(exchange), adapter, state
+
+    def hold(self, adapter: Adapter) -> None:
+        """Lets the engine give the agents as they are to neighbours that catch up."""
+        self.engine.hold(self._held(adapter))
+
+    def _held(self, adapter: Adapter) -> Tensors:
+        """What of the agents the rule ever trains, and so may combine."""
+        return adapter.message(self._trained)
 
     def _make(self, adapter: Adapter, started: Started) -> tuple[Round, Inbox, Tensor | None, float, float | None]:
         """All exchanges of a round; where the neighbours have left it behind meanwhile, those of their round."""
@@ -188,6 +204,8 @@ class Exchange:
         while True:
             inbox, cut = pending.wait(), None
             number = self._number(inbox.exchange)
+            if not inbox.senders:
+                return self.round(number), inbox, cut, bytes_sent, wire_bytes
             first, *others = self._hops(number)
             costs = [self._cost(started.message, first, started.sizes)]
             for hop, graph in enumerate(others, start=1):

@@ -36,9 +36,6 @@ from decaf_lora.tasks.base import Task
 from decaf_lora.timing import Phases, Timer
 from decaf_lora.training import Trainer
 
-LATE = 3
-"""Rounds behind its neighbours from which an agent takes their average instead of its own adapter."""
-
 
 class Run:
     """Agents that train together. In a `with` block the task's model is free for another run at the end.
@@ -170,8 +167,6 @@ class Run:
         """Fields of the record that only an agent has that does not see all others."""
         self._bytes_sent = 0.0
         self._wire_bytes: float | None = None
-        self._returned = False
-        """Whether the run goes on from a checkpoint, and others may have gone on without it."""
         self._ahead: Started | None = None
         """The next round's exchange, where it could start before the round."""
         self._collection: Pending[Tensors] | None = None
@@ -221,11 +216,12 @@ class Run:
         # Each process may have calibrated another number of agents a pass: all take the main one's.
         passes = self.engine.gather({"passes": torch.full((len(self.engine.agents),), self.trainer.agents_per_pass)})
         self.trainer.agents_per_pass = int(passes["passes"][0])
+        self.exchange.hold(self.adapter)
         if self.step_in_round == 0:
             self.timer.seconds = {}
-            self._send_ahead()
+            self._start_ahead()
             if self.round == 0:
-                yield self._start()
+                yield self._first_record()
         while self.round < self.rounds and not self.engine.anyone_stops(self.stop_requested):
             record = self.advance()
             if record is not None:
@@ -233,7 +229,7 @@ class Run:
         self.stop_requested = False
         self._land()
 
-    def _start(self) -> Record:
+    def _first_record(self) -> Record:
         self._collect()
         surveyed = self._survey(evaluated=True, measured=True)
         return Record(
@@ -253,8 +249,6 @@ class Run:
         if self.step_in_round == 0:
             self.timer.seconds, self._losses, self._measures, self._noted = {}, None, {}, {}
             self._bytes_sent, self._wire_bytes = 0.0, None
-            if self._ahead is None:
-                self.round = self._meet(self.round + 1) - 1
             if mixes_first and (exchanged := self._mix()) and self._due(self.measure_every):
                 self._measure(exchanged.inbox)
         if not self._local_steps():
@@ -266,7 +260,7 @@ class Run:
         self.round, self.step_in_round, self._recorded = number, 0, number
         # From here on the agents stay as they are: what the next round sends, and what the main process needs of
         # the others, is under way while everybody measures and evaluates.
-        self._send_ahead()
+        self._start_ahead()
         if evaluated or measured:
             self._collect()
         if measured and exchanged and not mixes_first:
@@ -288,10 +282,6 @@ class Run:
             seconds=dict(self.timer.seconds),
             **self._noted,
         )
-
-    @property
-    def _talks(self) -> bool:
-        return self.algorithm.topology in ("graph", "server")
 
     def _due(self, every: int) -> bool:
         """Whether something is to be done in the round under way that is done every so many rounds, and in the last."""
@@ -321,39 +311,44 @@ class Run:
             )
         return self.step_in_round >= total
 
-    def _meet(self, number: int) -> int:
-        """The round to go on with; an agent that is late, or comes back, first takes its neighbours' average."""
-        if not self._talks:
-            return number
-        now = min(self.exchange.current(number), self.rounds)
-        if now > number and (now - number >= LATE or self._returned):
-            self.adapter, self.state = self.exchange.catch_up(self.adapter, now)
-        self._returned = False
-        return now
+    def _start(self) -> Started | None:
+        """Starts the exchange of the next round, or of a later one that the neighbours are at; None of none.
 
-    def _send_ahead(self) -> None:
+        There is none between agents that do not talk, and none after the last round.
+        """
+        if self.algorithm.topology not in ("graph", "server"):
+            return None
+        number, self.adapter, self.state = self.exchange.meet(self.adapter, self.state, self.round + 1)
+        self.round = min(number, self.rounds) - 1
+        return self.exchange.start(self.adapter, self.state, number) if number <= self.rounds else None
+
+    def _start_ahead(self) -> None:
         """Starts the next round's exchange if it begins the round, so that its messages are known already."""
-        if self.algorithm.order == "combine-adapt" and self._talks and self.round < self.rounds and not self._ahead:
-            number = self._meet(self.round + 1)
-            self._ahead = self.exchange.start(self.adapter, self.state, number)
+        if self.algorithm.order == "combine-adapt" and self.round < self.rounds and not self._ahead:
+            self._ahead = self._start()
 
     def _mix(self) -> Exchanged | None:
-        """The exchange of the next round, which may turn out to be a later one; None of agents that do not talk."""
-        if not self._talks:
+        """The exchange of the next round, which may turn out to be a later one; None if there is none."""
+        started, self._ahead = self._ahead or self._start(), None
+        if started is None:
             return None
-        started, self._ahead = self._ahead or self.exchange.start(self.adapter, self.state, self.round + 1), None
         exchanged = self.exchange.finish(self.adapter, started)
-        self.adapter, self.state, self.round = exchanged.adapter, exchanged.state, exchanged.round.number - 1
+        self.adapter, self.state = exchanged.adapter, exchanged.state
+        self.round = min(exchanged.round.number, self.rounds) - 1
         self._bytes_sent, self._wire_bytes = exchanged.bytes_sent, exchanged.wire_bytes
         if exchanged.cut is not None:
             self._measures["recompression"] = exchanged.cut
         with self.phase("combine"):
             self.trainer.moments_after(self.algorithm, self.state)
         if not self.sees_all:
-            inbox = exchanged.inbox
-            rejected = list(inbox.rejected) or None
-            self._noted |= {"weights": inbox.weights_of_first(), "waited": inbox.waited, "rejected": rejected}
+            self._note(exchanged.inbox)
         return exchanged
+
+    def _note(self, inbox: Inbox) -> None:
+        """Fields of the record that only an agent has that does not see all others."""
+        waited = {str(j): seconds for j, seconds in inbox.waited.items()}
+        rejected = list(inbox.rejected) or None
+        self._noted |= {"weights": inbox.weights_of_first(), "waited": waited or None, "rejected": rejected}
 
     def _measure(self, inbox: Inbox) -> None:
         """Interference and tail of the messages that arrived."""
@@ -482,7 +477,6 @@ class Run:
         device = self.trainer.device
         mine = {k: t.to(device, copy=True) for k, t in self.engine.scatter(tensors).items()}
         self.engine.restore(values.get("engine", {}))
-        self._returned = True
         self.adapter = self.adapter.with_tensors(take("adapter/", mine))
         self.state = parted(take("state/", mine), self.state)
         for group, moments in self.trainer.moments.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -97,8 +97,8 @@ class Inbox:
     carried: Tensors = field(default_factory=dict)
     """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): products that a rule that truncates adds to what it mixes, with
     weight 1, in units of the receiver's own LoRA scale."""
-    waited: float | None = None
-    """Seconds that the exchange waited for neighbours, where that is known."""
+    waited: Mapping[int, float] = field(default_factory=dict)
+    """Neighbour -> seconds until it was certain whether it takes part, where that is known."""
     rejected: tuple[str, ...] = ()
     """Messages that were refused, one line each: of whom, and why."""
 
@@ -129,6 +129,8 @@ class Inbox:
 
     def weights_of_first(self) -> dict[str, float]:
         """Number of each neighbour that the first receiver heard -> weight of its message."""
+        if not self.groups:
+            return {}
         group = next(group for group in self.groups if 0 in group.receivers.tolist())
         row = int(group.expand[group.receivers.tolist().index(0)])
         heard = [self.senders[k] for k in group.senders[row].tolist()]

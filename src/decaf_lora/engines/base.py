@@ -58,21 +58,29 @@ class Engine(Protocol):
 
         Returns:
             The inbox of this process's agents, each one's own message included. `Inbox.exchange` is the number that was
-            given, or a later one where the neighbours were ahead: then it is the first exchange of a round, and
-            `message` took part in it if it was made for the first of a round; otherwise the inbox is empty, and the
-            round begins again.
+            given, or a later one where the neighbours were ahead: the first exchange of a round. `message` took part in
+            it if it was made for a first one too and the run is not over there; otherwise the inbox has no senders.
         """
 
-    def current(self, exchange: int) -> int:
-        """The exchange to take part in next: `exchange`, or a later first one of a round that the neighbours are at."""
+    def current(self, exchange: int) -> tuple[int, bool]:
+        """Asked before an exchange is started: the one to take part in, and whether to catch up first.
 
-    def catch_up(self, message: Tensors, exchange: int) -> Inbox:
-        """What the neighbours hold, for an agent that is late or comes back: its own message has no weight.
+        It is `exchange`, or the first one of a later round that the neighbours are at.
+        """
+
+    def catch_up(self, tensors: Tensors) -> Inbox:
+        """What the neighbours hold, for an agent that is late or comes back.
 
         Args:
-            message: name -> (n, ...), of the agents as they are.
-            exchange: the one that they will take part in next, from `current`.
+            tensors: as for `hold`, of the agents as they are; in the inbox they have no weight.
+
+        Returns:
+            `Inbox.exchange` is the one to take part in next: the first of a round, or one beyond the last if the run is
+            over.
         """
+
+    def hold(self, tensors: Tensors) -> None:
+        """The agents between two exchanges, name -> (n, ...): what a neighbour gets that catches up."""
 
     def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
         """Bytes that such an exchange moves between processes, mean over the agents reported; None in one process."""
@@ -103,13 +111,16 @@ class Engine(Protocol):
 class InStep:
     """What is the same for all engines whose agents are always in the same exchange."""
 
-    def current(self, exchange: int) -> int:
+    def current(self, exchange: int) -> tuple[int, bool]:
         """Nobody is ahead."""
-        return exchange
+        return exchange, False
 
-    def catch_up(self, message: Tensors, exchange: int) -> Inbox:
+    def catch_up(self, tensors: Tensors) -> Inbox:
         """Nobody is late."""
         raise RuntimeError("agents that keep step have nothing to catch up with")
+
+    def hold(self, tensors: Tensors) -> None:
+        """Nobody will ask."""
 
     def snapshot(self) -> dict[str, Any]:
         """Nothing is kept between exchanges."""

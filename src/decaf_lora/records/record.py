@@ -38,7 +38,7 @@ class Record:
     # Of an agent that does not see all others:
     neighbour_distance: float | None = None  # root mean square over the neighbours' messages, like consensus_distance
     weights: dict[str, float] | None = None  # neighbour's number -> weight that its message had; the rest is the own
-    waited: float | None = None  # seconds that the exchange waited for neighbours
+    waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
     rejected: list[str] | None = None  # messages that were refused: of whom, and why
 
 
