@@ -32,7 +32,7 @@ SMALL = {
     "max_position_embeddings": 34,
     "pad_token_id": 0,
 }
-RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}
 XLNET = {"vocab_size": 40, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
 TINY_GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 34}
 APART = {
@@ -43,7 +43,7 @@ MIXED = {
     "longformer": ("LongformerConfig", SMALL | {"attention_window": 4}, ["query", "value"], ["classifier"]),
     "deberta-v2": (
         "DebertaV2Config",
-        SMALL | RELATIVE | {"share_att_key": True},
+        SMALL | RELATIVE,
         ["query_proj", "key_proj"],
         ["classifier"],
     ),

@@ -27,6 +27,7 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
+    _refuse_moved_rows(config)
     shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
     if names := shards.names or graphs.as_schedule(graph).names:
         graph, shards = graph.arranged(names), replace(shards, names=names)
@@ -49,6 +50,21 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     )
     _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
     return run
+
+
+def _refuse_moved_rows(config: RunConfig) -> None:
+    """UserError if a file gives the rows of the training split, but the task numbers its examples otherwise."""
+    if not re.search(r"(^|/)indices:", config.partition):
+        return
+    task = config.task
+    for field, moves in (("test_share", task.test_share), ("max_train", task.max_train), ("skip_bad", task.skip_bad)):
+        if moves:
+            raise UserError(
+                f"task.{field}: it takes rows out of the training split, so the numbers in {config.partition} would "
+                "mean others; give a split of your own instead (task.test_split), or name the sites in a column."
+            )
+    if task.packing:
+        raise UserError(f"task.packing: it joins rows, so the numbers in {config.partition} mean none; leave it out.")
 
 
 def lora_configs(config: RunConfig, default: Any) -> Any:

@@ -80,6 +80,7 @@ class Links:
         self._owner = ThreadPoolExecutor(1, thread_name_prefix="links-events")
         self._server: grpc.aio.Server | None = None
         self._dials: list[asyncio.Task[None]] = []
+        self._asking: set[asyncio.Task[None]] = set()
         self._newest: dict[int, Connection] = {}
         self._up: dict[int, Connection] = {}
         self._counts: dict[int, int] = dict.fromkeys(self._neighbours, 0)
@@ -189,9 +190,10 @@ class Links:
             await asyncio.wait_for(asyncio.gather(*(each.over.wait() for each in open_ones)), self._timing.drain)
         for connection in open_ones:
             connection.end("this agent stops")
-        for task in self._dials:
+        tasks = [*self._dials, *self._asking]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._dials, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(0.2)
 
@@ -218,15 +220,19 @@ class Links:
                     wait = self._timing.first_retry
             elif why != told:  # the same answer has the same reason
                 told = why
-                said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version, self._timing.lost)
-                LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
-                if said.kind != "up":
-                    why = said.why
-                self._tell(self._note, neighbour.number, why)
+                asking = self._loop.create_task(self._explain(neighbour, why))
+                self._asking.add(asking)
+                asking.add_done_callback(self._asking.discard)
             # At random, so that all who have lost the same end do not come back in one moment.
             pause = max(wait * random.uniform(0.5, 1), self._not_before[neighbour.number] - time.monotonic())
             await asyncio.sleep(pause)
             wait = min(2 * wait, self._timing.last_retry)
+
+    async def _explain(self, neighbour: Neighbour, why: str) -> None:
+        """Finds out why a neighbour cannot be connected to, while it is dialled again."""
+        said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version)
+        LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
+        self._tell(self._note, neighbour.number, why if said.kind == "up" else said.why)
 
     # The end that listens
 
