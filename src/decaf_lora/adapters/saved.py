@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from decaf_lora.adapters.adapter import Tensors
 from decaf_lora.adapters.fields import check_saved
 from decaf_lora.adapters.files import read_safetensors, refuse_pointer, tensor_names
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 PREFIX = "base_model.model."

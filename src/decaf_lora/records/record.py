@@ -35,6 +35,11 @@ class Record:
     wire_bytes: float | None = None  # of them between processes, as written there; None in one process
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
+    # Of an agent that does not see all others:
+    neighbour_distance: float | None = None  # root mean square over the neighbours' messages, like consensus_distance
+    weights: dict[str, float] | None = None  # neighbour's number -> weight that its message had; the rest is the own
+    waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
+    rejected: list[str] | None = None  # messages that were refused: of whom, and why
 
 
 _RECORD = pydantic.TypeAdapter(Record)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, device: str | None = None) -> Any:
     """The `Run` that a configuration describes; `device` goes before the configuration's."""
     from decaf_lora import algorithms, graphs, partition
+    from decaf_lora.engines import Simulate
     from decaf_lora.run import Run
 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
@@ -45,7 +46,7 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,
-        **({} if engine is None else {"engine": engine}),
+        engine=engine or Simulate,
     )
     _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
     return run
