@@ -43,7 +43,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     split, task = run.partition, run.task
     if config is not None and split.names:
         schedule = schedule.arranged(split.names)
-    agents = len(split.shards)
+    agents = split.num_agents
     names = getattr(task, "classes", None)
     return {
         "algorithm": run.algorithm.name,
