@@ -19,10 +19,10 @@ _LAZY = {
     "Adapter": "adapters.adapter",
     "Algorithm": "algorithms",
 }
-_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "tasks")
+_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks")
 
 if TYPE_CHECKING:
-    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, tasks
+    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, runs, tasks
     from decaf_lora.adapters.adapter import Adapter
     from decaf_lora.algorithms import Algorithm
     from decaf_lora.config import TrainingConfig
@@ -50,5 +50,6 @@ __all__ = [
     "graphs",
     "lowrank",
     "partition",
+    "runs",
     "tasks",
 ]

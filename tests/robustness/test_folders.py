@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -438,6 +439,8 @@ def test_a_run_from_a_notebook_gets_a_folder_and_goes_on_in_it(tmp_path, capsys)
     equal(cut, whole)
     assert decaf("report", cut) == 0
     assert (cut / "report.html").exists()
+    assert decaf("export", cut, "--agent", 1, "--to", tmp_path / "adapter") == 0
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     other = notebook()
     other.seed = 5
     other.partition = partition.iid(other.task.labels, 3, seed=1)
@@ -497,3 +500,17 @@ def test_a_stop_is_no_finish(tmp_path):
             run.stop()
     assert folder.row is None
     assert str(Interrupted(tmp_path, 2)).startswith("stopped in round 2")
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/folders.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(first.replace("rounds=30", "rounds=2"), "docs/folders.md", "exec"), names)  # to save a minute
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 0.")
+    assert (tmp_path / "runs/notebook/report.html").exists()
+    exec(compile(second, "docs/folders.md", "exec"), names)
+    best = names["Best"]()
+    list(follow(notebook(rounds=2), best))
+    assert 0 < best.score <= 1

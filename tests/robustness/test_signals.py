@@ -166,7 +166,7 @@ def test_workers_end_with_a_checkpoint_when_their_parent_is_killed(begin):
 
 
 def test_a_worker_that_is_killed_is_one_line_and_the_others_go_on(begin):
-    short = [*LONG, "--rounds", "3000"]
+    short = [*LONG, "--rounds", "800"]
     command = begin("compare", "digits", *short, *FOUR)
     command.until(2)
     (first, *_), before = command.workers(), set(command.begun())

@@ -126,8 +126,11 @@ def terms_of(config: RunConfig) -> Terms:
     )
 
 
-GOOD = "decaf_tracked with messages int8 on the complete graph (up to 8 agents), or decaf on a ring"
-"""What works in a federation and is recommended: named wherever something else is refused."""
+GOOD = (
+    "decaf_tracked with messages int8 on the complete graph (up to 8 agents), else a ring with gossip_steps 2 to 4 and "
+    "algorithm.relay_rank"
+)
+"""What is recommended in a federation: named wherever something else is refused."""
 
 
 def refuse(config: RunConfig) -> None:

@@ -179,10 +179,10 @@ class Peer:
             return
         self._lost(edge)
         edge.latest = connection
-        if edge.mute:
+        if edge.mute and self._clock() < self._expires(edge):
             self._link.close(peer, "it has not answered")
             return
-        edge.connection = connection
+        edge.connection, edge.mute = connection, False
         self._send(edge, Hello(self.next, self.life, self.facts))
         self._advance()
 
@@ -422,7 +422,7 @@ class Peer:
             if edge.settled is None and (edge.usable or edge.refuses(exchange)):
                 edge.settled = now
             if edge.owes(exchange) and now >= self._hangs(edge):
-                self._cut(edge, "it does not answer")  # as if its link were down for the rest of the exchange
+                self._cut(edge, "it does not answer")  # and stays so until its patience has ended
                 edge.mute = True
         if self._waited_for():
             return False
