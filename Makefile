@@ -1,4 +1,5 @@
 # make demo: install and run the demo.  make test: install and run the tests.  make check: all that CI checks.
+# make model: verify the mesh's protocol (needs spin and gcc).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format clean
+.PHONY: install demo test faults check lint format model proto clean
 
 install: $(STAMP)
 
@@ -29,6 +30,10 @@ demo: $(STAMP)
 test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
+# Kills a run at every write, resumes it and compares bits; `make test` has a sample. A quarter of an hour.
+faults: $(STAMP_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
+
 lint: $(STAMP_TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,5 +45,12 @@ format: $(STAMP_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+model:
+	model/verify.sh
+
+# The module that src/decaf_lora/engines/links/mesh.proto describes; a test checks that it is current.
+proto: $(STAMP_TEST)
+	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/decaf_lora/engines/links/mesh.proto
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build model/build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

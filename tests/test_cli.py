@@ -21,7 +21,7 @@ from decaf_lora.config import RunConfig, build
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
 from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Interrupted
+from decaf_lora.runs.events import Interrupted, Subscriber
 from decaf_lora.runs.folder import run
 
 TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
@@ -68,9 +68,11 @@ def test_a_run_leaves_its_folder(finished):
     (row,) = json.loads((finished / "summary.json").read_text())
     assert list(row) == [
         *("algorithm", "graph", "partition", "seed", "mean_score", "worst_score", "std_score"),
-        *("averaged_score", "bytes_sent", "seconds", "diverged"),
+        *("averaged_score", "bytes_sent", "seconds", "diverged", "lower_is_better", "start_score", "majority_score"),
     ]
     assert row["algorithm"] == "decaf"
+    assert row["start_score"] == np.mean(read_records(finished / "records.jsonl")[0].scores)
+    assert row["majority_score"] is None  # a task of one's own may have no classes
     assert row["graph"] == "ring"
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["training"]["steps"] == 2
@@ -105,6 +107,16 @@ def test_comparison_writes_summary_tables_and_report(tmp_path, capsys):
     assert decaf(*arguments, "--jobs", "2", "--out", out, "--resume", "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert [r["mean_score"] for r in again] == [r["mean_score"] for r in json.loads(before)]
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
+    assert decaf("run", "digits", *SMALL, "--lr", 1e-12, "--out", tmp_path / "r") == 0
+    shown = capsys.readouterr().out
+    assert "nothing useful was learnt by decaf (ring, " in shown
+    assert "not better than the start (" in shown
+    assert "training.learning_rate" in shown
+    assert any(line.split()[:1] == ["start"] for line in shown.splitlines())
+    assert "Nothing useful was learnt by decaf" in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_json_prints_rows(tmp_path, capsys):
@@ -170,7 +182,7 @@ def test_unknown_names_suggest_the_nearest(capsys):
     assert "Did you mean --algorithm.gauge" in fails(capsys, "run", "digits", "--gauge", "balanced")
     assert "Did you mean --training.steps" in fails(capsys, "run", "digits", "--training.step", 3)
     assert "Did you mean 'ring'" in fails(capsys, "run", "digits", "--graph", "rin")
-    assert "Did you mean 'dirichlet:0.1'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
+    assert "Did you mean 'dirichlet'" in fails(capsys, "run", "digits", "--partition", "dirichle:1")
     assert "Did you mean 'decaf'" in fails(capsys, "run", "digits", "--algorithm", "decav")
     assert "Did you mean 'digits'" in fails(capsys, "run", "digits", "--task", "digit")
     assert "name a recipe" in fails(capsys, "run", "--agents", 3)
@@ -353,7 +365,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Go on with: decaf run digits" in err
+    assert f"Go on with: decaf run --resume {cut} --task {TOY}" in err
     assert "--resume" in err
     assert "Traceback" not in err
     done = json.loads(records.read_text().splitlines()[-1])["round"]
@@ -376,12 +388,19 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     assert lines(cut) == lines(whole)
 
 
+class Impatient(Subscriber):
+    """Presses Ctrl-C as soon as the run starts."""
+
+    def start(self, facts):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
     """The record of the start is in the file once."""
     config = build(RunConfig, {"task": {"name": TOY}, "agents": 3, "rounds": 2, "partition": "iid"} | {
         "lora": {"target_modules": ["first", "second"]}, "training": {"steps": 2, "agents_per_pass": 3}})  # fmt: skip
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "cut", watch=lambda event: os.kill(os.getpid(), signal.SIGINT))
+        run(config, tmp_path / "cut", watch=lambda name: Impatient())
     assert [r.round for r in read_records(tmp_path / "cut" / "records.jsonl")] == [0]
     run(config, tmp_path / "cut", resume=True)
     run(config, tmp_path / "whole")
@@ -416,7 +435,7 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare digits" in err
+    assert "Go on with: decaf compare --resume" in err
     assert not (out / "summary.json").exists()
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
@@ -445,7 +464,7 @@ def test_ctrl_c_while_two_processes_load(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare digits" in err
+    assert "Go on with: decaf compare --resume" in err
 
 
 # graph, recipes, help

@@ -728,7 +728,7 @@ def test_files_that_do_not_work(tmp_path):
         parse(str(tmp_path / "ring.npy"), 5, 0)
     contents = {
         "empty.npy": b"",
-        "words.csv": b"a,b\nc,d\n",
+        "words.csv": b"a,b\n1,d\n",
         "ragged.txt": b"1 2\n3\n",
         "broken.graphml": b"<graphml",
     }
@@ -811,6 +811,102 @@ def test_draw_writes_a_file_without_pyplot(tmp_path, suffix, magic, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it would now fail
     graphs.draw(graphs.bipartite_hubs(), tmp_path / f"graph.{suffix}")
     assert (tmp_path / f"graph.{suffix}").read_bytes().startswith(magic)
+
+
+# --- agents with names --------------------------------------------------------------------------------------
+
+PATH = [[2 / 3, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1 / 3, 2 / 3]]  # alice - bob - carol, Metropolis weights
+NAMED = {
+    "names.edgelist": "carol bob\nbob alice\n",
+    "weights.edgelist": "carol bob 3\nbob alice {'since': 1}\n",
+    "names.adjlist": "bob alice carol\nalice\ncarol\n",
+    "edges.csv": "source,target\nbob,alice\ncarol,bob\n",
+    "bare.csv": "bob,alice\ncarol,bob\n",
+    "adjacency.csv": ",alice,bob,carol\nalice,0,1,0\nbob,1,0,1\ncarol,0,1,0\n",
+    "header.csv": "\ufeffalice, bob, carol\n0,1,0\n1,0,1\n0,1,0\n",
+    "columns.csv": "site,bob,carol,alice\nalice,1,0,0\nbob,0,1,1\ncarol,1,0,0\n",
+    "adjacency.txt": "alice bob carol  # no corner\nalice 0 1 0\nbob 1 0 1\ncarol 0 1 0\n",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_files_with_names_get_metropolis_weights(tmp_path, name):
+    (tmp_path / name).write_text(NAMED[name])
+    graph = parse(str(tmp_path / name), 3, 0)
+    assert graph.names == ("alice", "bob", "carol")
+    np.testing.assert_allclose(graph.weights, PATH, atol=1e-15)
+    assert graphs.describe(graph)["names"] == ["alice", "bob", "carol"]
+    assert parse(f"failing:0.1:{tmp_path / name}", 3, 0).names == ("alice", "bob", "carol")
+
+
+def test_a_table_with_names_may_give_the_weights_and_keeps_its_order(tmp_path):
+    (tmp_path / "w.csv").write_text(",zoe,adam\nzoe,0.75,0.25\nadam,0.25,0.75\n")
+    graph = parse(str(tmp_path / "w.csv"), 2, 0)
+    assert graph.names == ("zoe", "adam")
+    np.testing.assert_array_equal(graph.weights, [[0.75, 0.25], [0.25, 0.75]])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".txt"])
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_matrix_of_zeros_and_ones_is_an_adjacency(tmp_path, suffix, n):
+    links = nx.to_numpy_array(nx.path_graph(n))
+    file = tmp_path / f"links{suffix}"
+    if suffix == ".npy":
+        np.save(file, links)
+    else:
+        np.savetxt(file, links, delimiter="," if suffix == ".csv" else " ")
+    np.testing.assert_array_equal(parse(str(file), n, 0).weights, graphs.line(n).weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            ",alice,bob\nalice,0,1\nbbo,1,0\n",
+            "rows of .* are named alice, bbo but its columns alice, bob",
+        ),
+        ("a.csv", ",alice,alice\nalice,0,1\nalice,1,0\n", "two agents are called 'alice'"),
+        ("a.csv", "alice,bob,carol\n0,1\n1,0\n", "3 names for 2 agents"),
+        ("a.csv", ",alice,bob\nalice,0,1\nbob,0,0\n", "agent alice is linked to agent bob but bob not to alice"),
+        ("a.edgelist", "alice bob\nKing's College\tUCL London\n", "line 2 of .* has more than two names"),
+        ("a.edgelist", "alice bob\ncarol dave\n", "agents carol, dave cannot be reached from agent alice"),
+    ],
+)
+def test_files_with_names_that_do_not_fit(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse(str(tmp_path / name), 2, 0)
+
+
+@quick
+@given(connected_graphs(), st.randoms())
+def test_agents_in_another_order_keep_their_neighbours(links, order):
+    names = [f"agent {node}" for node in range(len(links))]
+    graph = graphs.from_networkx(nx.relabel_nodes(links, dict(enumerate(names))))
+    order.shuffle(names)
+    for made in (graph.arranged(names), Schedule.constant(graph).arranged(names).at(5)):
+        assert made.names == tuple(names)
+        for i, j in itertools.product(range(len(names)), repeat=2):
+            there = graph.names.index(names[i]), graph.names.index(names[j])
+            assert made.weights[i, j] == graph.weights[there]
+
+
+def test_agents_in_an_order_of_other_names_are_refused():
+    graph = graphs.from_networkx(nx.Graph([("alice", "bob"), ("bob", "carol")]))
+    with pytest.raises(UserError, match="but those of the run alice, bob, dave; carol, dave are not in"):
+        graph.arranged(["alice", "bob", "dave"])
+    assert graphs.ring(3).arranged(["x", "y", "z"]).names == ("x", "y", "z")  # without names: as they come
+    assert graphs.ring(3).names == ()
+    assert "names" not in graphs.describe(graphs.ring(3))
+
+
+def test_draw_writes_the_names():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    graphs.draw(graphs.from_networkx(nx.Graph([("alice", "bob")])), axes)
+    assert {text.get_text() for text in axes.texts} == {"alice", "bob"}
 
 
 # --- what it costs to look ----------------------------------------------------------------------------------

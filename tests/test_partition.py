@@ -194,7 +194,7 @@ def test_label_table_counts_by_hand():
     [
         ([], "there is no shard"),
         ([[0], []], "agent 1 holds no example"),
-        ([[0, 1], [2, 1]], "agents 0 and 1 both hold example 1; shards must be disjoint"),
+        ([[0, 1], [2, 1]], "agent 0 and agent 1 both hold example 1; shards must be disjoint"),
         ([[0], [2, 1, 2]], "agent 1 holds twice example 2"),
         ([[0], [7]], "agent 1 holds example 7; the examples are 0 to 3"),
         ([[-1, 0]], "agent 0 holds example -1"),
@@ -269,18 +269,18 @@ def test_names(spec, name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("dirichle", r"partition: 'dirichle' is not known\. Did you mean 'dirichlet:0\.1'\?"),
+        ("dirichle", r"partition: 'dirichle' is not known\. Did you mean 'dirichlet'\?"),
         ("shots:4/nothing", "'nothing' is not known.*by-class.*iid"),
         ("shots:4/", "is not known"),
-        ("shots", "shots is not readable; write it as shots:40"),
+        ("shots", "shots needs an argument, for example shots:40"),
         ("shots:4.5", "shots:4.5 is not readable; write it as shots:40"),
-        ("dirichlet", "dirichlet is not readable; write it as dirichlet:0.1"),
+        ("dirichlet", "dirichlet needs an argument, for example dirichlet:0.1"),
         ("shots:4/dirichlet:x", "dirichlet:x is not readable"),
-        ("iid:3", "iid takes no number; write iid instead of iid:3"),
-        ("by-class:2", "by-class takes no number"),
+        ("iid:3", "iid takes no argument; write iid instead of iid:3"),
+        ("by-class:2", "by-class takes no argument"),
         ("shots:4/shots:2", "chooses shots twice; write it as shots:4"),
         ("up-to:4/shots:2", "chooses shots twice; write it as up-to:4"),
-        ("up-to", "up-to is not readable; write it as up-to:40"),
+        ("up-to", "up-to needs an argument, for example up-to:40"),
         ("iid/by-class", "only shots can come before the slash"),
         ("shots:9", "class 0 has 6 examples, fewer than 9 shots"),
         ("dirichlet:0", "alpha is 0; it must be above 0"),
@@ -289,3 +289,144 @@ def test_names(spec, name):
 def test_names_that_do_not_work(spec, message):
     with pytest.raises(UserError, match=message):
         parse(spec, np.repeat(np.arange(4), 6), 3, 1)
+
+
+# --- what somebody else says --------------------------------------------------------------------------------
+
+
+@quick
+@given(label_lists, st.data())
+def test_every_value_is_an_agent_and_called_by_it(labels, data):
+    values = data.draw(st.lists(st.sampled_from("cab"), min_size=len(labels), max_size=len(labels)))
+    split = partition.by_value(labels, values)
+    assert split.names == tuple(sorted(set(values)))
+    assert_deals(split, len(set(values)), range(len(labels)))
+    for name, shard in zip(split.names, split.shards, strict=True):
+        assert [i for i, value in enumerate(values) if value == name] == shard.tolist()
+
+
+def test_numbers_are_agents_in_their_order():
+    assert partition.by_value(np.zeros(4), [10, 9, 10, 9]).names == ("9", "10")
+    assert partition.by_value(np.zeros(4), ["10", "9", "10", "9"]).names == ("9", "10")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a", "", "b", "a"], r"1 of 4 examples have nothing in by-value \(first: example 1\)"),
+        ([1.0, math.nan, 2.0, math.nan], r"2 of 4 examples have nothing in by-value \(first: example 1\)"),
+        (np.array(["a", None, "b", "a"], object), "1 of 4 examples have nothing"),
+        (["a", "b"], "by-value has 2 values for 4 examples"),
+    ],
+)
+def test_values_that_make_no_split(values, message):
+    with pytest.raises(UserError, match=message):
+        partition.by_value([0, 1, 0, 1], values)
+
+
+SITES = {"hospital": ["kings", "charite", "kings", "mayo"], "ward": [1, 1, 1, 1]}
+LABELS = [0, 1, 1, 0]
+
+
+def column(name, split="train"):
+    return SITES[name] if split == "train" else np.array(["mayo", "ucl", "kings", "mayo"])
+
+
+def test_a_column_splits():
+    split = parse("column:hospital", LABELS, 3, 0, column)
+    assert split.name == "column:hospital"
+    assert split.names == ("charite", "kings", "mayo")
+    assert [shard.tolist() for shard in split.shards] == [[1], [0, 2], [3]]
+    assert [test.tolist() for test in split.tests] == [[], [2], [0, 3]]  # nobody learns at ucl
+    with pytest.raises(UserError, match=r"hospital has 3 agents \(charite, kings, mayo\) but the run has 10"):
+        parse("column:hospital", LABELS, 10, 0, column)
+    with pytest.raises(UserError, match=r"this task has no columns, so none called 'hospital'"):
+        parse("column:hospital", LABELS, 3, 0)
+    with pytest.raises(UserError, match=r"agent (charite|kings|mayo) holds no example"):
+        parse("shots:1/column:hospital", LABELS, 3, 2, column)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shots_choose_before_a_column_splits(seed):
+    labels, sites = np.tile([0, 1], 20), {"site": np.repeat(["a", "b"], 20)}
+    split = parse("shots:15/column:site", labels, 2, seed, lambda name, split="train": sites[name])
+    assert split.name == "shots:15/column:site"
+    np.testing.assert_array_equal(split.examples, partition.few_shot(labels, 15, seed))
+    assert (split.shards[0] < 20).all()
+    assert (split.shards[1] >= 20).all()
+
+
+def test_indices_of_a_file(tmp_path):
+    (tmp_path / "sites.json").write_text('{"zoe": [3, 0], "adam": [1]}')
+    split = parse(f"indices:{tmp_path}/sites.json", LABELS, 2, 0)
+    assert split.names == ("zoe", "adam")
+    assert [shard.tolist() for shard in split.shards] == [[0, 3], [1]]
+    (tmp_path / "plain.json").write_text("[[3, 0], [1]]")
+    assert parse(f"indices:{tmp_path}/plain.json", LABELS, 2, 0).names == ()
+    np.savez(tmp_path / "sites.npz", zoe=[3, 0], adam=[1])
+    assert_equal(
+        parse(f"indices:{tmp_path}/sites.npz", LABELS, 2, 0), replace(split, name=f"indices:{tmp_path}/sites.npz")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[0], [4]]", "agent 1 holds example 4; the examples are 0 to 3"),
+        ('{"a": [0], "b": [0]}', "agent a and agent b both hold example 0"),
+        ('{"a": [0], "b": []}', "agent b holds no example"),
+        ("[[0], [1], [2]]", "has 3 agents but the run has 2; use 3 agents"),
+        ("[[0], [1.5]]", "indices have shape .* must be"),
+        ('[[0], ["x"]]', "must be .n,. integers"),
+        ("[0, 1]", "must be .n,. integers"),
+        ("3", "must hold"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_indices_that_make_no_split(tmp_path, content, message):
+    (tmp_path / "sites.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse(f"indices:{tmp_path}/sites.json", LABELS, 2, 0)
+    with pytest.raises(UserError, match="there is no file"):
+        parse(f"indices:{tmp_path}/nowhere.json", LABELS, 2, 0)
+
+
+class Halves:
+    num_partitions = 2
+
+    def load_partition(self, agent):
+        return [2 * agent, 2 * agent + 1]
+
+
+def test_anything_that_gives_the_rows_of_an_agent_is_a_partition():
+    split = partition.as_partition(Halves(), LABELS, 2)
+    assert [shard.tolist() for shard in split.shards] == [[0, 1], [2, 3]]
+    with pytest.raises(UserError, match="has 2 agents but the run has 3"):
+        partition.as_partition(Halves(), LABELS, 3)
+    with pytest.raises(UserError, match="custom is int; give a mapping"):
+        partition.as_partition(3, LABELS, 2)
+
+    class Rows:
+        def load_partition(self, agent):
+            return [{"text": "a"}, {"text": "b"}]
+
+    with pytest.raises(UserError, match=r"must be \(n,\) integers"):
+        partition.as_partition(Rows(), LABELS, 2)
+
+
+def test_a_function_of_ones_own_splits(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "def by_hospital(column, name='hospital'):\n"
+        "    values = column(name)\n"
+        "    return {value: np.flatnonzero(values == value) for value in np.unique(values)}\n"
+        "def drawn(labels, num_agents, seed):\n"
+        "    order = np.random.default_rng(seed).permutation(len(labels))\n"
+        "    return np.array_split(order, num_agents)\n"
+    )
+    split = parse(f"{tmp_path}/mine.py:by_hospital", LABELS, 3, 0, column)
+    assert_equal(replace(split, name=""), replace(parse("column:hospital", LABELS, 3, 0, column), name=""))
+    assert parse(f"{tmp_path}/mine.py:by_hospital:name=ward", LABELS, 1, 0, column).names == ("1",)
+    assert_deals(parse(f"{tmp_path}/mine.py:drawn", LABELS, 2, 5), 2, range(4))
+    few = parse(f"shots:1/{tmp_path}/mine.py:drawn", np.repeat([0, 1], 10), 1, 5)
+    np.testing.assert_array_equal(few.examples, partition.few_shot(np.repeat([0, 1], 10), 1, 5))

@@ -61,7 +61,7 @@ def test_every_name_in_a_recipe_resolves(name):
         assert len(partition.parse(spec, labels, made.agents, 0).shards) == made.agents
     assert made.algorithms == ALGORITHMS
     assert all(name in algorithms.ALGORITHMS for name in made.algorithms)
-    tasks.refuse_unused(made.task, tasks.BUILT_IN[made.task.name].options, made.task.name)
+    tasks.refuse_unused(made.task, tasks.KINDS[made.task.name].options, made.task.name)
 
 
 # Rank, scaling, dropout, rounds, steps or epochs a round: the table of the paper's set-up.

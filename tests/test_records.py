@@ -161,9 +161,16 @@ class TestSummary:
             averaged_score=0.8,
             bytes_sent=200.0,
             seconds=3.75,
+            start_score=0.0,
         )
         write_json(run / "summary.json", [found])
         assert records.read_summary(run / "summary.json") == [found]
+
+    def test_the_worst_agent_of_a_loss_has_the_highest(self, tmp_path: Path) -> None:
+        run = self.make(tmp_path, record(0, scores=[0.5, 0.7, 0.9]))
+        write_json(run / "run.json", FACTS | {"lower_is_better": True})
+        assert summarise(run).worst_score == 0.9
+        assert aggregate([summarise(run)])[0].lower_is_better
 
     def test_one_agent_without_a_score_leaves_the_mean_unknown(self, tmp_path: Path) -> None:
         found = summarise(self.make(tmp_path, record(0, scores=[0.9, math.nan], averaged_score=0.4)))
@@ -228,6 +235,76 @@ ROWS = [
     row("my_algorithm", 1, mean_score=0.9),
     row("local", 0, bytes_sent=0.0, averaged_score=None, partition="a|b[bold]"),
 ]
+
+
+class TestNothingLearnt:
+    def test_names_what_is_not_beaten_and_what_to_try(self) -> None:
+        rows = [
+            row("decaf", mean_score=0.5, start_score=0.1, majority_score=0.4),
+            row("local", mean_score=0.4, start_score=0.1, majority_score=0.4),
+            row("dlora", mean_score=0.1, start_score=0.1, majority_score=0.4),
+            row("fedavg", mean_score=0.05, start_score=0.1, majority_score=0.4),
+            row("centralized", mean_score=None, start_score=0.1, majority_score=0.4),
+        ]
+        one, two = records.nothing_learnt(rows)
+        assert "by local (ring, iid)" in one
+        assert "not better than always giving the majority class (0.400)." in one
+        assert "by dlora, fedavg (ring, iid)" in two
+        assert "the start (0.100) and always giving the majority class (0.400)" in two
+        assert all("training.learning_rate" in line and "\n" not in line for line in (one, two))
+
+    def test_of_a_loss(self) -> None:
+        rows = [row(name, mean_score=s, start_score=2.0, lower_is_better=True) for name, s in (("a", 1.5), ("b", 2.5))]
+        [line] = records.nothing_learnt(rows)
+        assert "by b (ring, iid)" in line
+
+    def test_without_anything_to_compare_with(self) -> None:
+        assert records.nothing_learnt([row()]) == []
+
+    @pytest.mark.parametrize(
+        ("scores", "mean"),
+        [([0.25, 0.75], 0.5), ([0.25, None], None), ([0.25, math.nan], None), ([], None), (None, None)],
+    )
+    def test_the_mean_is_that_of_the_table(self, scores: list[float | None] | None, mean: float | None) -> None:
+        one = record(3, scores=scores)
+        assert records.mean_score(one) == mean
+        assert records.summary_row(FACTS, [one]).mean_score == mean
+
+
+class TestReferences:
+    ROWS = (
+        row("decaf", 0, start_score=0.1, majority_score=0.2),
+        row("decaf", 1, start_score=0.1, majority_score=0.3),
+        row("centralized", 0, start_score=0.15, majority_score=0.2),
+        row("decaf", 0, graph="complete", start_score=0.1),
+    )
+
+    def test_stand_below_the_algorithms_of_their_setting(self) -> None:
+        found = [(line[0], line[1], line[3], line[4]) for line in records.lines(aggregate(self.ROWS))]
+        assert found == [
+            ("decaf", "ring", "2", "0.800 ± 0.000"),
+            ("centralized", "ring", "1", "0.800"),
+            ("start", "ring", "2", "0.100 ± 0.000"),
+            ("majority class", "ring", "2", "0.250 ± 0.071"),
+            ("decaf", "complete", "1", "0.800"),
+            ("start", "complete", "1", "0.100"),
+        ]
+
+    def test_are_in_every_table(self) -> None:
+        assert "| majority class | ring | iid | 2 | 0.250 ± 0.071 | – |" in to_markdown(self.ROWS)
+        assert r"majority class & ring & iid & 2 & 0.250 $\pm$ 0.071 & --" in to_latex(self.ROWS)
+        found = list(csv.DictReader(io.StringIO(to_csv(self.ROWS))))
+        assert [float(line["start_score"]) for line in found] == [0.1, 0.15, 0.1]
+        assert [line["majority_score"] for line in found] == ["0.25", "0.2", ""]
+        console = Console(file=io.StringIO(), width=80)
+        console.print(records.table(self.ROWS[:3]))
+        shown = console.file.getvalue()
+        assert "majority" in shown
+        assert "…" not in shown
+
+    def test_starts_that_differ_are_told_apart(self) -> None:
+        rows = [row("decaf", start_score=0.1), row("dlora", start_score=0.4)]
+        assert [line[0] for line in records.references(aggregate(rows))] == ["start of decaf", "start of dlora"]
 
 
 class TestTables:

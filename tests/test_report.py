@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from decaf_lora import records, report
+from decaf_lora import algorithms, records, report
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, complete, ring
 from decaf_lora.records import Record, RecordWriter
-from decaf_lora.report import figures, reading
+from decaf_lora.report import figures, reading, style
 
 # Where each algorithm ends and what an agent sends a round: shaped like the trials in ALGORITHMS.md.
 PROFILE = {
@@ -43,7 +43,7 @@ def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
     """Write a run directory as the engine does.
 
     Options: agents, rounds, seed, graph, partition, classes, every (rounds between evaluations), measured (rounds
-    between measurements), note.
+    between measurements), note, lower_is_better, majority (score).
     """
     agents = 1 if algorithm == "centralized" else options.get("agents", 10)
     rounds, seed = options.get("rounds", 30), options.get("seed", 0)
@@ -70,6 +70,8 @@ def make_run(directory: Path, algorithm: str = "decaf", **options: Any) -> Path:
             "seed": seed,
             "task": "digits",
             "score_name": "accuracy",
+            "lower_is_better": options.get("lower_is_better", False),
+            "majority_score": options.get("majority"),
         },
     )
     skew = draw.normal(0, 0.06 if agents > 1 else 0, agents)
@@ -245,6 +247,23 @@ class TestComparison:
         assert page.best == [fedavg[2], fedavg[3], fedavg[5]]
         assert page.row("centralized")[2] > fedavg[2]
 
+    def test_of_a_loss_the_lowest_is_highlighted(self, tmp_path: Path) -> None:
+        make_comparison(tmp_path, ("decaf", "fedavg"), seeds=(0,), lower_is_better=True, rounds=10)
+        page = page_of(tmp_path)
+        decaf, fedavg = page.row("decaf"), page.row("fedavg")
+        assert float(decaf[2]) < float(fedavg[2])
+        assert page.best == [decaf[2], decaf[3], decaf[5]]
+        agents = json.loads((tmp_path / "decaf-seed0" / "records.jsonl").read_text().splitlines()[-1])["scores"]
+        assert decaf[3] == f"{max(agents):.3f}", "the worst agent has the highest loss"
+
+    def test_says_that_nothing_was_learnt(self, tmp_path: Path) -> None:
+        make_run(tmp_path / "run", rounds=10, majority=0.99)
+        page = page_of(tmp_path / "run")
+        assert page.row("majority class")[2] == "0.990"
+        assert page.row("start")[2] < page.row("decaf")[2]
+        assert "Nothing useful was learnt by decaf" in page.source
+        assert "Nothing useful" not in page_of(make_run(tmp_path / "other", rounds=10, majority=0.1)).source
+
     def test_the_header_says_what_was_run(self, page: Page) -> None:
         assert page.words["h1"] == ["6 algorithms on digits"]
         facts = [
@@ -278,6 +297,13 @@ class TestComparison:
 
     def test_text_is_large_enough(self, page: Page) -> None:
         assert min(map(float, re.findall(r"font-size: ([\d.]+)px;[^>]*text-anchor", page.source))) >= 9
+
+
+def test_every_algorithm_has_a_look_of_its_own() -> None:
+    assert set(report.LOOKS) == set(algorithms.ALGORITHMS)
+    assert len({colour for colour, _ in report.LOOKS.values()}) == len(report.LOOKS)
+    spare = {colour for colour, _ in style.SPARE_LOOKS}
+    assert not spare & {colour for colour, _ in report.LOOKS.values()}
 
 
 def page_of(directory: Path) -> Page:
@@ -402,7 +428,7 @@ class TestSections:
         assert sections.words["h3"].count("Score by round") == 3
 
     def test_baselines_without_a_graph_are_in_each(self, sections: Page) -> None:
-        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] != "algorithm"]
+        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] in PROFILE]
         assert sorted(algorithms[:3]) == ["centralized", "decaf", "fedavg"]
         assert algorithms == algorithms[:3] * 3
 
@@ -415,6 +441,16 @@ class TestSections:
         assert fedavg[1] == fedavg[3]  # ran once for both graphs
         assert len(set(centralized[1:])) == 1
         assert all(re.fullmatch(r"0\.\d{3}", cell) for cell in decaf[1:])
+
+    def test_of_a_loss_the_lowest_of_a_setting_is_highlighted(self, tmp_path: Path) -> None:
+        for name in ("decaf", "fedavg"):
+            for graph in (ring(4), complete(4)):
+                options = {"graph": graph, "agents": 4, "rounds": 2, "lower_is_better": True}
+                make_run(tmp_path / f"{name}-{graph.name}", name, **options)
+        page = page_of(tmp_path)
+        lines = [row for row in page.rows if len(row) == 3]
+        best = [min(column) for column in zip(*(row[1:] for row in lines[1:3]), strict=True)]
+        assert [cell for cell in page.best if cell in best][:2] == best
 
     def test_a_baseline_that_ran_once_is_under_every_graph(self, tmp_path: Path) -> None:
         """As comparisons write them now: the graph is the first one, and a fact says that it is not used."""

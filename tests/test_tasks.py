@@ -641,8 +641,8 @@ def test_mistakes_are_named(message, directories, texts):
 def test_options_of_another_task_are_refused():
     with pytest.raises(UserError, match=r"task\.model: digits does not use it"):
         make(name="digits", model="x")
-    with pytest.raises(UserError, match=r"'causal_lm' is not known\. Did you mean 'causal-lm'"):
-        make(name="causal_lm")
+    with pytest.raises(UserError, match=r"'causal-ml' is not known\. Did you mean 'causal-lm'"):
+        make(name="causal_ml")
 
 
 def test_a_model_without_language_head_is_refused(directories, texts):

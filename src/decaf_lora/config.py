@@ -7,21 +7,77 @@ command line.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from decaf_lora import kinds
 from decaf_lora.errors import UserError, nearest
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class TaskConfig(_Frozen):
+OWN = "own"
+"""The field of a section that holds the options of a kind which is not of this package."""
+
+
+class Section(_Frozen):
+    """A section whose `name` may be the user's own kind, or an installed package's, with options of its own.
+
+    These stand among the others in YAML and on the command line; here they are apart, since only whoever loads the
+    kind can check them.
+    """
+
+    name: str
+    own: dict[str, Any] = Field(default_factory=dict)
+    described: ClassVar[frozenset[str]]
+    """The kinds whose options are all fields of the section."""
+
+    @classmethod
+    def has_own(cls, names: Iterable[Any]) -> bool:
+        """Whether one of `names` may take options that the section does not have."""
+        return any(str(name).strip().lower().replace("_", "-") not in cls.described for name in names)
+
+    @classmethod
+    def apart(cls, values: Any, names: Iterable[Any]) -> Any:
+        """`values` with the fields that the section does not have under `own`, if one of `names` may take them."""
+        if not isinstance(values, dict) or not cls.has_own(names):
+            return values
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        rest = {str(key): value for key, value in values.items() if key not in cls.model_fields}
+        return {**known, OWN: {**known.get(OWN, {}), **rest}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_apart(cls, values: Any) -> Any:
+        return cls.apart(values, [values["name"]] if isinstance(values, dict) and "name" in values else [])
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {**{key: value for key, value in values.items() if key != OWN}, **values.get(OWN, {})}
+
+
+class TaskConfig(Section):
     """What is learnt: model, data, loss and score. A task refuses options that it does not use."""
+
+    described = frozenset({"digits", "image-text", "sequence-classification", "causal-lm"})
 
     name: str = "digits"
     """`digits`, `image-text`, `sequence-classification`, `causal-lm`, or `module:function` /
@@ -29,9 +85,18 @@ class TaskConfig(_Frozen):
     model: str | None = None
     """A model on the Hugging Face Hub, or a local directory."""
     data: str | None = None
-    """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, JSON lines or text file."""
+    """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, Excel, JSON lines or text file."""
+    file_column: str | None = None
+    """Read the folder `data` as a file a site, and name the file of every row in a column called so; a file called
+    `test` is the test set. `partition: files:DIR` sets it."""
     subset: str | None = None
-    """Subset (configuration) of the data set."""
+    """Subset (configuration) of the data set, or sheet of an Excel file."""
+    delimiter: str | None = None
+    """What separates the columns of a CSV file: one character, or `tab`; found from the file if unset."""
+    quoting: Literal["standard", "none"] | None = None
+    """Whether quotes in a CSV file enclose fields, or are characters like others; found from the file if unset."""
+    encoding: str | None = None
+    """Encoding of text files, such as `cp1252`; UTF-8, or the one that makes sense, if unset."""
     train_split: str = "train"
     """Split to learn from; slices such as `train[:10%]` work."""
     test_split: str | None = None
@@ -83,6 +148,9 @@ class TaskConfig(_Frozen):
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     num_workers: int = Field(0, ge=0)
     """Processes that preprocess texts, and threads that preprocess images; 0 uses the main one."""
+    pixel_range: tuple[float, float] | None = None
+    """Values that are black and white in images of more than 8 bits a channel; 0 65535 for whole numbers, 0 1 for
+    others, if unset."""
     image_cache: float = Field(0.5, ge=0)
     """GiB of preprocessed images that each split may keep in memory; others are decoded whenever they are asked for."""
     skip_bad: bool = False
@@ -95,6 +163,20 @@ class TaskConfig(_Frozen):
     def _check_limit(cls, value: float | None) -> float | None:
         if value is not None and not (0 < value < 1 or (value >= 1 and isinstance(value, int))):
             raise ValueError("must be a whole number of at least 1, or a share between 0 and 1")
+        return value
+
+    @field_validator("pixel_range")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("must be two numbers, the lower one first")
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("tab", "\\t") and (len(value) != 1 or value in '"\r\n'):
+            raise ValueError("must be one character (no quote, no line break), or tab")
         return value
 
     @model_validator(mode="after")
@@ -145,8 +227,10 @@ class LoraOptions(_Frozen):
         return self
 
 
-class AlgorithmConfig(_Frozen):
+class AlgorithmConfig(Section):
     """What agents send and how they combine it. Unset options take the algorithm's own default."""
+
+    described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
 
     name: str = "decaf"
     """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg or centralized."""
@@ -224,6 +308,9 @@ class TrainingConfig(_Frozen):
         return self
 
 
+_FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
+
+
 class RunConfig(_Frozen):
     """One run: one algorithm on one graph, partition and seed."""
 
@@ -261,6 +348,32 @@ class RunConfig(_Frozen):
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _files_are_the_data(cls, values: Any) -> Any:
+        """`files:DIR` splits by the files of DIR, which are then the data, too."""
+        named = values.get("partition") if isinstance(values, dict) else None
+        match = _FILES.fullmatch(named.strip()) if isinstance(named, str) else None
+        if match is None:
+            return values
+        task = values.get("task", {})
+        given = task if isinstance(task, dict) else task.model_dump()
+        wanted = {"data": match[1], "file_column": "site"}
+        for field, value in wanted.items():
+            if given.get(field) not in (None, value):
+                raise ValueError(f"{named} sets task.{field} to {value}, but it is {given[field]}; leave it out")
+        return {**values, "task": {**given, **wanted}}
+
+    @field_validator("graph", "partition", mode="before")
+    @classmethod
+    def _with_options(cls, value: Any, info: ValidationInfo) -> Any:
+        """A name with its options as a mapping, {name: ..., option: value}."""
+        if not isinstance(value, dict):
+            return value
+        if not isinstance(value.get("name"), str):
+            raise ValueError("give a name, or a mapping with the field `name` and options")
+        return kinds.joined(value["name"], {k: v for k, v in value.items() if k != "name"}, str(info.field_name))
+
     @field_validator("gossip_steps")
     @classmethod
     def _check_gossip(cls, value: int | Literal["period"]) -> int | Literal["period"]:
@@ -283,13 +396,23 @@ class CompareConfig(RunConfig):
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Each algorithm's own learning rate, where it differs from `training.learning_rate`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_apart(cls, values: Any) -> Any:
+        """Options of one's own may belong to any of the algorithms that are compared."""
+        if not isinstance(values, dict) or not isinstance(values.get("algorithms"), list | tuple):
+            return values
+        return {**values, "algorithm": AlgorithmConfig.apart(values.get("algorithm", {}), values["algorithms"])}
+
 
 def load(kind: type[RunConfig], path: Path) -> RunConfig:
     """A configuration of `kind` from a YAML file; UserError names the field, and the nearest known one."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"config: cannot read {path} ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config: {path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise UserError(f"config: {path} is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
@@ -322,6 +445,8 @@ def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted names of all fields of a configuration."""
     names = []
     for name, field in kind.model_fields.items():
+        if name == OWN:
+            continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += fields(field.annotation, f"{prefix}{name}.")
         else:

@@ -12,6 +12,10 @@ from torch import Tensor
 from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.errors import UserError
+
+AVERAGED = "averaged"
+"""The name of the averaged model, in place of an agent's number."""
 
 
 def distance(adapter: Adapter) -> float:
@@ -77,6 +81,18 @@ def averaged(adapter: Adapter) -> Adapter:
         {k: s[like, None] for k, s in adapter.scale.items()},
         {k: t.mean(0, keepdim=True) for k, t in adapter.extras.items()},
     )
+
+
+def chosen(adapters: Adapter, agent: int | str) -> Adapter:
+    """One agent's adapter, or the averaged one, alone on the leading axis. Raises UserError if there is none such."""
+    check_agent(agent, adapters.num_agents)
+    return adapters.select([agent]) if isinstance(agent, int) else averaged(adapters)
+
+
+def check_agent(agent: int | str, num_agents: int) -> None:
+    """UserError unless `agent` is one of `num_agents`, or the averaged model."""
+    if agent != AVERAGED and not (isinstance(agent, int) and 0 <= agent < num_agents):
+        raise UserError(f"agent: {agent!r} is not in this run; use 0 to {num_agents - 1} or '{AVERAGED}'.")
 
 
 def largest(adapter: Adapter) -> int:

@@ -18,8 +18,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
-from decaf_lora.adapters import attach, load_peft, save_peft
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters import attach, load_peft
+from decaf_lora.adapters.adapter import Adapter, Tensors, as_adapter
+from decaf_lora.adapters.portable import config_values, write_adapter
 from decaf_lora.algorithms.contract import Algorithm, State
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.batches import local_steps
@@ -32,8 +33,6 @@ from decaf_lora.partition import Partition
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.training import Trainer
-
-AVERAGED = "averaged"
 
 
 class _Exchange(NamedTuple):
@@ -369,7 +368,7 @@ class Run:
             scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
             started = self._add_seconds("evaluate", started)
         if self.engine.is_main and (evaluated or measured):
-            adapters = _as_adapter(self._collected())
+            adapters = as_adapter(self._collected())
             if measured:
                 distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             started = self._add_seconds("measure", started)
@@ -401,22 +400,27 @@ class Run:
         """The adapters of all N agents of the run, in the main process; None in others."""
         self._collect()
         gathered = self._collected()
-        return _as_adapter(gathered) if gathered else None
+        return as_adapter(gathered) if gathered else None
 
-    def save_adapter(self, directory: str | Path, agent: int | str = AVERAGED) -> None:
-        """Writes one agent's adapter, or the averaged model, as a PEFT directory."""
-        last = self.engine.num_agents - 1
-        if agent != AVERAGED and not (isinstance(agent, int) and 0 <= agent <= last):
-            raise UserError(f"agent: {agent!r} is not in this run; use 0 to {last} or '{AVERAGED}'.")
+    def save_adapter(self, directory: str | Path, agent: int | str = consensus.AVERAGED) -> None:
+        """Writes one agent's adapter, or the averaged model, as a PEFT directory, with its tokenizer and a card."""
+        consensus.check_agent(agent, self.engine.num_agents)
         adapters = self.all_adapters()
         if adapters is not None:
-            index = agent if isinstance(agent, int) else 0
-            if agent == AVERAGED:
-                adapters = consensus.averaged(adapters)
-            name = getattr(getattr(self.task.model, "config", None), "_name_or_path", None)
-            alike = agent == AVERAGED or self.algorithm.topology == "pooled"
-            config = self.attached.config_of(self._largest if alike else index)
-            save_peft(adapters, index, config, Path(directory), name)
+            made = {"algorithm": self.algorithm.name, "agents": len(self.partition.shards), "rounds": self.round}
+            write_adapter(Path(directory), consensus.chosen(adapters, agent), agent, self.outline(), made)
+
+    def outline(self) -> dict[str, Any]:
+        """What an export needs beside the tensors, in JSON's types.
+
+        task: `Task.describe`. configs: the adapter_config.json of every agent, or one for all. averaged: which of
+        them is the averaged model's.
+        """
+        trained, task = list(self.attached.extras), dict(self.task.describe())
+        pooled = self.algorithm.topology == "pooled"
+        agents = [self._largest] if pooled or self.attached.uniform else range(self.engine.num_agents)
+        configs = [config_values(self.attached.config_of(i), trained, task) for i in agents]
+        return {"task": task, "configs": configs, "averaged": self._largest if len(configs) > 1 else 0}
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
         """All that is needed to go on: named tensors with all N agents on the leading axis, and plain values.
@@ -424,6 +428,8 @@ class Run:
         The tensors are for the main process, which writes them; others get none.
         """
         tensors = {f"adapter/{k}": t for k, t in self.adapter.tensors().items()}
+        tensors |= {f"scale/{k}": t for k, t in self.adapter.scale.items()}
+        tensors |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
         tensors |= {f"state/{k}": t for k, t in self.state.items()}
         for group, moments in self.trainer.moments.items():
             tensors[f"moments/{group}/first"] = moments.first
@@ -440,6 +446,7 @@ class Run:
             "bytes_sent": self._bytes_sent if self.step_in_round else 0.0,
             "wire_bytes": self._wire_bytes if self.step_in_round else None,
             "agents_per_pass": self.trainer.agents_per_pass,
+            "outline": self.outline(),
         }
         return self.engine.collect({k: t.cpu() for k, t in tensors.items()}).wait(), values
 
@@ -468,15 +475,6 @@ class Run:
         self._seconds = dict(values["seconds"])
         self._bytes_sent, self._wire_bytes = float(values.get("bytes_sent", 0.0)), values.get("wire_bytes")
         self.trainer.agents_per_pass = int(values["agents_per_pass"])
-
-
-def _as_adapter(tensors: Tensors) -> Adapter:
-    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
-    parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
-    for key, tensor in tensors.items():
-        group, name = key.split("/", 1)
-        parts[group][name] = tensor
-    return Adapter(**parts)
 
 
 def _exchanges(schedule: Schedule, gossip_steps: int | Literal["period"]) -> int:

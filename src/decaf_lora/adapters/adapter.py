@@ -106,3 +106,12 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         return {k: torch.cat([getattr(a, field)[k] for a in adapters]) for k in getattr(first, field)}
 
     return Adapter(join("A"), join("B"), join("scale"), join("extras"), join("ranks"))
+
+
+def as_adapter(tensors: Tensors) -> Adapter:
+    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
+    parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
+    for key, tensor in tensors.items():
+        group, name = key.split("/", 1)
+        parts[group][name] = tensor
+    return Adapter(**parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,9 @@ from tyro.conf import Positional, arg
 
 from decaf_lora.cli.options import check_options, parsed
 from decaf_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from decaf_lora.graphs import Graph
 
 
 def graph_command(args: list[str]) -> int:
@@ -27,7 +30,7 @@ def graph_command(args: list[str]) -> int:
         """Shows a graph: weights, sigma_2, edges, degrees; --save draws it.
 
         Args:
-            kind: name of the graph, with its argument after a colon, or a file with a matrix.
+            kind: name of the graph, with its argument after a colon, a file, or a function of your own.
             agents: number of agents N.
             seed: seed of random graphs.
             save: file to draw the graph to (.png, .svg, .pdf).
@@ -37,11 +40,10 @@ def graph_command(args: list[str]) -> int:
 
     if "-h" in args or "--help" in args:
         table = Table.grid(padding=(0, 3))
-        for name, kind in graphs.KINDS.items():
-            table.add_row(f"  {kind.example or name}", kind.summary)
-        table.add_row(
-            "  FILE" + "|".join(graphs.FILES), "your own graph, or mixing matrix; .npy also (T, N, N), one a round"
-        )
+        for name, summary in graphs.KINDS.summaries():
+            table.add_row(f"  {name}", summary)
+        table.add_row("  FILE" + "|".join(graphs.FILES), "your own graph or mixing matrix; docs/own-graph.md")
+        table.add_row("  mine.py:two_rings", "your own function, with its options as mine.py:two_rings:bridges=3")
         console = Console(highlight=False)
         console.print("Graphs:")
         console.print(table)
@@ -58,22 +60,23 @@ def graph_command(args: list[str]) -> int:
     if as_json:
         print(json.dumps(facts, indent=2))
         return 0
-    _show_graph(facts, graphs.as_schedule(made).at(0).weights)
+    _show_graph(facts, graphs.as_schedule(made).at(0))
     if save is not None:
         print(f"drawn: {save}" + (" (round 0)" if "period" in facts else ""))
     return 0
 
 
-def _show_graph(facts: dict[str, Any], weights: Any) -> None:
+def _show_graph(facts: dict[str, Any], graph: Graph) -> None:
     console = Console(highlight=False)
-    n = len(weights)
+    n, weights = graph.num_agents, graph.weights
+    names = graph.names or [str(agent) for agent in range(n)]
     title = "mixing matrix" + (" of round 0" if "period" in facts else "")
     table = Table(title=title, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("", justify="right", style="dim")
     for j in range(n):
-        table.add_column(str(j), justify="right")
+        table.add_column(names[j], justify="right")
     for i in range(n):
-        table.add_row(str(i), *("·" if w == 0 else f"{w:.3f}".removeprefix("0") for w in weights[i]))
+        table.add_row(names[i], *("·" if w == 0 else f"{w:.3f}".removeprefix("0") for w in weights[i]))
     if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
         console.print(table)
     else:
@@ -104,6 +107,8 @@ def _show_graph(facts: dict[str, Any], weights: Any) -> None:
             shown = f"{0 if abs(shown) < 1e-12 else shown:.6g}"
         elif isinstance(shown, dict):
             shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        elif key == "names":
+            shown = ", ".join(value)
         elif key == "edges":
             shown = f"{len(value)}: {_pairs(value, 60)}"
         console.print(f"{name}: {shown}", markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
 from decaf_lora.cli.runs import compare_command, export_command, recipes_command, report_command, run_command
@@ -103,4 +104,5 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "graph": (graph_command, "show a graph and its mixing matrix"),
     "export": (export_command, "write an agent's adapter as a PEFT directory"),
     "report": (report_command, "write the report of a run anew"),
+    "federation": (federation_command, "organisations train together, each with its own data, without a server"),
 }

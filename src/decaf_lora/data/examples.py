@@ -8,18 +8,21 @@ on disk.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Image, Value
 from numpy.typing import NDArray
 
 from decaf_lora.config import TaskConfig
-from decaf_lora.data.images import readable_images
+from decaf_lora.data.content import of_rows
+from decaf_lora.data.images import holds_images, image_folder, readable_images
 from decaf_lora.data.labels import Labels, listed, numbered
+from decaf_lora.data.places import PLACE, place
 from decaf_lora.data.reading import read
 from decaf_lora.errors import UserError, unknown
 from decaf_lora.randomness import numpy_generator
@@ -38,6 +41,8 @@ class Examples(NamedTuple):
     """Names of the classes; empty if the data is used without labels."""
     named: bool
     """Whether the data or the user gave the names; false if they are just numbers."""
+    content: str = ""
+    """A hash of all the examples in their order, by which a resumed run knows them."""
 
 
 def load(
@@ -46,34 +51,38 @@ def load(
     *,
     label: str | None = None,
     image: str | None = None,
+    order: Sequence[str] = (),
 ) -> Examples:
     """The examples that `config` names, with the columns that a task needs.
 
-    `columns` are pairs (field of the configuration, column); `label` and `image` are columns as well.
+    `columns` are pairs (field of the configuration, column); `label` and `image` are columns as well. `order` are
+    the names of a checkpoint's classes: if the data have the same ones, they are numbered in this order.
     Raises UserError for data that cannot be read, splits and columns that do not exist, empty splits, missing
     values, labels that are no classes or unseen in training, and images that do not decode.
     """
     wanted = list(columns)
     wanted += [("label_column", label)] if label is not None else []
     wanted += [("image_column", image)] if image is not None else []
-    splits = read(config)
+    splits = read(config, [column for _, column in wanted])
     for name, rows in splits.items():
         if len(rows) == 0:
             split = getattr(config, f"{name}_split") or name
             raise UserError(f"task.{name}_split: the split {split!r} holds no example; choose or make another.")
         for field, column in wanted:
             if column not in rows.column_names:
-                raise unknown(f"task.{field}", column, rows.column_names)
+                raise unknown(f"task.{field}", column, set(rows.column_names) - {PLACE})
             if column != label:
                 _refuse_missing(field, column, name, rows)
     if image is not None:
+        for rows in splits.values():
+            holds_images(rows, image)
         splits = {k: readable_images(config, k, rows.cast_column(image, Image(decode=False)), image)
                   for k, rows in splits.items()}  # fmt: skip
     if label is None:
         zeros = {k: np.zeros(len(rows), np.int64) for k, rows in splits.items()}
         numbers, classes, named = zeros, list[str](), False
     else:
-        numbers, classes, named = numbered(config, splits, label)
+        numbers, classes, named = numbered(config, splits, label, order)
     if config.test_share is not None:
         splits, numbers = _held_out(config, splits["train"], numbers["train"])
     for name, limit in (("train", config.max_train), ("test", config.max_test)):
@@ -83,15 +92,39 @@ def load(
             kept = np.sort(spread(numbers[name], config.data_seed, f"max_{name}")[: int(limit)])
             splits[name], numbers[name] = splits[name].select(kept), numbers[name][kept]
     _warn_of_absent_classes(numbers, classes)
-    return Examples(splits["train"], splits["test"], numbers["train"], numbers["test"], classes, named)
+    used = {column for _, column in wanted}
+    folder = image_folder(config) if image is not None else ""
+    hashes = [of_rows(splits[name], used, folder) for name in ("train", "test")]
+    content = hashlib.sha256(repr([*hashes, classes]).encode()).hexdigest()
+    return Examples(splits["train"], splits["test"], numbers["train"], numbers["test"], classes, named, content)
 
 
-def needs_text(rows: Dataset, fields: Iterable[tuple[str, str]]) -> None:
-    """UserError if a column (pairs of field and column) holds something other than text."""
+def needs_text(rows: Dataset, fields: Iterable[tuple[str, str]], numbers: bool = False) -> None:
+    """UserError if a column (pairs of field and column) holds something other than text, or `numbers` where these
+    may stand for their digits."""
+    kinds = ("string", "large_string") + ("bool", "int", "uint", "float", "decimal") * numbers
     for field, column in fields:
         feature = rows.features[column]
-        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
-            raise UserError(f"task.{field}: column {column!r} holds {feature}, not text.")
+        if isinstance(feature, ClassLabel):
+            raise UserError(
+                f"task.{field}: column {column!r} holds the numbers of classes ({listed(feature.names)}), not text; "
+                "write their names into a column of text."
+            )
+        if not (isinstance(feature, Value) and feature.dtype.startswith(kinds)):
+            raise UserError(
+                f"task.{field}: column {column!r} holds {str(feature)[:200]}, not text; write what the model is to "
+                "read into a column of text."
+            )
+
+
+def needs_tokens(rows: Dataset, lengths: NDArray[np.int64], field: str, split: str) -> None:
+    """UserError for examples of which the tokenizer makes nothing: `lengths` (n,) in tokens."""
+    empty = np.flatnonzero(lengths == 0)
+    if empty.size:
+        raise UserError(
+            f"task.{field}: the tokenizer makes no token of {empty.size} of {len(rows)} {split} examples (first: "
+            f"{place(rows, int(empty[0]))}); fill or remove these rows."
+        )
 
 
 def spread(labels: Labels, seed: int, purpose: str) -> NDArray[np.int64]:
@@ -108,12 +141,12 @@ def spread(labels: Labels, seed: int, purpose: str) -> NDArray[np.int64]:
 
 
 def _refuse_missing(field: str, column: str, split: str, rows: Dataset) -> None:
-    values = rows.data.column(column)
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
     if values.null_count:
         first = values.is_null().to_pylist().index(True)
         raise UserError(
             f"task.{field}: {values.null_count} of {len(rows)} {split} examples have nothing in column "
-            f"{column!r} (first: row {first}); fill or remove these rows."
+            f"{column!r} (first: {place(rows, first)}); fill or remove these rows."
         )
 
 

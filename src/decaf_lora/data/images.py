@@ -1,4 +1,8 @@
-"""How do images become pixel values? `Pixels` decodes and processes them when a batch asks for them."""
+"""How do images become pixel values? `Pixels` decodes and processes them when a batch asks for them.
+
+Images of more than 8 bits a channel (scans, depth maps) say nowhere which values are black and white, and PIL cuts
+them off at 255. They are scaled here, and a data set whose values do not fit the scale is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Value
 from numpy.typing import NDArray
 from torch import Tensor
 
 from decaf_lora.config import TaskConfig
 from decaf_lora.data.mapping import preprocess
+from decaf_lora.data.places import place
 from decaf_lora.errors import UserError
 
 
@@ -26,9 +32,17 @@ class Pixels:
     """
 
     def __init__(
-        self, rows: Dataset, column: str, processor: Any, workers: int = 0, folder: str = "", cache: float = 2**29
+        self,
+        rows: Dataset,
+        column: str,
+        processor: Any,
+        workers: int = 0,
+        folder: str = "",
+        cache: float = 2**29,
+        pixel_range: tuple[float, float] | None = None,
     ) -> None:
         self._rows, self._column, self._processor, self._folder = rows, column, processor, folder
+        self._range = pixel_range
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._cache = cache
         self._kept: Tensor | None = None
@@ -63,16 +77,34 @@ class Pixels:
         files = self._rows[indices.tolist()][self._column]
 
         def pixels(file: Any) -> Tensor:
-            return self._processor(images=[decode_image(file, self._folder)], return_tensors="pt")["pixel_values"]
+            return self._processor(images=[decode_image(file, self._folder, self._range)], return_tensors="pt")[
+                "pixel_values"
+            ]
 
         return torch.cat(list(self._pool.map(pixels, files) if self._pool else map(pixels, files)))
 
 
-def decode_image(file: dict[str, Any], folder: str = "") -> Any:
-    """A PIL image in RGB of {"bytes": ..., "path": ...}; a relative path counts from `folder`."""
+def decode_image(file: dict[str, Any], folder: str = "", pixel_range: tuple[float, float] | None = None) -> Any:
+    """A PIL image in RGB of {"bytes": ..., "path": ...}; a relative path counts from `folder`.
+
+    `pixel_range`: the values of an image of more than 8 bits a channel that become 0 and 255.
+    """
+    image = _opened(file, folder)
+    if image.mode not in _DEEP:
+        return image.convert("RGB")
+    low, high = pixel_range or _DEEP[image.mode]
+    scaled = (np.asarray(image, np.float64) - low) * (255 / (high - low))
+    return PIL.Image.fromarray(np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+_DEEP = dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N", "I"), (0.0, 65535.0)) | {"F": (0.0, 1.0)}
+"""PIL's modes of more than 8 bits a channel, and which of their values are taken for black and white."""
+
+
+def _opened(file: dict[str, Any], folder: str) -> Any:
     if file["bytes"] is None and file["path"] and "://" not in file["path"]:
         file = {"bytes": None, "path": str(Path(folder) / file["path"])}
-    return Image().decode_example(file).convert("RGB")
+    return Image().decode_example(file)
 
 
 def image_folder(config: TaskConfig) -> str:
@@ -81,15 +113,16 @@ def image_folder(config: TaskConfig) -> str:
     return str((path.parent if path.is_file() else path).resolve()) if path.exists() else ""
 
 
-def _decodes(batch: dict[str, list[Any]], column: str, folder: str) -> dict[str, list[bool]]:
-    def check(file: Any) -> bool:
-        try:
-            decode_image(file, folder)
-        except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
-            return False
-        return True
-
-    return {"decodes": [check(file) for file in batch[column]]}
+def holds_images(rows: Dataset, column: str) -> None:
+    """UserError if a column holds neither images nor their bytes or paths."""
+    feature = rows.features[column]
+    words = ("string", "large_string", "binary", "large_binary")
+    is_struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    if not (isinstance(feature, Image) or is_struct or (isinstance(feature, Value) and feature.dtype in words)):
+        raise UserError(
+            f"task.image_column: column {column!r} holds {feature}, not images; name a column of images, of their "
+            "bytes, or of paths."
+        )
 
 
 def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) -> Dataset:
@@ -103,11 +136,12 @@ def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) 
         folder=image_folder(config),
     )
     fine = np.array(checked["decodes"][:], bool)
+    _check_range(config, split, np.array(checked["low"][:], float)[fine], np.array(checked["high"][:], float)[fine])
     bad = np.flatnonzero(~fine)
     if not bad.size:
         return rows
     files = rows[bad[:5].tolist()][column]
-    names = [Path(f["path"]).name if f["path"] else f"row {i}" for f, i in zip(files, bad, strict=False)]
+    names = [Path(f["path"]).name if f["path"] else place(rows, int(i)) for f, i in zip(files, bad, strict=False)]
     more = f" and {bad.size - 5} more" if bad.size > 5 else ""
     message = f"{bad.size} of {len(rows)} {split} images do not decode: {', '.join(names)}{more}"
     if not config.skip_bad:
@@ -116,3 +150,45 @@ def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) 
         raise UserError(f"task.data: {message}; none is left.")
     warnings.warn(f"task.skip_bad: {message}; they are left out.", stacklevel=4)
     return rows.select(np.flatnonzero(fine))
+
+
+def _decodes(batch: dict[str, list[Any]], column: str, folder: str) -> dict[str, list[Any]]:
+    """Whether each image decodes, and its lowest and highest value if it has more than 8 bits, on the scale on which
+    the usual black is 0 and the usual white 1; else NaN."""
+
+    def check(file: Any) -> tuple[bool, float, float]:
+        try:
+            image = _opened(file, folder)
+            image.convert("RGB")
+        except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
+            return False, np.nan, np.nan
+        if image.mode not in _DEEP:
+            return True, np.nan, np.nan
+        values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            return False, np.nan, np.nan
+        white = _DEEP[image.mode][1]
+        return True, values.min() / white, values.max() / white
+
+    decodes, low, high = zip(*map(check, batch[column]), strict=True)
+    return {"decodes": list(decodes), "low": list(low), "high": list(high)}
+
+
+def _check_range(config: TaskConfig, split: str, low: NDArray[Any], high: NDArray[Any]) -> None:
+    """UserError for images whose values lie outside the scale; a warning if they fill little of it."""
+    deep = ~np.isnan(low)
+    if config.pixel_range is not None or not deep.any():
+        return
+    lowest, highest = low[deep].min(), high[deep].max()
+    if lowest < 0 or highest > 1:
+        raise UserError(
+            f"task.pixel_range: {deep.sum()} of {len(deep)} {split} images have more than 8 bits a channel, and values "
+            "beyond 0 to 65535 (whole numbers) or 0 to 1 (others); set task.pixel_range to the values that are black "
+            "and white."
+        )
+    if highest < 0.25:
+        warnings.warn(
+            f"task.pixel_range: {deep.sum()} of {len(deep)} {split} images have more than 8 bits a channel and use "
+            f"only {highest:.1%} of the scale from black to white; set task.pixel_range if they should not be dark.",
+            stacklevel=4,
+        )

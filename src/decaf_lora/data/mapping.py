@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from decaf_lora.config import TaskConfig
+from decaf_lora.data.tables import writable_cache
 
 
 def preprocess(
@@ -17,11 +18,12 @@ def preprocess(
 
     Cached on disk by the contents of all arguments, in `config.num_workers` processes, with a progress bar.
     """
-    return rows.map(
-        function,
-        batched=True,
-        remove_columns=rows.column_names,
-        fn_kwargs=arguments,
-        num_proc=min(config.num_workers, len(rows)) or None,
-        desc=title,
-    )
+    with writable_cache():
+        return rows.map(
+            function,
+            batched=True,
+            remove_columns=rows.column_names,
+            fn_kwargs=arguments,
+            num_proc=min(config.num_workers, len(rows)) or None,
+            desc=title,
+        )

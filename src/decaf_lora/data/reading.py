@@ -2,95 +2,299 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
 from decaf_lora.config import TaskConfig
+from decaf_lora.data import content
+from decaf_lora.data.folders import IMAGES, METADATA, check_image_folder
+from decaf_lora.data.places import stem_of, suffix_of
+from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, refuse_pointer, writable_cache
 from decaf_lora.errors import UserError, unknown
 
-READERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-"""File suffix -> the reader of `datasets`. A text file holds one example a paragraph."""
+READERS = (*SUFFIXES, ".parquet")
+"""Suffixes of the files that can be read. A text file holds one example a paragraph."""
 
 
 def looks_local(name: str) -> bool:
     """Whether a name that does not exist here was meant as a path and not as a name on the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in READERS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix_of(Path(name)) in READERS
 
 
-def read(config: TaskConfig) -> dict[str, Dataset]:
-    """The splits `train` and, unless a share is held out, `test`."""
+def read(config: TaskConfig, wanted: Sequence[str] = ()) -> dict[str, Dataset]:
+    """The splits `train` and, unless a share is held out, `test`. `wanted` are the columns that the task needs."""
     if config.data is None:
         raise UserError("task.data: not set; name a data set of the Hugging Face Hub or a local path.")
-    found = _open(config)
-    wanted = {"train": config.train_split}
+    found = _open(config, wanted)
+    names = {"train": config.train_split}
     if config.test_share is None:
-        wanted["test"] = config.test_split or "test"
+        names["test"] = config.test_split or "test"
     splits = {}
-    for name, split in wanted.items():
+    for name, split in names.items():
         if split in found:
             splits[name] = found[split]
         elif "[" in split or "+" in split:
-            splits[name] = _open(config, split)
+            splits[name] = _sliced(found, split)
         else:
             remedy = " Or hold out a part of the training split: task.test_share 0.2." * (name == "test")
             raise UserError(str(unknown(f"task.{name}_split", split, found)) + remedy)
     return splits
 
 
-def _open(config: TaskConfig, split: str | None = None) -> Any:
-    """A `DatasetDict`, or the `Dataset` of a split or slice."""
+def _sliced(found: DatasetDict, split: str) -> Dataset:
+    """A slice such as `train[:10%]`, or a sum of splits and slices."""
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in found.items()})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"task.train_split or task.test_split: {_first_line(error)}") from error
+    chosen = []
+    for part in parts:
+        rows = found[part.splitname]
+        start, stop = part.from_ or 0, len(rows) if part.to is None else part.to
+        chosen.append(rows.select(range(start, max(start, stop))))
+    return concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
+
+
+def _open(config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
     assert config.data is not None
-    name, options = config.data, dict[str, Any]()
-    path = Path(name).expanduser()
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        saved = datasets.load_from_disk(str(path))
-        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    if path.is_file():
-        suffix = next((s for s in reversed(path.suffixes) if s in READERS), None)
-        if suffix is None:
-            raise UserError(f"task.data: {path} is none of the files that can be read ({', '.join(READERS)}).")
-        name = READERS[suffix]
-        options = {"data_files": str(path)}
-        options |= {".tsv": {"sep": "\t"}, ".txt": {"sample_by": "paragraph"}}.get(suffix, {})
-    elif path.is_dir():
-        name = str(path)
-        if {file.suffix for file in path.iterdir()} & set(READERS) == {".txt"}:
-            options = {"sample_by": "paragraph"}
-    elif looks_local(name):
+    path = Path(config.data).expanduser()
+    try:
+        if config.file_column is not None and (path.is_file() or path.is_dir()):
+            return _sites(path, config, config.file_column, wanted)
+        if path.is_file():
+            return _file(path, config, wanted)
+        if path.is_dir():
+            return _folder(path, config, wanted)
+    except OSError as error:  # a name that is too long for a path, a loop of links
+        raise UserError(f"task.data: {config.data[:200]!r} cannot be read ({error.strerror}).") from error
+    if looks_local(config.data):
         raise UserError(
             f"task.data: {path} does not exist; put the data there or name other data (docs/reproducing.md says "
             "where those of the recipes come from)."
         )
+    with _as_lines(config, path):
+        return _whole(datasets.load_dataset(config.data, config.subset))
+
+
+def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
+    suffix = suffix_of(path)
+    if suffix in SUFFIXES:
+        _refuse_unused(config, {suffix})
+        return DatasetDict(train=read_table(path, config, wanted))
+    if suffix != ".parquet":
+        raise UserError(f"task.data: {path} is none of the files that can be read ({', '.join(READERS)}).")
+    _refuse_unused(config, {suffix})
+    return _parquet(path, config, {"train": [path]})
+
+
+def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> DatasetDict:
+    for file in (file for of_split in files.values() for file in of_split):
+        refuse_pointer(file)
+    with _as_lines(config, path):
+        names = {split: [str(file) for file in of_split] for split, of_split in files.items()}
+        found = [content.digest(file) for of_split in files.values() for file in of_split]
+        key = hashlib.sha256(repr((names, found)).encode()).hexdigest()
+        return _whole(datasets.load_dataset("parquet", data_files=names, cache_dir=_cache(key)))
+
+
+def _cache(key: str) -> str:
+    """A folder in the cache for what `datasets` makes of files of this content."""
+    return str(cache_folder() / key)
+
+
+def _folder(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        _refuse_unused(config, set())
+        with _as_lines(config, path):
+            return _whole(datasets.load_from_disk(str(path)))
+    files = {} if _describes_itself(path) else _split_files(path, config)
+    kinds = Counter(_kind(file) for of_split in files.values() for file in of_split)
+    if kinds["image"] and kinds["image"] >= kinds["table"] + kinds["text"]:
+        return _images(path, config, files)
+    read = "table" if kinds["table"] else "text"
+    if not kinds[read]:
+        with _as_lines(config, path):
+            return _whole(datasets.load_dataset(str(path), config.subset, cache_dir=_cache(content.digest_all(path))))
+    suffixes = {suffix_of(file) for file in _of(files, read)}
+    _refuse_unused(config, suffixes)
+    used = {split: [f for f in of_split if _kind(f) == read] for split, of_split in files.items()}
+    used = {split: of_split for split, of_split in used.items() if of_split}
+    _tell_ignored(path, {file for of_split in used.values() for file in of_split})
+    if suffixes == {".parquet"}:
+        return _parquet(path, config, used)
+    return DatasetDict({split: _joined(of_split, config, wanted) for split, of_split in used.items()})
+
+
+def _sites(path: Path, config: TaskConfig, column: str, wanted: Sequence[str]) -> DatasetDict:
+    """The files of a folder, a file a site, as one split with the names of the files in `column`; and the test set."""
+    files = [file for file in sorted(path.iterdir()) if _kind(file) in ("table", "text")] if path.is_dir() else []
+    _refuse_unused(config, {suffix_of(file) for file in files})
+    tests = [file for file in files if stem_of(file) == (config.test_split or "test")]
+    sites = [file for file in files if file not in tests]
+    if not sites:
+        raise UserError(f"task.data: {path} must be a folder with a file for each site ({', '.join(READERS)}).")
+    if tests and config.test_share is not None:
+        raise UserError(f"task.test_share: {path} has a test set, {tests[0].name}; leave test_share out, or the file.")
+    _tell_ignored(path, set(files))
+    parts = {file: _file(file, config.model_copy(update={"subset": None}), wanted)["train"] for file in files}
+    if taken := [file.name for file in files if column in parts[file].column_names]:
+        raise UserError(f"task.file_column: {taken[0]} has a column {column!r} already; choose another name.")
+    named = [parts[file].add_column(column, [stem_of(file)] * len(parts[file])) for file in sites]
+    found = {config.train_split: _concatenated(named, sites)}
+    if tests:
+        found[config.test_split or "test"] = _concatenated([parts[file] for file in tests], tests)
+    return DatasetDict(found)
+
+
+def _joined(files: Sequence[Path], config: TaskConfig, wanted: Sequence[str]) -> Dataset:
+    parts = [
+        read_table(file, config, wanted)
+        if suffix_of(file) in SUFFIXES
+        else _file(file, config.model_copy(update={"subset": None}), wanted)["train"]
+        for file in files
+    ]
+    return _concatenated(parts, files)
+
+
+def _concatenated(parts: Sequence[Dataset], files: Sequence[Path]) -> Dataset:
     try:
-        return datasets.load_dataset(name, config.subset, split=split, **options)
-    except (ConnectionError, FileNotFoundError) as error:
-        if path.exists():
-            raise UserError(f"task.data: {path} cannot be read: {_first_line(error)}") from error
+        return concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
+    except (ValueError, TypeError) as error:
+        names = ", ".join(file.name for file in files[:5])
         raise UserError(
-            f"task.data: {config.data!r} is no local path, is not in the cache, and cannot be fetched from the "
-            f"Hugging Face Hub. Where there is a network, run `hf download --repo-type dataset {config.data} "
-            "--local-dir DIR`, bring DIR here and set task.data to it."
+            f"task.data: {names} belong to one split, but their columns differ in kind: {_first_line(error)}"
         ) from error
-    except datasets.exceptions.DatasetsError as error:
-        raise UserError(f"task.data: {path} cannot be read: {_first_line(error.__cause__ or error)}") from error
-    except ValueError as error:
-        if "corresponds to no data" in str(error):
-            empty = str(error).split('"')[1]
-            field = {config.train_split: "train_split", config.test_split or "test": "test_split"}.get(empty, "data")
-            raise UserError(f"task.{field}: the split {empty!r} holds no example; choose or make another.") from error
-        field = "subset" if "BuilderConfig" in str(error) or "Config name" in str(error) else "data"
-        field = "train_split or task.test_split" if split is not None else field
-        raise UserError(f"task.{field}: {_first_line(error)}") from error
+
+
+def _images(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> DatasetDict:
+    _refuse_unused(config, set())
+    images = _of(files, "image")
+    check_image_folder(path, images)
+    metadata = {file for file in path.rglob("*") if file.name in METADATA}
+    _tell_ignored(path, {*images, *metadata})
+    with _as_lines(config, path):
+        data = str(path.resolve())
+        return _whole(datasets.load_dataset("imagefolder", data_dir=data, cache_dir=_cache(content.digest_all(path))))
+
+
+def _describes_itself(path: Path) -> bool:
+    """Whether a folder says itself, as those of the Hub do, which of its files are what."""
+    card = path / "README.md"
+    return (path / ".huggingface.yaml").exists() or (
+        card.is_file() and bool(re.match(r"---\s*\n(.*\n)*?configs:", card.read_text(errors="replace")))
+    )
+
+
+def _split_files(path: Path, config: TaskConfig) -> dict[str, list[Path]]:
+    """The files of every split, by the names of files and folders as `datasets` understands them."""
+    with _as_lines(config, path):
+        try:
+            base = path.resolve().as_posix()
+            patterns = get_data_patterns(base)
+            found = DataFilesDict.from_patterns(patterns, base_path=base)
+        except EmptyDatasetError as error:
+            raise UserError(f"task.data: {path} cannot be read: {_first_line(error)}") from error
+    return {str(split): [Path(file) for file in of_split] for split, of_split in found.items()}
+
+
+def _kind(file: Path) -> str:
+    suffix = suffix_of(file)
+    if file.name in METADATA or file.name.startswith("."):
+        return "metadata"
+    if suffix in IMAGES:
+        return "image"
+    return "text" if suffix == ".txt" else "table" if suffix in READERS else "other"
+
+
+def _of(files: dict[str, list[Path]], kind: str) -> list[Path]:
+    return [file for of_split in files.values() for file in of_split if _kind(file) == kind]
+
+
+def _tell_ignored(path: Path, used: set[Path]) -> None:
+    """One warning of the files in a folder that are not read."""
+    used = {file.resolve() for file in used}
+    others = [
+        file.relative_to(path).as_posix()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and file.resolve() not in used
+        and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
+        and file.name not in ("README.md", "LICENSE")
+    ]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warnings.warn(
+            f"task.data: {len(others)} of the files in {path} are not read: {', '.join(others[:3])}{more}.",
+            stacklevel=2,
+        )
+
+
+def _refuse_unused(config: TaskConfig, suffixes: set[str]) -> None:
+    """UserError for an option of files that are not there."""
+    needed = {
+        "delimiter": {".csv", ".tsv"},
+        "quoting": {".csv", ".tsv"},
+        "encoding": set(SUFFIXES) - {".xlsx"},
+    }
+    needed["subset"] = {".xlsx"}
+    for field, those in needed.items():
+        if getattr(config, field) is not None and not suffixes & those:
+            raise UserError(f"task.{field}: {config.data} has no file that it is for; leave it out.")
+
+
+def _whole(found: Any) -> DatasetDict:
+    return found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+
+
+@contextmanager
+def _as_lines(config: TaskConfig, path: Path) -> Iterator[None]:
+    """What `datasets` raises, as one line that names the field."""
+    with writable_cache():
+        try:
+            yield
+        except UserError:
+            raise
+        except (ConnectionError, FileNotFoundError) as error:
+            if path.exists():
+                raise UserError(f"task.data: {path} cannot be read: {_first_line(error)}") from error
+            raise UserError(
+                f"task.data: {config.data!r} is no local path, is not in the cache, and cannot be fetched from the "
+                f"Hugging Face Hub. Where there is a network, run `hf download --repo-type dataset {config.data} "
+                "--local-dir DIR`, bring DIR here and set task.data to it."
+            ) from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise UserError(f"task.data: {config.data} cannot be read: {_first_line(error)}") from error
+        except datasets.exceptions.DatasetsError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno is not None:
+                raise cause from error
+            raise UserError(f"task.data: {path} cannot be read: {_first_line(cause)}") from error
+        except ValueError as error:
+            if "corresponds to no data" in str(error):
+                empty = str(error).split('"')[1]
+                named = {config.train_split: "train_split", config.test_split or "test": "test_split"}
+                field = named.get(empty, "data")
+                raise UserError(
+                    f"task.{field}: the split {empty!r} holds no example; choose or make another."
+                ) from error
+            field = "subset" if "BuilderConfig" in str(error) or "Config name" in str(error) else "data"
+            raise UserError(f"task.{field}: {_first_line(error)}") from error
+        except Exception as error:  # the readers of `datasets` raise whatever the libraries below them raise
+            raise UserError(
+                f"task.data: {config.data} cannot be read: {type(error).__name__}: {_first_line(error)}"
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:

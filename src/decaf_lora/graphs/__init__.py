@@ -10,6 +10,7 @@ stochastic on any undirected graph (Xiao, Boyd and Kim, "Distributed average con
 least-mean-square deviation", JPDC 2007). `parse` reads the names of the command line, `KINDS` lists them.
 """
 
+from .arrays import from_array
 from .base_k import base
 from .drawing import describe, draw
 from .files import FILES
@@ -26,7 +27,7 @@ from .named import (
     star,
     torus,
 )
-from .names import KINDS, Kind, parse
+from .names import KINDS, parse
 from .over_time import failing, one_peer_exponential, one_peer_hypercube, random_edges, random_matching
 from .schedule import Schedule, as_schedule, compose
 from .weights import from_matrix, from_networkx, metropolis
@@ -35,7 +36,6 @@ __all__ = [
     "FILES",
     "KINDS",
     "Graph",
-    "Kind",
     "Schedule",
     "as_schedule",
     "base",
@@ -47,6 +47,7 @@ __all__ = [
     "draw",
     "erdos_renyi",
     "failing",
+    "from_array",
     "from_matrix",
     "from_networkx",
     "hypercube",

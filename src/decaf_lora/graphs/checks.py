@@ -1,7 +1,7 @@
 """Which mixing matrices lead to agreement? The checks that all graphs share, and the errors they raise."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,19 @@ def check_rows(weights: NDArray[np.float64]) -> None:
         )
 
 
+def check_names(names: Sequence[str], n: int) -> None:
+    if names and len(names) != n:
+        raise UserError(f"graph: {len(names)} names for {n} agents; give every agent one.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"graph: two agents are called {twice!r}; give every agent a name of its own.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for an error, at most ten of them."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def check_columns(weights: NDArray[np.float64]) -> None:
     sums = weights.sum(axis=0)
     if (columns := np.flatnonzero(np.abs(sums - 1) > TOLERANCE)).size:
@@ -77,16 +90,17 @@ def steps_from_agent_0(heard: NDArray[np.bool_]) -> NDArray[np.int64]:
     return distances
 
 
-def check_consensus(heard: NDArray[np.bool_], field: str, remedy: str) -> None:
+def check_consensus(heard: NDArray[np.bool_], field: str, remedy: str, names: Sequence[str] = ()) -> None:
     """Whether repeating `heard` (N, N), the pattern of a doubly stochastic matrix, leads to agreement.
 
     One search from agent 0 is enough, directed or not: as much flows out of a set of agents as flows into it.
     """
     distances = steps_from_agent_0(heard)
     if (lost := np.flatnonzero(distances < 0)).size:
-        names = ", ".join(map(str, lost[:10])) + (", ..." if lost.size > 10 else "")
-        agents = f"agent {names}" if lost.size == 1 else f"agents {names}"
-        raise UserError(f"{field}: {agents} cannot be reached from agent 0; link them{remedy}.")
+        called = names or [str(agent) for agent in range(len(heard))]
+        agents = ", ".join(called[agent] for agent in lost[:10]) + (", ..." if lost.size > 10 else "")
+        agents = f"agent {agents}" if lost.size == 1 else f"agents {agents}"
+        raise UserError(f"{field}: {agents} cannot be reached from agent {called[0]}; link them{remedy}.")
     # All cycles share a divisor above 1: models circulate and never blend (two agents that swap, say).
     rows, columns = np.nonzero(heard)
     divisor = int(np.gcd.reduce(distances[rows] + 1 - distances[columns]))

@@ -21,6 +21,7 @@ def describe(graph: Graph | Schedule) -> dict[str, Any]:
     not), the sigma_2 of a whole period, what it amounts to a round, and the mean number of messages a round (of
     a random one over its first 100).
     """
+    names = {"names": list(graph.names)} if graph.names else {}
     if isinstance(graph, Schedule):
         rounds = [describe(graph.at(round)) for round in range(graph.period or 0)]
         sigma_2 = graph.sigma_2 if graph.period else None
@@ -28,6 +29,7 @@ def describe(graph: Graph | Schedule) -> dict[str, Any]:
         return {
             "name": graph.name,
             "num_agents": graph.num_agents,
+            **names,
             "period": graph.period,
             "exact_after": graph.exact_after,
             "sigma_2": sigma_2,
@@ -40,6 +42,7 @@ def describe(graph: Graph | Schedule) -> dict[str, Any]:
     return {
         "name": graph.name,
         "num_agents": graph.num_agents,
+        **names,
         "sigma_2": graph.sigma_2,
         "spectral_gap": graph.spectral_gap,
         "edges": [list(edge) for edge in graph.edges],
@@ -109,7 +112,8 @@ def draw(graph: Graph, target: "str | Path | Axes") -> None:
     )
     for node, (x, y) in places.items():
         size = diameter * (0.26 if node == "server" else 0.44)
-        axes.text(x, y, str(node), ha="center", va="center_baseline", fontsize=size, zorder=3)
+        label = graph.names[node] if graph.names and node != "server" else str(node)
+        axes.text(x, y, label, ha="center", va="center_baseline", fontsize=size, zorder=3)
 
 
 def _layout(picture: nx.Graph) -> dict[Any, NDArray[np.float64]]:

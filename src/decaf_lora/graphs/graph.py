@@ -1,7 +1,7 @@
 """Who listens to whom, with which weight? One exchange as a mixing matrix."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from decaf_lora.errors import UserError
 
-from .checks import check_columns, check_consensus, check_rows, check_symmetric, second_singular_value
+from .checks import (
+    check_columns,
+    check_consensus,
+    check_names,
+    check_rows,
+    check_symmetric,
+    listed,
+    second_singular_value,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +32,7 @@ class Graph:
         connected: False accepts a matrix that does not connect all agents: one round of a schedule.
         is_server: the average a server would make; see `Graph.server`.
         hops: the graphs that `compose` joined, first to last; () for a single exchange.
+        names: (N,) what the agents are called, all different; () if they only have numbers.
 
     Raises:
         UserError: names the row, column or agents at fault and the remedy.
@@ -35,12 +44,14 @@ class Graph:
     connected: bool = True
     is_server: bool = False
     hops: tuple["Graph", ...] = ()
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         weights = np.array(self.weights, dtype=np.float64)  # a copy: the caller's stays writeable
         weights.flags.writeable = False
         object.__setattr__(self, "weights", weights)
         check_rows(weights)
+        check_names(self.names, len(weights))
         if self.is_server:
             if (differs := np.flatnonzero((weights != weights[0]).any(axis=1))).size:
                 raise UserError(
@@ -52,7 +63,7 @@ class Graph:
         if self.require_symmetric:
             check_symmetric(weights)
         if self.connected:
-            check_consensus(weights > 0, "graph", "; pass connected=False for one round of a schedule")
+            check_consensus(weights > 0, "graph", "; pass connected=False for one round of a schedule", self.names)
 
     @classmethod
     def server(cls, counts: Sequence[float] | NDArray[Any]) -> "Graph":
@@ -76,6 +87,19 @@ class Graph:
     def num_agents(self) -> int:
         """N."""
         return len(self.weights)
+
+    def arranged(self, names: Sequence[str]) -> "Graph":
+        """The same graph with its agents in the order of `names`; one without names takes them as they come."""
+        if not self.names:
+            return replace(self, names=tuple(names))
+        if sorted(names) != sorted(self.names):
+            strange = sorted(set(self.names) ^ set(names))
+            raise UserError(
+                f"graph: the agents of {self.name} are {listed(self.names)} but those of the run {listed(names)}; "
+                f"{listed(strange)} are not in both. Name them alike."
+            )
+        order = [self.names.index(name) for name in names]
+        return replace(self, weights=self.weights[np.ix_(order, order)], names=tuple(names))
 
     def senders(self, agent: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Whom `agent` averages over: the non-zero entries of its row, itself included.

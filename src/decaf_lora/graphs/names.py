@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decaf_lora.errors import UserError, unknown
+import networkx as nx
 
+from decaf_lora.errors import UserError
+from decaf_lora.kinds import Kind, Table, call
+
+from .arrays import from_array
 from .base_k import base
 from .checks import check_count, misfit
 from .files import FILES, read
@@ -26,23 +29,7 @@ from .named import (
 )
 from .over_time import failing, one_peer_exponential, one_peer_hypercube, random_edges, random_matching
 from .schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One name that `parse` reads.
-
-    Attributes:
-        build: (num_agents, argument, seed) -> the graph; the argument is the text after the colon, or "".
-        summary: one line for `decaf graph --help`.
-        example: the name with an argument; None: it takes none.
-        required: whether the argument may be left out.
-    """
-
-    build: Callable[[int, str, int], Graph | Schedule]
-    summary: str
-    example: str | None = None
-    required: bool = False
+from .weights import from_networkx
 
 
 def _two(spec: str, argument: str, separator: str, example: str) -> tuple[int, int]:
@@ -121,7 +108,7 @@ def _build_failing(n: int, argument: str, seed: int) -> Schedule:
     return failing(parse(spec or "ring", n, seed), _number("failing", p, float, "failing:0.1:ring"), seed)
 
 
-KINDS: dict[str, Kind] = {
+_BUILT_IN = {
     "ring": Kind(lambda n, argument, seed: ring(n), "two neighbours, 1/3 each"),
     "complete": Kind(lambda n, argument, seed: complete(n), "everybody with everybody, 1/N each"),
     "star": Kind(lambda n, argument, seed: star(n), "agent 0 with all the others"),
@@ -151,14 +138,36 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def _own(function: Callable[..., Any], name: str) -> Kind:
+    """A function of the user's as a kind; it may ask for `num_agents` and `seed`."""
+
+    def build(n: int, argument: str, seed: int) -> Graph | Schedule:
+        made = call(function, name, argument, "graph", {"num_agents": n, "seed": seed})
+        if isinstance(made, nx.Graph):
+            made = from_networkx(made, name)
+        elif not isinstance(made, Graph | Schedule):
+            made = from_array(made, name)
+        if made.num_agents != n:
+            raise UserError(
+                f"graph: {name} returned {made.num_agents} agents but the run has {n}; take the parameter num_agents, "
+                f"or use {made.num_agents} agents."
+            )
+        return made
+
+    return Kind(build, "a function of your own", "mine.py:two_rings")
+
+
+KINDS: Table[Kind] = Table("graph", "decaf_lora.graphs", _BUILT_IN, _own)
+"""The graphs by name. `build` takes (num_agents, argument, seed); the argument is the text after the colon, or ""."""
+
+
 def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
     """The graph that a command line or a recipe names.
 
     Args:
         spec: a name of `KINDS`, with its argument after a colon ("ring", "torus:2x5", "erdos-renyi:0.4"; "_"
-            reads as "-"), or a file: a mixing matrix (.npy, .csv with commas, .txt with spaces) or an
-            undirected graph that gets Metropolis weights (.edgelist, .graphml). A .npy of shape (T, N, N) is a
-            schedule of T rounds. "failing:0.1:" goes before any of them.
+            reads as "-"); a function of one's own ("mine.py:two_rings"), see `kinds`; or a file, see
+            `files.read`. "failing:0.1:" goes before any of them.
         num_agents: N; what the name or the file says must agree.
         seed: of random graphs.
 
@@ -168,18 +177,9 @@ def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
     """
     check_count(num_agents)
     spec = spec.strip()
-    name, _, argument = (part.strip() for part in spec.partition(":"))
-    name = name.lower().replace("_", "-")
-    if name != "failing" and spec.lower().endswith(FILES):
+    if KINDS.written(spec.partition(":")[0].strip()) != "failing" and spec.lower().endswith(FILES):
         return _fit(read(Path(spec)), num_agents)
-    if name not in KINDS:
-        error = unknown("graph", name, KINDS)
-        raise UserError(f"{error} Or give a file: {', '.join(FILES)}.")
-    kind = KINDS[name]
-    if argument and kind.example is None:
-        raise UserError(f"graph: {name} takes no argument; write {name} instead of {spec}.")
-    if kind.required and not argument:
-        raise UserError(f"graph: {name} needs an argument, for example {kind.example}.")
+    _, kind, argument = KINDS.find(spec, f" Or give a file: {', '.join(FILES)}.")
     made = kind.build(num_agents, argument, seed)
     if isinstance(made, Schedule) and made.period is None:
         _ = made.pace  # raises where it never connects everybody

@@ -78,10 +78,11 @@ def failing(graph: Graph | Schedule, p: float, seed: int) -> Schedule:
         raise UserError(f"graph: the failure probability is {p:g}; it must be at least 0 and below 1.")
 
     def at(round: int) -> Graph:
-        weights = schedule.at(round).weights
+        graph = schedule.at(round)
+        weights = graph.weights
         upper = np.triu(numpy_generator(seed, "graph", "failing", round).random((n, n)) < p, k=1)
         lost = np.where(upper | upper.T, weights, 0)
-        return Graph(weights - lost + np.diag(lost.sum(axis=1)), "failing", connected=False)
+        return Graph(weights - lost + np.diag(lost.sum(axis=1)), "failing", connected=False, names=graph.names)
 
     weights = [schedule.at(round).weights for round in range(schedule.period or 1)]
     if any((W != W.T).any() for W in weights):

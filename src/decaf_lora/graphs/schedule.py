@@ -65,6 +65,15 @@ class Schedule:
             raise UserError("schedule: there is no graph in it; give at least one.")
         return cls(name, graphs[0].num_agents, tuple(graphs).__getitem__, len(graphs))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """(N,) what the agents are called; () if they only have numbers."""
+        return self.at(0).names
+
+    def arranged(self, names: Sequence[str]) -> "Schedule":
+        """The same schedule with its agents in the order of `names`."""
+        return Schedule(self.name, self.num_agents, lambda round: self.graph_at(round).arranged(names), self.period)
+
     def at(self, round: int) -> Graph:
         """The graph of `round`, counted from 0."""
         graph = self.graph_at(round if self.period is None else round % self.period)

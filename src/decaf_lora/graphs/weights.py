@@ -1,5 +1,7 @@
 """Which weights does a graph of one's own get?"""
 
+from collections.abc import Sequence
+
 import networkx as nx
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,18 +14,23 @@ from .graph import Graph
 ROUNDING = 1e-6  # what a float32 or a printed matrix may miss; `from_matrix` mends it
 
 
-def metropolis(adjacency: ArrayLike, name: str = "metropolis", *, connected: bool = True) -> Graph:
+def metropolis(
+    adjacency: ArrayLike, name: str = "metropolis", *, connected: bool = True, names: Sequence[str] = ()
+) -> Graph:
     """Metropolis-Hastings weights on an undirected graph.
 
     Args:
         adjacency: (N, N) symmetric, non-zero where two agents are linked; the diagonal is ignored.
         connected: False accepts a graph that does not connect all agents: one round of a schedule.
+        names: (N,) what the agents are called.
     """
     links = np.asarray(adjacency) != 0
     if links.ndim != 2 or links.shape[0] != links.shape[1]:
         raise UserError(f"graph: the adjacency has shape {links.shape}, not (N, N).")
     if (links != links.T).any():
         i, j = np.argwhere(links & ~links.T)[0]
+        if len(names) == len(links):
+            i, j = names[i], names[j]
         raise UserError(f"graph: agent {i} is linked to agent {j} but {j} not to {i}; make the adjacency symmetric.")
     links = links & ~np.eye(len(links), dtype=bool)
     degrees = links.sum(axis=1)
@@ -33,14 +40,14 @@ def metropolis(adjacency: ArrayLike, name: str = "metropolis", *, connected: boo
     # bit, and one computation serves all its agents.
     highest = np.where(links, degrees, 0).max(axis=1, initial=0)
     np.fill_diagonal(weights, np.where(highest <= degrees, 1 / (1 + degrees), own))
-    return Graph(weights, name, connected=connected)
+    return Graph(weights, name, connected=connected, names=tuple(names))
 
 
 def from_networkx(graph: nx.Graph, name: str = "networkx") -> Graph:
     """Metropolis weights on any undirected networkx graph.
 
-    Agents are its nodes in sorted order (in the order they were added where they do not sort). Self-loops and
-    edge weights are ignored.
+    Agents are its nodes in sorted order (in the order they were added where they do not sort); nodes that are strings
+    name them. Self-loops and edge weights are ignored.
     """
     if graph.is_directed():
         raise UserError("graph: the networkx graph is directed; pass graph.to_undirected().")
@@ -49,11 +56,17 @@ def from_networkx(graph: nx.Graph, name: str = "networkx") -> Graph:
         nodes = sorted(graph.nodes)
     except TypeError:
         nodes = list(graph.nodes)
-    return metropolis(nx.to_numpy_array(graph, nodes, weight=None), name)
+    names = nodes if all(isinstance(node, str) for node in nodes) else []
+    return metropolis(nx.to_numpy_array(graph, nodes, weight=None), name, names=names)
 
 
 def from_matrix(
-    weights: ArrayLike, name: str = "matrix", *, require_symmetric: bool = True, connected: bool = True
+    weights: ArrayLike,
+    name: str = "matrix",
+    *,
+    require_symmetric: bool = True,
+    connected: bool = True,
+    names: Sequence[str] = (),
 ) -> Graph:
     """A user's own mixing matrix (N, N).
 
@@ -71,4 +84,4 @@ def from_matrix(
             np.fill_diagonal(matrix, 0)
             matrix /= max(1.0, matrix.sum(axis=1).max())  # leaves no diagonal below 0
             np.fill_diagonal(matrix, np.maximum(1 - matrix.sum(axis=1), 0))
-    return Graph(matrix, name, require_symmetric=require_symmetric, connected=connected)
+    return Graph(matrix, name, require_symmetric=require_symmetric, connected=connected, names=tuple(names))

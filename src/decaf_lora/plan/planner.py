@@ -260,7 +260,7 @@ class _Planner:
     def _shards(self, task: Task, data: Data) -> partition.Partition:
         config = self.config
         if data.labels_known or config.training.epochs is not None:
-            return partition.parse(config.partition, task.labels, config.agents, config.seed)
+            return partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
         return partition.iid(task.labels, config.agents, config.seed)
 
     def _watch(self, task: Task) -> list[int]:

@@ -4,11 +4,14 @@ from decaf_lora.records.formats import (
     COLUMNS,
     cells,
     human_bytes,
+    lines,
+    references,
     table,
     to_csv,
     to_latex,
     to_markdown,
 )
+from decaf_lora.records.learnt import nothing_learnt
 from decaf_lora.records.machine import environment
 from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, tables
 from decaf_lora.records.record import (
@@ -17,6 +20,7 @@ from decaf_lora.records.record import (
     read_facts,
     read_records,
     replace_text,
+    whole_rounds,
     write_json,
 )
 from decaf_lora.records.summary import (
@@ -25,6 +29,7 @@ from decaf_lora.records.summary import (
     Spread,
     SummaryRow,
     aggregate,
+    mean_score,
     read_summary,
     summarise,
     summary_row,
@@ -44,10 +49,14 @@ __all__ = [
     "cells",
     "environment",
     "human_bytes",
+    "lines",
+    "mean_score",
+    "nothing_learnt",
     "pivot",
     "read_facts",
     "read_records",
     "read_summary",
+    "references",
     "replace_text",
     "summarise",
     "summary_row",
@@ -56,5 +65,6 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "whole_rounds",
     "write_json",
 ]

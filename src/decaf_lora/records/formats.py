@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from decaf_lora.records.summary import METRICS, Aggregate, Spread, SummaryRow, aggregate
+from decaf_lora.records.summary import METRICS, REFERENCES, Aggregate, Spread, SummaryRow, aggregate
 
 COLUMNS = (
     "algorithm",
@@ -33,6 +34,33 @@ def cells(row: Aggregate) -> list[str]:
     return [row.algorithm, row.graph, row.partition, str(row.seeds), *scores, sent, seconds]
 
 
+def lines(rows: Iterable[Aggregate]) -> list[list[str]]:
+    """The rows as text, one cell a column of `COLUMNS`; below those of a graph and partition its references.
+
+    References are what a score is to be compared with: the start of the training, and always giving the most frequent
+    class of the training data.
+    """
+    found = []
+    for _, group in itertools.groupby(rows, key=lambda row: (row.graph, row.partition)):
+        members = list(group)
+        found += [cells(row) for row in members] + references(members)
+    return found
+
+
+def references(rows: Sequence[Aggregate]) -> list[list[str]]:
+    """The lines of `rows`, which are of one graph and partition, that stand for no algorithm."""
+    found = []
+    for metric, title in REFERENCES.items():
+        known = [row for row in rows if getattr(row, metric).mean is not None]
+        # Agents that pool their data may start from another model than those that do not.
+        known = [row for row in known if row.algorithm != "centralized"] or known
+        by_value = {number(getattr(row, metric), ".3f"): row for row in reversed(known)}
+        for value, row in reversed(by_value.items()):
+            name = title if len(by_value) == 1 else f"{title} of {row.algorithm}"
+            found.append([name, row.graph, row.partition, str(row.seeds), value, *["–"] * (len(COLUMNS) - 5)])
+    return found
+
+
 def number(spread: Spread, form: str) -> str:
     if spread.mean is None:
         return spread.missing
@@ -52,11 +80,11 @@ def human_bytes(spread: Spread) -> str:
 
 def table(rows: Iterable[SummaryRow]) -> Table:
     """The aggregated rows for the terminal, within 80 columns: what all runs share goes to the title."""
-    lines = [cells(row) for row in aggregate(rows)]
-    shared = [k for k in (1, 2, 3) if lines and len({line[k] for line in lines}) == 1]
-    facts = [_literal(lines[0][k]) for k in shared if k != 3]
+    texts = lines(aggregate(rows))
+    shared = [k for k in (1, 2, 3) if texts and len({line[k] for line in texts}) == 1]
+    facts = [_literal(texts[0][k]) for k in shared if k != 3]
     if 3 in shared:
-        facts.append("1 seed" if lines[0][3] == "1" else f"{lines[0][3]} seeds (mean ± standard deviation)")
+        facts.append("1 seed" if texts[0][3] == "1" else f"{texts[0][3]} seeds (mean ± standard deviation)")
     result = Table(
         title=", ".join(facts),
         box=box.SIMPLE_HEAD,
@@ -68,8 +96,8 @@ def table(rows: Iterable[SummaryRow]) -> Table:
     for k, column in enumerate(COLUMNS):
         if k not in shared:
             justify: Literal["left", "right"] = "left" if k < 3 else "right"
-            result.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=True)
-    for line in lines:
+            result.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=k > 0)  # a name of two words may
+    for line in texts:
         line[-1] = line[-1].split(" ")[0]
         shown = [text.replace(" ± ", "±") for k, text in enumerate(line) if k not in shared]
         result.add_row(*map(_literal, shown))
@@ -82,7 +110,7 @@ def _literal(text: str) -> str:
 
 def to_markdown(rows: Iterable[SummaryRow]) -> str:
     """The aggregated rows as a GitHub table."""
-    return markdown([COLUMNS, *(cells(row) for row in aggregate(rows))], texts=3)
+    return markdown([COLUMNS, *lines(aggregate(rows))], texts=3)
 
 
 def markdown(lines: Iterable[Sequence[str]], texts: int) -> str:
@@ -96,10 +124,11 @@ def to_csv(rows: Iterable[SummaryRow]) -> str:
     """The aggregated rows for machines: full precision, and a column `<metric>_std` after each metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [name for metric in METRICS for name in (metric, f"{metric}_std")]
+    metrics = [*METRICS, *REFERENCES]
+    names = [name for metric in metrics for name in (metric, f"{metric}_std")]
     writer.writerow(["algorithm", "graph", "partition", "seeds", *names])
     for row in aggregate(rows):
-        spreads: list[Spread] = [getattr(row, metric) for metric in METRICS]
+        spreads: list[Spread] = [getattr(row, metric) for metric in metrics]
         numbers = [number for spread in spreads for number in (spread.mean, spread.std)]
         writer.writerow([row.algorithm, row.graph, row.partition, row.seeds, *numbers])
     return text.getvalue()
@@ -119,8 +148,8 @@ LATEX = str.maketrans(
 
 def to_latex(rows: Iterable[SummaryRow]) -> str:
     r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}."""
-    body = [" & ".join(cell.translate(LATEX) for cell in cells(row)) + r" \\" for row in aggregate(rows)]
+    body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in lines(aggregate(rows))]
     head = " & ".join(COLUMNS) + r" \\"
     columns = "lll" + "r" * (len(COLUMNS) - 3)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", ""])
+    text = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*text, r"\end{tabular}", ""])

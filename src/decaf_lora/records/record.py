@@ -1,6 +1,7 @@
 """What does a run write down, and how is it read back? One JSON line a round (`Record`), facts in run.json.
 
-NaN and infinity are written as null, so every file is valid JSON. Higher scores are better.
+NaN and infinity are written as null, so every file is valid JSON. Higher scores are better, unless run.json says
+`lower_is_better`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 
@@ -39,11 +40,61 @@ class Record:
 _RECORD = pydantic.TypeAdapter(Record)
 
 
+def _rectangular(rows: list[list[Any]] | None) -> list[list[Any]] | None:
+    if rows and len({len(row) for row in rows}) > 1:
+        raise ValueError("its rows are of different lengths")
+    return rows
+
+
+_Matrix = Annotated[list[list[float]] | None, pydantic.AfterValidator(_rectangular)]
+
+
+class _Graph(pydantic.BaseModel):
+    name: str
+    weights: _Matrix = None
+    sigma_2: float | None = None
+
+
+class _Partition(pydantic.BaseModel):
+    name: str
+    label_table: _Matrix = None
+    classes: list[str | int] | None = None
+
+
+class _Facts(pydantic.BaseModel):
+    """What is read of run.json, to tell one that is torn or edited before anything is made of it."""
+
+    algorithm: str
+    graph: _Graph
+    partition: _Partition
+    seed: int
+    agents: int | None = None
+    ranks: list[int] | None = None
+    rounds: int | None = None
+    task: str | None = None
+    score_name: str | None = None
+    diverged: str | None = None
+    uses_graph: bool | None = None
+    lower_is_better: bool | None = None
+    majority_score: float | None = None
+
+
+_FACTS = pydantic.TypeAdapter(_Facts)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write `text` aside and rename it onto `path`: readers see the old file or the new one, never half."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before the name: a machine that stops in between would leave an empty file
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,13 +123,17 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path, last_round: int | None = None) -> None:
-        kept = [] if last_round is None else [r for r in read_records(path) if r.round <= last_round]
+        kept = [] if last_round is None else [r for r in whole_rounds(path)[0] if r.round <= last_round]
         replace_text(path, "".join(_line(record) for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         self._file.write(_line(record))
         self._file.flush()
+
+    def sync(self) -> None:
+        """Makes sure that the disk has what was written: before a checkpoint that relies on it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -109,6 +164,29 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def whole_rounds(path: Path) -> tuple[list[Record], str]:
+    """The records in `path` from round 0 on up to the first that is missing or torn, and what follows them, in words.
+
+    What a crash or a full disk can leave is no mistake here, since a run that goes on writes it again.
+    """
+    records: list[Record] = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], f"{path} is missing"
+    except OSError as error:
+        raise UserError(f"records: cannot read {path} ({error.strerror}).") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = _RECORD.validate_json(line)
+        except pydantic.ValidationError:
+            return records, f"line {number} of {path} is not a record"
+        if record.round != len(records):
+            return records, f"{path} lacks round {len(records)}"
+        records.append(record)
+    return records, f"{path} ends with round {len(records) - 1}" if records else f"{path} is empty"
+
+
 def _parse(line: bytes, path: Path, number: int) -> Record:
     try:
         return _RECORD.validate_json(line)
@@ -132,6 +210,12 @@ def read_facts(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"run: cannot read {path} ({error.strerror}); is it a run's?") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}: not the facts of a run; it holds {json.dumps(facts)[:40]}.")
     if missing := {"algorithm", "graph", "partition", "seed"} - set(facts):
         raise UserError(f"{path}: not the facts of a run; it lacks {', '.join(sorted(missing))}.")
+    try:
+        _FACTS.validate_python(facts)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: not the facts of a run ({first_complaint(error)}); mend it.") from error
     return facts

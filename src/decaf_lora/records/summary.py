@@ -33,6 +33,11 @@ class SummaryRow:
     seconds: float
     diverged: str | None = None
     """Why its training could not go on to the last round."""
+    lower_is_better: bool = False
+    start_score: float | None = None
+    """Mean over agents before training."""
+    majority_score: float | None = None
+    """Of always giving the most frequent class, where there are classes."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,14 @@ class Aggregate:
     averaged_score: Spread
     bytes_sent: Spread
     seconds: Spread
+    lower_is_better: bool = False
+    start_score: Spread = Spread(None)
+    majority_score: Spread = Spread(None)
 
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
+REFERENCES = {"start_score": "start", "majority_score": "majority class"}
+"""Scores of a run's task that took no training -> what people read."""
 _ROWS = pydantic.TypeAdapter(list[SummaryRow])
 
 
@@ -85,21 +95,32 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
     diverged = facts.get("diverged")
     last = None if diverged else next((record for record in reversed(records) if record.scores), None)
     scores = (last.scores if last else None) or []
-    finite = [score for score in scores if score is not None and math.isfinite(score)]
-    known = len(finite) == len(scores) > 0
+    mean = None if last is None else mean_score(last)
+    finite = [] if mean is None else [score for score in scores if score is not None]
+    start = next((mean_score(record) for record in records if record.round == 0), None)
+    lower_is_better = bool(facts.get("lower_is_better", False))
     return SummaryRow(
         algorithm=facts["algorithm"],
         graph=facts["graph"]["name"],
         partition=facts["partition"]["name"],
         seed=facts["seed"],
-        mean_score=fmean(finite) if known else None,
-        worst_score=min(finite) if known else None,
-        std_score=pstdev(finite) if known else None,
+        mean_score=mean,
+        worst_score=(max(finite) if lower_is_better else min(finite)) if finite else None,
+        std_score=pstdev(finite) if finite else None,
         averaged_score=last.averaged_score if last else None,
         bytes_sent=math.fsum(record.bytes_sent for record in records),
         seconds=math.fsum(second for record in records for second in record.seconds.values()),
         diverged=diverged,
+        lower_is_better=lower_is_better,
+        start_score=start,
+        majority_score=facts.get("majority_score"),
     )
+
+
+def mean_score(record: Record) -> float | None:
+    """Mean over agents of an evaluated round: None if a score is missing or not finite, and if it was not evaluated."""
+    finite = [score for score in record.scores or () if score is not None and math.isfinite(score)]
+    return fmean(finite) if len(finite) == len(record.scores or ()) > 0 else None
 
 
 def aggregate(rows: Iterable[SummaryRow]) -> list[Aggregate]:
@@ -121,8 +142,16 @@ def _aggregate(runs: Sequence[SummaryRow]) -> Aggregate:
     """The row of runs that differ only by seed."""
     missing = "diverged" if any(run.diverged for run in runs) else "n/a"
     spreads = {metric: _spread([getattr(run, metric) for run in runs], missing) for metric in METRICS}
+    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in REFERENCES}
     first = runs[0]
-    return Aggregate(first.algorithm, first.graph, first.partition, seeds=len(runs), **spreads)
+    return Aggregate(
+        first.algorithm,
+        first.graph,
+        first.partition,
+        seeds=len(runs),
+        **spreads,
+        lower_is_better=first.lower_is_better,
+    )
 
 
 def _spread(values: Sequence[float | None], missing: str) -> Spread:

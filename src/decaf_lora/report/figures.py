@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -243,7 +243,12 @@ def _labels(groups: Groups) -> Plot | None:
         figure.colorbar(image, label="examples").outline.set_visible(False)
     step = _step(classes)
     axes.set_yticks(range(0, classes, step), names[::step])
-    axes.set_xticks(range(0, agents, _step(agents)))
+    called = run.facts.get("names") or []
+    if len(called) == agents <= 26:
+        short = [name if len(name) <= 16 else name[:15] + "…" for name in called]
+        axes.set_xticks(range(agents), short, rotation=40, ha="right", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(0, agents, _step(agents)))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("agent")
@@ -266,7 +271,9 @@ def _graph(groups: Groups) -> Plot | None:
     figure = new_figure(height=3.9)
     axes = figure.add_subplot()
     server = run.graph == "server"
-    draw(Graph(np.array(weights), run.graph, require_symmetric=False, connected=False, is_server=server), axes)
+    names = tuple(run.facts.get("names") or ())
+    graph = Graph(np.array(weights), run.graph, require_symmetric=False, connected=False, is_server=server)
+    draw(replace(graph, names=names if len(names) == len(weights) else ()), axes)
     _recolour(axes)
     caption = "The agents and who exchanges with whom."
     if (sigma := run.facts["graph"].get("sigma_2")) is not None:

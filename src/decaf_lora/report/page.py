@@ -5,9 +5,10 @@ colours, so one drawing serves the light page and the dark one. A run directory 
 holds run directories.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import matplotlib
 from markupsafe import Markup, escape
 
 from decaf_lora import records
+from decaf_lora.errors import UserError
 from decaf_lora.report import words
 from decaf_lora.report.figures import Plot, make_plots
-from decaf_lora.report.reading import by_algorithm, by_setting, read_runs
+from decaf_lora.report.reading import RunRecords, by_algorithm, by_setting, read_runs
 from decaf_lora.report.style import PAGE_COLOURS, STYLE
 
 
@@ -27,6 +29,23 @@ def write_report(directory: Path | str) -> Path:
     """Write report.html for the run or the comparison in `directory` and return its path."""
     directory = Path(directory)
     runs = read_runs(directory)
+    with writing(directory / "report.html"):
+        return _write_report(directory, runs)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the file system as one line that names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        where, reason = str(path)[:200], error.strerror or error
+        raise UserError(
+            f"report: cannot write {where} ({reason}); free space there, or copy the run to where there is some."
+        ) from error
+
+
+def _write_report(directory: Path, runs: list[RunRecords]) -> Path:
     with matplotlib.rc_context(STYLE):
         sections = [
             (f"{graph} · {partition}", make_plots(by_algorithm(members)))
@@ -58,7 +77,8 @@ def write_page(
     """Write a page of figures to `path`.
 
     facts: a few words each on what was done. table: `columns`, `note` and `groups`, (title, rows) of (text,
-    highlighted) cells. sections: (title, figures, made under `STYLE`). configurations: name -> how to repeat it.
+    highlighted) cells, and perhaps `pivots` and `warnings`, lines of text. sections: (title, figures, made under
+    `STYLE`). configurations: name -> how to repeat it.
     """
     loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora.report", "."),
@@ -89,11 +109,16 @@ def write_page(
 
 def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
     """Write every figure of the report as a file of its own (.png, .svg or .pdf), on white, into `folder`."""
-    folder = Path(folder)
+    with writing(Path(folder)):
+        return _write_figures(Path(directory), Path(folder), suffix)
+
+
+def _write_figures(directory: Path, folder: Path, suffix: str) -> list[Path]:
+    runs = read_runs(directory)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
-        sections = by_setting(read_runs(Path(directory)))
+        sections = by_setting(runs)
         for (graph, partition), members in sections.items():
             for plot in make_plots(by_algorithm(members)):
                 name = [plot.title] if len(sections) == 1 else [graph, partition, plot.title]

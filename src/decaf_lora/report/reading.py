@@ -1,7 +1,8 @@
 """What is there to report? The runs in a directory, and which of them are to be compared with which."""
 
 import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,16 @@ Groups = dict[str, list[RunRecords]]  # algorithm -> its runs, one a seed
 
 
 def read_runs(directory: Path) -> list[RunRecords]:
-    """The runs in `directory`, in the order of its summary.json if it has one."""
-    if (directory / "run.json").exists():
-        return [read_run(directory)]
-    runs = [read_run(path.parent) for path in sorted(directory.glob("*/run.json"))]
+    """The runs in `directory`, in the order of its summary.json if it has one.
+
+    Raises UserError if there is none, or if one cannot be read.
+    """
+    try:
+        if (directory / "run.json").exists():
+            return [read_run(directory)]
+        runs = [read_run(path.parent) for path in sorted(directory.glob("*/run.json"))]
+    except OSError as error:
+        raise UserError(f"report: cannot read {str(directory)[:200]} ({error.strerror or error}).") from error
     if not runs:
         raise UserError(f"report: {directory} holds no run. Give the directory of a run or of a comparison.")
     summary = directory / "summary.json"
@@ -62,15 +69,35 @@ def read_runs(directory: Path) -> list[RunRecords]:
 
 
 def read_run(directory: Path) -> RunRecords:
-    environment = directory / "environment.json"
-    config = directory / "config.yaml"
+    facts, found = records.read_facts(directory), records.read_records(directory / "records.jsonl")
+    agents = {len(values) for record in found for values in (record.scores, record.losses) if values}
+    if len(agents) > 1:
+        counts = " and ".join(map(str, sorted(agents)))
+        raise UserError(f"{directory / 'records.jsonl'}: its rounds are of {counts} agents; mend it.")
+    environment = _told(directory / "environment.json", json.loads)
+    if not isinstance(environment, dict | None):
+        _leave_out(directory / "environment.json", "it is no object")
+        environment = None
     return RunRecords(
         name=directory.resolve().name,
-        facts=records.read_facts(directory),
-        records=records.read_records(directory / "records.jsonl"),
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
-        environment=json.loads(environment.read_bytes()) if environment.exists() else {},
+        facts=facts,
+        records=found,
+        config=_told(directory / "config.yaml", str) or "",
+        environment=environment or {},
     )
+
+
+def _told(path: Path, read: Callable[[str], Any]) -> Any:
+    """What a file that only informs says; None, with a warning, if it cannot be read."""
+    try:
+        return read(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        _leave_out(path, str(error))
+        return None
+
+
+def _leave_out(path: Path, reason: str) -> None:
+    warnings.warn(f"report: {path} is left out, it cannot be read ({' '.join(reason.split())[:120]}).", stacklevel=2)
 
 
 def _identity(run: RunRecords | SummaryRow) -> tuple[str, str, str, int]:

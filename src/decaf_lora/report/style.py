@@ -42,17 +42,22 @@ STYLE: dict[Any, Any] = {
 # Okabe and Ito's colours, which the colour-blind can tell apart; the marker says the same once more.
 LOOKS = {
     "decaf": ("#D55E00", "o"),
+    "decaf_tracked": ("#009E73", "D"),
     "dlora": ("#0072B2", "s"),
     "dlora_fa": ("#56B4E9", "^"),
-    "alternating": ("#009E73", "D"),
     "fedavg": ("#CC79A7", "v"),
-    "flexlora": ("#E69F00", "P"),
-    "fedex": ("#A0603A", "X"),
     "local": ("#8C8C8C", "x"),
     "centralized": (INK, ""),
 }
 PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#9AA5B1", "#CC79A7", "#56B4E9")
-SPARE_LOOKS = [("#8A6FD1", "<"), ("#44AA99", ">"), ("#AA4466", "p"), ("#999933", "h"), ("#4477AA", "*")]
+SPARE_LOOKS = [
+    ("#E69F00", "P"),
+    ("#8A6FD1", "<"),
+    ("#44AA99", ">"),
+    ("#AA4466", "p"),
+    ("#999933", "h"),
+    ("#4477AA", "*"),
+]
 HEAT = LinearSegmentedColormap.from_list("heat", [(0, 0.447, 0.698, 0.0), (0, 0.447, 0.698, 1.0)])
 HALF, WHOLE = 5.6, 11.6  # inches: one column of the page, or both
 

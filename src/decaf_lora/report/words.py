@@ -1,12 +1,14 @@
 """What does the page say in words and numbers? Its title, what was run, the tables, where it ran."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from decaf_lora import records
 from decaf_lora.records import Aggregate, SummaryRow
 from decaf_lora.report.reading import RunRecords, by_setting
+
+Key = TypeVar("Key")
 
 
 def title(runs: Sequence[RunRecords]) -> str:
@@ -61,6 +63,7 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         lines = [
             [(text, (id(row), column) in best) for column, text in enumerate(records.cells(row))] for row in members
         ]
+        lines += [[(text, False) for text in line] for line in records.references(members)]
         # The title says what graph and partition (columns 1 and 2) are.
         groups.append((" · ".join(setting), [line[:1] + line[3:] for line in lines]))
     several_seeds = any(row.seeds > 1 for row in records.aggregate(everything))
@@ -73,6 +76,7 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         "groups": groups,
         "pivots": [_pivot(everything, metric) for metric in records.SHOWN] if len(groups) > 1 else [],
         "note": " ".join(notes),
+        "warnings": records.nothing_learnt(everything),
     }
 
 
@@ -80,12 +84,12 @@ def _pivot(rows: Sequence[SummaryRow], metric: str) -> dict[str, Any]:
     """A score by algorithm and setting for the template, the best of each column marked as in the other table."""
     pivot = records.pivot(rows, metric)
     lines = {algorithm: pivot.cells(algorithm) for algorithm in pivot.lines}
-    best = set()
+    lower_is_better = any(row.lower_is_better for row in rows)
+    best: set[tuple[str, int]] = set()
     for column in range(len(pivot.settings)):
         spreads = {name: of_all[column] for name, of_all in pivot.lines.items() if name != "centralized"}
         means = {name: round(s.mean, 3) for name, s in spreads.items() if s is not None and s.mean is not None}
-        if len(means) > 1:
-            best |= {(name, column) for name, mean in means.items() if mean == max(means.values())}
+        best |= {(name, column) for name in _winners(means, lower_is_better)}
     return {
         "title": records.SHOWN[metric].capitalize(),
         "graphs": pivot.graphs,
@@ -96,12 +100,21 @@ def _pivot(rows: Sequence[SummaryRow], metric: str) -> dict[str, Any]:
 
 def _best(rows: Iterable[Aggregate]) -> set[tuple[int, int]]:
     """(id of the row, column) of the best scores, as far as the three decimals shown can tell."""
-    best = set()
+    rows = list(rows)
+    lower_is_better = any(row.lower_is_better for row in rows)
+    best: set[tuple[int, int]] = set()
     for metric, column in (("mean_score", 4), ("worst_score", 5), ("averaged_score", 7)):
         means = {id(row): round(mean, 3) for row in rows if (mean := getattr(row, metric).mean) is not None}
-        if len(means) > 1:
-            best |= {(row, column) for row, mean in means.items() if mean == max(means.values())}
+        best |= {(row, column) for row in _winners(means, lower_is_better)}
     return best
+
+
+def _winners(means: Mapping[Key, float], lower_is_better: bool) -> list[Key]:
+    """Those with the best value; nobody without somebody to compare with."""
+    if len(means) < 2:
+        return []
+    best = (min if lower_is_better else max)(means.values())
+    return [name for name, mean in means.items() if mean == best]
 
 
 def environments(runs: Sequence[RunRecords]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,10 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
-    shards = partition.parse(config.partition, task.labels, config.agents, config.seed)
+    _refuse_moved_rows(config)
+    shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
+    if names := shards.names or graphs.as_schedule(graph).names:
+        graph, shards = graph.arranged(names), replace(shards, names=names)
     run = Run(
         task,
         algorithm,
@@ -45,6 +49,21 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     )
     _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
     return run
+
+
+def _refuse_moved_rows(config: RunConfig) -> None:
+    """UserError if a file gives the rows of the training split, but the task numbers its examples otherwise."""
+    if not re.search(r"(^|/)indices:", config.partition):
+        return
+    task = config.task
+    for field, moves in (("test_share", task.test_share), ("max_train", task.max_train), ("skip_bad", task.skip_bad)):
+        if moves:
+            raise UserError(
+                f"task.{field}: it takes rows out of the training split, so the numbers in {config.partition} would "
+                "mean others; give a split of your own instead (task.test_split), or name the sites in a column."
+            )
+    if task.packing:
+        raise UserError(f"task.packing: it joins rows, so the numbers in {config.partition} mean none; leave it out.")
 
 
 def lora_configs(config: RunConfig, default: Any) -> Any:
@@ -112,16 +131,19 @@ def lora_config(config: RunConfig, default: Any) -> Any:
         raise UserError(f"lora: {' '.join(str(error).split())}") from error
 
 
-_tasks: dict[tuple[str, str], Any] = {}
+_tasks: dict[tuple[str, str, str], Any] = {}
 _loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 """Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
 
 
 def _task(config: TaskConfig, device: str) -> Any:
-    """The task, loaded once per process: the runs of a comparison share the model and the data."""
+    """The task, loaded once per process: the runs of a comparison share the model and the data.
+
+    It is loaded again if a file of it has changed.
+    """
     from decaf_lora import tasks
 
-    key = (config.model_dump_json(), device)
+    key = (config.model_dump_json(), device, tasks.files_state(config))
     if key not in _tasks:
         with _loading:
             task = tasks.make(config)

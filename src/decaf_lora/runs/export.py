@@ -1,55 +1,146 @@
-"""What does a run leave? An agent's adapter or the averaged model, for PEFT or merged."""
+"""What does a run leave? An agent's adapter, the averaged model or all agents', for PEFT or folded into the base.
+
+An export reads the newest checkpoint, which knows the names of the classes, their order and where the base model came
+from. It needs neither the data nor a task's own file, and imports no Python code that the folder names.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from decaf_lora import config as configs
-from decaf_lora.config import RunConfig
+from decaf_lora.consensus import check_agent, chosen
 from decaf_lora.errors import UserError
-from decaf_lora.runs import checkpoint
-from decaf_lora.runs.build import build_run
-from decaf_lora.runs.folder import disk
+from decaf_lora.records import Record, read_facts, read_records
+
+ALL = "all"
 
 
-def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) -> Path:
-    """Writes an agent's adapter, or the averaged model, of a run's newest checkpoint as a PEFT directory.
+def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) -> list[Path]:
+    """Writes an agent's adapter, or the "averaged" model, of a run's newest checkpoint as a PEFT directory.
 
-    With `merge` the whole model is written with the adapter folded in, to load without PEFT.
+    An agent is given by its number or its name. With "all" every agent's goes to `to`/agent-K. With `merge` the whole
+    model is written with the adapter folded in, to load without PEFT. Returns the directories; none is left half
+    written.
     """
+    from decaf_lora.adapters.adapter import as_adapter
+    from decaf_lora.adapters.names import put, take
+    from decaf_lora.adapters.portable import written_whole
+
+    tensors, values = _checkpoint(directory)
+    outline = values["outline"]
+    parts = take("adapter/", tensors)
+    for group in ("scale/", "ranks/"):
+        parts |= put(group, take(group, tensors))
+    adapters = as_adapter(parts)
+    names = read_facts(directory).get("names") or []
+    agents: list[int | str] = list(range(adapters.num_agents)) if agent == ALL else [numbered(agent, names)]
+    for one in agents:
+        check_agent(one, adapters.num_agents)
+    made, record = _made(directory, values), _record(directory, values["round"])
+    with written_whole(to) as aside:
+        for one in agents:
+            own = {**made, **_score(record, one, outline)}
+            if names and isinstance(one, int):
+                own["model"] = f"agent {one}, {names[one]}"
+            _write(aside / f"agent-{one}" if agent == ALL else aside, chosen(adapters, one), one, outline, own, merge)
+    return [to / f"agent-{one}" for one in agents] if agent == ALL else [to]
+
+
+def numbered(agent: int | str, names: Sequence[str]) -> int | str:
+    """The number of the agent that a user means; "averaged" and "all" stay.
+
+    Args:
+        agent: a number, a name, "averaged" or "all".
+        names: (N,) of the agents, or () if they only have numbers.
+
+    Raises:
+        UserError: it is none of these, or has two meanings.
+    """
+    if isinstance(agent, int):
+        return agent
+    place = names.index(agent) if agent in names else None
+    if agent.isascii() and agent.isdigit():
+        if place is not None and place != int(agent) < len(names):
+            raise UserError(
+                f"agent: {agent} is the name of agent {place} and the number of {names[int(agent)]!r}; rename it."
+            )
+        return int(agent) if place is None else place
+    if agent in ("averaged", ALL):
+        if place is not None:
+            raise UserError(f"agent: {agent!r} is also the name of an agent; give its number, {place}.")
+        return agent
+    if place is None:
+        known = f" Choose one of: {', '.join(names)}." if names else ""
+        raise UserError(f"agent: {agent!r} is neither a number nor 'averaged' nor 'all'.{known}")
+    return place
+
+
+def _write(
+    to: Path, adapter: Any, agent: int | str, outline: Mapping[str, Any], made: Mapping[str, Any], merge: bool
+) -> None:
+    import tempfile
+
+    from decaf_lora.adapters.fold import fold
+    from decaf_lora.adapters.portable import name_of, write_adapter, write_companions
+
+    to.mkdir(exist_ok=True)
+    if not merge:
+        write_adapter(to, adapter, agent, outline, made)
+        return
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".adapter-") as aside:
+        write_adapter(Path(aside), adapter, agent, outline, made)
+        fold(outline["task"], Path(aside), to)
+    write_companions(to, outline["task"], {"model": name_of(agent), **made}, merged=True)
+
+
+def _checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and values of the newest checkpoint of the run in `directory`."""
+    from decaf_lora.runs import checkpoint
+
     if not (directory / "config.yaml").exists():
         raise UserError(f"export: {directory} holds no run (no config.yaml); give the folder of one run.")
     if not (directory / "run.json").exists():
         runs = sorted(p.parent.name for p in directory.glob("*/run.json"))
         some = f" It is a comparison; give one of its runs, e.g. {directory / runs[0]}." if runs else ""
         raise UserError(f"export: {directory} holds no run.{some}")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"to: {to} is not an empty folder; choose another.")
     found = checkpoint.load_latest(directory / "checkpoints")
     if found is None:
         raise UserError(f"export: {directory} has no checkpoint yet; go on with the run first (--resume).")
-    engine = build_run(configs.load(RunConfig, directory / "config.yaml"))
-    with contextlib.closing(engine):
-        engine.restore(*found)
-        with disk(to):
-            engine.save_adapter(to, agent)
-    if merge:
-        _merge(engine.task, to)
-    return to
+    tensors, values = found
+    if "outline" not in values or not any(name.startswith("scale/") for name in tensors):
+        raise UserError(
+            f"export: the newest checkpoint in {directory / 'checkpoints'} does not say what its model is; an earlier "
+            "version wrote it. Go on with the run for a round (--resume, with more rounds), or run it again."
+        )
+    return tensors, values
 
 
-def _merge(task: Any, to: Path) -> None:
-    from peft import PeftModel
+def _made(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model was made, for its card."""
+    facts = read_facts(directory)
+    made: dict[str, Any] = {name: facts.get(name) for name in ("algorithm", "agents", "seed")}
+    made["partition"] = facts["partition"]["name"]
+    if facts.get("uses_graph", True):
+        made["graph"] = facts["graph"]["name"]
+    environment = directory / "environment.json"
+    try:
+        versions = json.loads(environment.read_text(encoding="utf-8"))
+        made |= {name: versions[name] for name in ("decaf_lora", "torch", "transformers", "peft") if versions.get(name)}
+    except (OSError, ValueError, TypeError):
+        pass  # they only inform
+    return {**made, "rounds": values["round"]}
 
-    # A copy: the task's model may serve other runs of this process.
-    merged = PeftModel.from_pretrained(copy.deepcopy(task.model), str(to)).merge_and_unload()
-    with disk(to):
-        for path in to.iterdir():
-            path.unlink()
-        merged.save_pretrained(to)
-        tokenizer = getattr(task, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(to)
+
+def _record(directory: Path, round_: int) -> Record | None:
+    return next((r for r in read_records(directory / "records.jsonl") if r.round == round_ and r.scores), None)
+
+
+def _score(record: Record | None, agent: int | str, outline: Mapping[str, Any]) -> dict[str, str]:
+    """The model's own score at the checkpoint, if it was evaluated there."""
+    if record is None or record.scores is None:
+        return {}
+    score = record.scores[agent] if isinstance(agent, int) else record.averaged_score
+    return {str(outline["task"]["score_name"]): "not finite" if score is None else f"{score:.4f}"}

@@ -12,15 +12,16 @@ from decaf_lora.tasks.pretrained import (
     pretrained_model,
     pretrained_tokenizer,
 )
-from decaf_lora.tasks.registry import BUILT_IN, digits, make, refuse_unused
+from decaf_lora.tasks.registry import KINDS, digits, files_state, make, refuse_unused
 
 __all__ = [
-    "BUILT_IN",
+    "KINDS",
     "Batch",
     "Task",
     "checkpoint_layers",
     "digits",
     "family_targets",
+    "files_state",
     "loading_by",
     "make",
     "max_tokens",

@@ -8,14 +8,19 @@ agent or many. docs/own-task.md builds one from a plain torch module and a list 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+
+from decaf_lora.errors import UserError, unknown
 
 Batch = dict[str, Tensor]
 
@@ -33,6 +38,37 @@ class Task(ABC):
     score_name: str = "accuracy"
     """What `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False
+    classes: Sequence[str] = ()
+    """Names of the classes in the order of their numbers, where there are any."""
+    content: str = ""
+    """A hash of the examples; a run is resumed only on the same. "" compares labels and counts only."""
+    interface: Mapping[str, Any] = MappingProxyType({})
+    """How examples are put to the model: what whoever uses the trained model must know, in JSON's types.
+
+    Known to exports: `labels` (class names in the order of the model's outputs, or of the prompts), `templates`,
+    `answers`, `max_length` (tokens), `pad_token`, `processor` (whether images go in)."""
+
+    tables: Mapping[str, Any] = MappingProxyType({})
+    """"train" and "test" -> the `datasets.Dataset` of the examples, in their order, where there is one."""
+
+    def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
+        """(num_train,) or (num_test,) values of a column of the data, for partitions that split by one.
+
+        Raises:
+            UserError: the task has no columns, or none of this name.
+        """
+        if split not in self.tables:
+            raise UserError(
+                f"partition: the task {self.name} has no columns, so none called {name!r}; write a function that "
+                "returns the shards (docs/own-partition.md)."
+            )
+        table = self.tables[split]
+        if name not in table.column_names:
+            raise unknown("partition: column", name, [n for n in table.column_names if ":" not in n])
+        feature, values = table.features[name], table.select_columns([name])[name][:]
+        if hasattr(feature, "int2str"):  # classes are stored as numbers
+            values = [None if value is None else feature.int2str(value) for value in values]
+        return np.array(values, dtype=object if any(value is None for value in values) else None)
 
     def default_lora(self) -> LoraConfig:
         """The LoRA configuration to use when the user gives none; PEFT's defaults for known architectures."""
@@ -62,9 +98,56 @@ class Task(ABC):
         """(agents, q) summed statistics -> (agents,) scores; by default the first over the second."""
         return statistics[:, 0] / statistics[:, 1].clamp_min(1)
 
+    def facts(self) -> dict[str, Any]:
+        """What a run rests on, as plain JSON values: a checkpoint keeps it, and a resume compares it.
+
+        `task`, `num_train`, `num_test`, `classes` (names in the order of their numbers, or []), and `content`, a
+        hash over the labels and `self.content`.
+        """
+        labels = np.asarray(self.labels).astype("<i8")
+        digest = hashlib.sha256(f"{self.content} ".encode() + labels.tobytes())
+        return {
+            "task": self.name,
+            "num_train": len(labels),
+            "num_test": self.num_test,
+            "classes": [str(name) for name in self.classes],
+            "content": digest.hexdigest(),
+        }
+
+    def majority_score(self) -> float | None:
+        """The score of always giving the most frequent class of the training examples; None where there is none."""
+        return None
+
     def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the records: what the task is, sizes, model."""
-        return {"name": self.name, "num_train": len(self.labels), "num_test": self.num_test}
+        """Plain facts, in JSON's types: what the task is, sizes, the pretrained model, and its `interface`.
+
+        They go into checkpoints, so that an export needs neither the data nor the code of the task.
+        """
+        facts = {
+            "name": self.name,
+            "num_train": len(self.labels),
+            "num_test": self.num_test,
+            "score_name": self.score_name,
+            "lower_is_better": self.lower_is_better,
+        }
+        return {**facts, **_pretrained(self.model), **self.interface}
+
+
+def _pretrained(model: nn.Module) -> dict[str, Any]:
+    """Where a model of transformers came from, and how it was loaded; nothing of another model."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name:
+        return {}
+    path = Path(name).expanduser()
+    return {
+        "model": str(path.resolve()) if path.is_dir() else name,
+        "revision": getattr(config, "_commit_hash", None),
+        "model_class": type(model).__name__,
+        "model_module": type(model).__module__,
+        "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+        "quantized": bool(getattr(model, "is_quantized", False)),
+    }
 
 
 def repeat_for_agents(batch: Batch, agents: int) -> Batch:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from string import Formatter
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -35,7 +36,7 @@ from decaf_lora.tasks.pretrained import (
     refuse_unknown_tokens,
 )
 from decaf_lora.tasks.scores import ClassScore
-from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed
+from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed, parts_of
 
 
 def perplexity(score: float) -> float:
@@ -86,9 +87,6 @@ class CausalTask(Task):
             logits = logits[:, columns]
         return logits[asked[:, columns]].float()
 
-    def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "model": self.model.config._name_or_path}
-
 
 class LanguageModeling(CausalTask):
     """Instruction or text tuning; the score is the log-likelihood per target token of the test set.
@@ -117,9 +115,6 @@ class LanguageModeling(CausalTask):
         """(agents, 2) sum of log-likelihoods, number of target tokens."""
         found, counts = self.log_likelihoods(batch)
         return torch.stack([found.view(agents, -1).sum(1), counts.view(agents, -1).sum(1)], 1)
-
-    def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "perplexity": "exp(-score)"}
 
 
 class AnswerScoring(CausalTask):
@@ -181,6 +176,9 @@ class AnswerScoring(CausalTask):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
+
     def _differ_in_last_token(self) -> bool:
         """Whether all answers of every test example are one token after the same prompt: one pass scores all."""
         tokens, starts, count = self._test.tokens, self._test.starts, len(self.classes)
@@ -210,8 +208,30 @@ def make(config: TaskConfig) -> CausalTask:
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
         test, _ = packed(test.tokens, examples.test_labels, limit)
-    test = test.take(np.argsort(test.tokens.lengths, kind="stable"))  # batches then pad little
-    return LanguageModeling(model, train, labels, test, examples.classes or ["all"])
+    fine = _with_targets(train, "train"), _with_targets(test, "test")
+    test = test.take(fine[1])
+    by_length = np.argsort(test.tokens.lengths, kind="stable")  # batches then pad little
+    classes = examples.classes or ["all"]
+    task = LanguageModeling(model, train.take(fine[0]), labels[fine[0]], test.take(by_length), classes)
+    if not config.packing:  # a packed block holds several rows
+        task.tables = {"train": examples.train.select(fine[0]), "test": examples.test.select(fine[1][by_length])}
+    task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
+    task.content = examples.content
+    return task
+
+
+def _with_targets(sequences: Sequences, split: str) -> NDArray[np.int64]:
+    """The sequences (n,) that have a target; a warning counts the others, such as empty texts."""
+    fine = sequences.tokens.lengths > sequences.starts
+    count, total = int((~fine).sum()), len(fine)
+    if count == total:
+        raise UserError(f"task.text_column: none of the {total} {split} texts has a token to predict.")
+    if count:
+        warnings.warn(
+            f"task.text_column: {count} of {total} {split} texts have no token to predict and are left out.",
+            stacklevel=3,
+        )
+    return np.flatnonzero(fine)
 
 
 def _check_use(config: TaskConfig) -> None:
@@ -246,11 +266,8 @@ def _check_use(config: TaskConfig) -> None:
 def _prompt_columns(config: TaskConfig) -> list[tuple[str, str]]:
     if config.prompt_column:
         return [("prompt_column", config.prompt_column)]
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(config.templates[0]) if name is not None]
-    except ValueError as error:
-        raise UserError(f"task.templates: {config.templates[0]!r}: {error}.") from error
-    if not names or not all(name.isidentifier() for name in names):
+    names = [name for _, name in parts_of(config.templates[0]) if name]
+    if not names:
         raise UserError(f"task.templates: {config.templates[0]!r} needs {{column}} for each field, by name.")
     return [("templates", name) for name in dict.fromkeys(names)]
 
@@ -276,12 +293,14 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
             f"task.answers: {len(config.answers)} answers for {len(examples.classes)} classes "
             f"({', '.join(examples.classes[:8])}); give one for each, in this order."
         )
+    data.needs_classes(examples.labels, examples.classes)
+    _refuse_moved_answers(config.answers, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     model, tokenizer, limit = _load(config)
     train, test = _encode(config, examples, columns, model, tokenizer, limit)
     count = len(examples.classes)
     by_length = np.argsort(test.tokens.lengths.reshape(-1, count).max(1), kind="stable")  # batches then pad little
-    return AnswerScoring(
+    task = AnswerScoring(
         model,
         train,
         examples.labels,
@@ -291,6 +310,34 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         length_normalized=config.length_normalized,
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
+    task.content = examples.content
+    return task
+
+
+def _refuse_moved_answers(answers: Sequence[str], classes: Sequence[str]) -> None:
+    """UserError if an answer is the name of another class than the one that it is given for."""
+    keys = [data.alike(name) for name in classes]
+    for i, answer in enumerate(answers):
+        key = data.alike(answer)
+        if key in keys and keys[i] != key:
+            raise UserError(
+                f"task.answers: {answer!r} is given for the class {classes[i]!r}. The order of the classes is "
+                f"{', '.join(classes[:8])}: give the answers in this order, or set task.classes to the order that you "
+                "want."
+            )
+
+
+def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict[str, Any]:
+    facts = {"use": use, "max_length": limit, "eos_token": tokenizer.eos_token}
+    if use == "text":
+        return facts | {"columns": [config.text_column]}
+    template = config.templates[0] if config.templates else f"{{{config.prompt_column}}}"
+    facts |= {"templates": [template], "chat_template": config.chat_template}
+    if use == "instruction":
+        return facts | {"columns": [config.answer_column]}
+    return facts | {"answers": list(config.answers), "length_normalized": config.length_normalized}
 
 
 def _encode(
@@ -301,10 +348,12 @@ def _encode(
     function: Any = encode_prompts
     if config.answers or config.answer_column:
         arguments |= {
-            "template": config.templates[0] if config.templates else f"{{{config.prompt_column}}}",
+            "parts": parts_of(config.templates[0]) if config.templates else [("", config.prompt_column)],
             "answers": config.answer_column or list(config.answers),
             "chat": config.chat_template,
         }
+        for rows in (examples.train, examples.test):
+            data.needs_text(rows, columns, numbers=True)
     else:
         function = encode_texts
         arguments |= {"column": config.text_column, "limit": 0 if config.packing else limit}

@@ -10,7 +10,7 @@ encoder, and at every step (for every agent, with its own adapter) when one does
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ class ImageText(Task):
             )
         tokens = tokenizer(texts, padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
         self._tokens = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+        self.interface = {"use": "image-text", "labels": self.classes}
         self._text_adapted = False
         self._cached_text: Tensor | None = None
 
@@ -114,9 +115,8 @@ class ImageText(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "templates": self._templates}
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_targets)
 
     def _text_features(self, agents: int, device: torch.device) -> Tensor:
         """(agents or 1, C, d) unit text features of the classes."""
@@ -137,7 +137,7 @@ def make(config: TaskConfig) -> ImageText:
     """The task that `config` describes. In prompts, underscores of class names become spaces."""
     templates = config.templates or TEMPLATES
     for template in templates:
-        if template.count("{}") != 1 or template.count("{") != 1:
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
             raise UserError(f"task.templates: {template!r} needs {{}} once, for the class name.")
     label, image = config.label_column or "label", config.image_column
     examples = data.load(config, [], label=label, image=image)
@@ -146,6 +146,7 @@ def make(config: TaskConfig) -> ImageText:
             f"task.classes: the labels in column {label!r} are only numbers; give the {len(examples.classes)} names "
             "that prompts are made of, in the order of the numbers."
         )
+    data.needs_classes(examples.labels, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     processor = pretrained_tokenizer(config, processor=True)
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
@@ -164,6 +165,7 @@ def make(config: TaskConfig) -> ImageText:
             config.num_workers,
             data.image_folder(config),
             config.image_cache * 2**30,
+            config.pixel_range,
         )
         for rows in (examples.train, examples.test)
     )
@@ -179,6 +181,9 @@ def make(config: TaskConfig) -> ImageText:
         score=score,
     )
     refuse_unknown_tokens(model, processor.tokenizer, input_ids=task._tokens["input_ids"].numpy())
+    task.tables = {"train": examples.train, "test": examples.test}
+    task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
+    task.content = examples.content
     return task
 
 

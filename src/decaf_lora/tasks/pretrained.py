@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -42,6 +43,8 @@ def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any
     Those are drawn from a fixed seed: every agent and every process starts from the same ones, and the global
     generators are left alone. Raises UserError if there is no such model, or no GPU for a quantized one.
     """
+    if config.model is not None:
+        refuse_adapter(Path(config.model).expanduser())
     if (instead := _loader.get()) is not None:
         return instead(config, kind, options)
     options = {"dtype": getattr(torch, config.dtype), **options}
@@ -50,10 +53,41 @@ def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any
     with torch.random.fork_rng(devices=[]), _transformers_quiet():
         torch.default_generator.manual_seed(0)
         model, report = _from_pretrained(config, kind, output_loading_info=True, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        [lora] = [one for name, one in model.peft_config.items() if name in model.active_adapters()]
+        _refuse_as_base(config.model, lora.base_model_name_or_path)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     new = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     return model.eval(), sorted(new | set(report["missing_keys"]))
+
+
+def pretrained_config(config: TaskConfig) -> Any:
+    """The configuration of `config.model`, as transformers reads it."""
+    from transformers import AutoConfig
+
+    with _transformers_quiet():
+        return _from_pretrained(config, AutoConfig)
+
+
+def refuse_adapter(model: Path) -> None:
+    """UserError if `model` is the directory of an adapter: transformers would load its base and the adapter."""
+    path = model / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    _refuse_as_base(str(model), base)
+
+
+def _refuse_as_base(model: str | None, base: str | None) -> None:
+    raise UserError(
+        f"task.model: {model} holds an adapter, on which no other can be built; set task.model to its base "
+        f"{base or 'model'}, and to go on from the adapter also init_adapters, or fold it into its base first "
+        "(PEFT's merge_and_unload)."
+    )
 
 
 def pretrained_tokenizer(config: TaskConfig, processor: bool = False) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-from decaf_lora.config import TaskConfig
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.config import OWN, TaskConfig
+from decaf_lora.errors import UserError
+from decaf_lora.kinds import Kind, Table, call, options
 from decaf_lora.tasks.base import Task
 
 
@@ -40,31 +38,53 @@ def _causal_lm(config: TaskConfig) -> Task:
     return causal_lm.make(config)
 
 
-class BuiltIn(NamedTuple):
-    """A task of this package: how it is made, and the options that it reads."""
+@dataclass(frozen=True)
+class TaskKind(Kind):
+    """A task by name; `build` takes the `TaskConfig`.
 
-    make: Callable[[TaskConfig], Task]
-    options: frozenset[str]
+    Attributes:
+        options: the fields of the configuration that it reads; None: any.
+    """
+
+    options: frozenset[str] | None = None
 
 
 _ANY = {"name", "eval_batch_size"}
 _PRETRAINED = _ANY | {
     *("model", "dtype", "quantization", "gradient_checkpointing"),
-    *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
+    *(
+        "data",
+        "file_column",
+        "subset",
+        "delimiter",
+        "quoting",
+        "encoding",
+        "train_split",
+        "test_split",
+        "test_share",
+        "max_train",
+        "max_test",
+        "data_seed",
+    ),
     *("label_column", "classes", "metric", "positive", "num_workers"),
 }
 
-BUILT_IN: dict[str, BuiltIn] = {
-    "digits": BuiltIn(lambda config: digits(), frozenset(_ANY)),
-    "image-text": BuiltIn(
-        _image_text, frozenset(_PRETRAINED | {"image_column", "image_cache", "templates", "skip_bad"})
+_BUILT_IN = {
+    "digits": TaskKind(lambda config: digits(), "the demo: a tiny CLIP on turned digits", options=frozenset(_ANY)),
+    "image-text": TaskKind(
+        _image_text,
+        "images and the names of their classes, with a CLIP",
+        options=frozenset(_PRETRAINED | {"image_column", "image_cache", "pixel_range", "templates", "skip_bad"}),
     ),
-    "sequence-classification": BuiltIn(
-        _sequence_classification, frozenset(_PRETRAINED | {"text_column", "text_pair_column", "max_length"})
+    "sequence-classification": TaskKind(
+        _sequence_classification,
+        "texts or pairs of texts and their classes",
+        options=frozenset(_PRETRAINED | {"text_column", "text_pair_column", "max_length"}),
     ),
-    "causal-lm": BuiltIn(
+    "causal-lm": TaskKind(
         _causal_lm,
-        frozenset(
+        "texts, or prompts and answers, with a language model",
+        options=frozenset(
             _PRETRAINED
             | {"text_column", "prompt_column", "answer_column", "templates", "answers", "length_normalized"}
             | {"chat_template", "packing", "max_length"}
@@ -73,52 +93,54 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
+def _own(function: Callable[..., Any], name: str) -> TaskKind:
+    """A function of the user's as a kind. A parameter that has no default and is not set is given the `TaskConfig`."""
+    required = [option.name for option in options(function).values() if option.default is inspect.Parameter.empty]
+
+    def build(config: TaskConfig) -> Task:
+        supplied = {parameter: config for parameter in required if parameter not in config.own}
+        if not supplied:
+            refuse_unused(config, frozenset(_ANY), name)
+        task = call(function, name, "", "task", supplied, config.own)
+        if not isinstance(task, Task):
+            raise UserError(f"task: {name} returned {type(task).__name__}, not a decaf_lora.tasks.Task.")
+        return task
+
+    return TaskKind(build, "a task of your own")
+
+
+KINDS: Table[TaskKind] = Table("task", "decaf_lora.tasks", _BUILT_IN, _own)
+"""The tasks by name."""
+
+
 def make(config: TaskConfig) -> Task:
-    """The task named by the configuration: a built-in one, `module:function` or `file.py:function`.
+    """The task named by the configuration: one of `KINDS`, or a function of the user's own (docs/own-task.md).
 
     A function of your own is called without arguments or, if it requires one, with the `TaskConfig`.
     """
-    if config.name in BUILT_IN:
-        built_in = BUILT_IN[config.name]
-        refuse_unused(config, built_in.options, config.name)
-        return built_in.make(config)
-    if ":" in config.name:
-        factory = _user_factory(config.name)
-        parameters = inspect.signature(factory).parameters.values()
-        takes_config = any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-        if not takes_config:
-            refuse_unused(config, frozenset(_ANY), config.name)
-        task = factory(config) if takes_config else factory()
-        if not isinstance(task, Task):
-            raise UserError(f"task: {config.name} returned {type(task).__name__}, not a decaf_lora.tasks.Task.")
-        return task
-    raise unknown("task", config.name, BUILT_IN)
+    name, kind, argument = KINDS.find(config.name)
+    if argument:
+        raise UserError(f"task: {name} takes no argument; write {name} instead of {config.name}.")
+    if kind.options is not None:
+        refuse_unused(config, kind.options, name)
+    return kind.build(config)
+
+
+def files_state(config: TaskConfig) -> str:
+    """A short text that changes whenever a local file does that a task is made of: data, model, a user's own code.
+
+    A process that keeps a task for its next run compares this.
+    """
+    source = config.name.rpartition(":")[0]
+    if not (config.data or config.model or source):
+        return ""
+    from decaf_lora.data.content import state
+
+    return state([name for name in (config.data, config.model, source) if name])
 
 
 def refuse_unused(config: TaskConfig, used: frozenset[str], user: str) -> None:
     """UserError for an option that was set but that `user` does not read."""
     for field, info in TaskConfig.model_fields.items():
-        if field not in used and getattr(config, field) != info.default:
+        if field not in used and field != OWN and getattr(config, field) != info.default:
             raise UserError(f"task.{field}: {user} does not use it; leave it out.")
-
-
-def _user_factory(name: str) -> Callable[..., Any]:
-    source, _, function = name.rpartition(":")
-    if source.endswith(".py"):
-        path = Path(source).resolve()
-        if not path.exists():
-            raise UserError(f"task: {path} does not exist.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(source)
-        except ModuleNotFoundError as error:
-            raise UserError(f"task: cannot import {source!r} ({error}); is it on PYTHONPATH?") from error
-    if not hasattr(module, function):
-        raise UserError(f"task: {source} has no function {function!r}.")
-    return getattr(module, function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,12 @@ class ClassScore:
         self.name = {"f1": f"F1 ({classes[self.positive]})" if metric == "f1" else "", "macro-f1": "macro-F1"}.get(
             metric, metric
         )
+
+    def majority(self, labels: np.ndarray, test_labels: Tensor) -> float:
+        """The score on `test_labels` (m,) of always giving the most frequent class of `labels` (n,)."""
+        counts = torch.bincount(torch.as_tensor(labels), minlength=self.num_classes)
+        constant = nn.functional.one_hot(counts.argmax(), self.num_classes).expand(len(test_labels), -1)
+        return float(self.score(self.statistics(constant, test_labels, 1))[0])
 
     def statistics(self, logits: Tensor, labels: Tensor, agents: int) -> Tensor:
         """Logits (agents * b, C) and labels (agents * b,) -> sums over the examples: (agents, 2) right and all

@@ -28,6 +28,7 @@ from decaf_lora.tasks.base import Batch, Task, cross_entropy
 from decaf_lora.tasks.pretrained import (
     family_targets,
     max_tokens,
+    pretrained_config,
     pretrained_model,
     pretrained_tokenizer,
     refuse_unknown_tokens,
@@ -108,9 +109,8 @@ class SequenceClassification(Task):
     def score(self, statistics: Tensor) -> Tensor:
         return self._score.score(statistics)
 
-    def describe(self) -> Mapping[str, Any]:
-        facts = {"model": self.model.config._name_or_path, "num_classes": len(self.classes)}
-        return {**super().describe(), **facts, "new_modules": self.heads}
+    def majority_score(self) -> float | None:
+        return self._score.majority(self.labels, self._test_labels)
 
 
 def make(config: TaskConfig) -> SequenceClassification:
@@ -118,7 +118,9 @@ def make(config: TaskConfig) -> SequenceClassification:
     columns = [("text_column", config.text_column)]
     if config.text_pair_column is not None:
         columns.append(("text_pair_column", config.text_pair_column))
-    examples = data.load(config, columns, label=config.label_column or "label")
+    own = _own_classes(config)
+    examples = data.load(config, columns, label=config.label_column or "label", order=own)
+    data.needs_classes(examples.labels, examples.classes)
     data.needs_text(examples.train, columns)
     data.needs_text(examples.test, columns)
     score = ClassScore(config.metric, examples.classes, config.positive)
@@ -131,6 +133,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         label2id={c: i for i, c in enumerate(examples.classes)},
         ignore_mismatched_sizes=True,
     )
+    _compare_classes(own, examples.classes)
     pad = _padding_token(tokenizer, model)
     limit = max_tokens(config, model, tokenizer)
     takes = inspect.signature(model.forward).parameters
@@ -151,11 +154,12 @@ def make(config: TaskConfig) -> SequenceClassification:
             for name in ("input_ids", "token_type_ids")
             if name in tokenized.column_names and name in takes
         }
+        data.needs_tokens(rows, sequences[split]["input_ids"].lengths, "text_column", split)
         refuse_unknown_tokens(model, tokenizer, **{name: ragged.values for name, ragged in sequences[split].items()})
     refuse_unknown_tokens(model, tokenizer, input_ids=np.array([pad]))
     data.warn_truncated(truncated, limit)
     by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
-    return SequenceClassification(
+    task = SequenceClassification(
         model,
         sequences["train"],
         examples.labels,
@@ -166,6 +170,46 @@ def make(config: TaskConfig) -> SequenceClassification:
         fills={"input_ids": pad},
         score=score,
     )
+    task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.interface = {
+        "use": "sequence-classification",
+        "labels": task.classes,
+        "columns": [column for _, column in columns],
+        "max_length": limit,
+        "pad_token": tokenizer.pad_token,
+    }
+    task.content = examples.content
+    return task
+
+
+def _own_classes(config: TaskConfig) -> list[str]:
+    """The names of the classes of a checkpoint that was fine-tuned already, in the order of its head; else []."""
+    found = pretrained_config(config)
+    if not any(name.endswith("ForSequenceClassification") for name in found.architectures or ()):
+        return []
+    names = [str(found.id2label.get(i, "")) for i in range(len(found.id2label or ()))]
+    return [] if all(re.fullmatch(r"(LABEL_\d+)?", name) for name in names) else names
+
+
+def _compare_classes(own: Sequence[str], classes: Sequence[str]) -> None:
+    """What becomes of a checkpoint's head for the classes `own`: refused in another order, else told."""
+    keys, wanted = [data.alike(name) for name in own], [data.alike(name) for name in classes]
+    if not own or keys == wanted:
+        return
+    if sorted(keys) == sorted(wanted):
+        raise UserError(
+            f"task.classes: the checkpoint's head has these classes in the order {', '.join(own)}; leave task.classes "
+            "out, or give them in this order."
+        )
+    if len(own) != len(classes):
+        warnings.warn(
+            f"task.model: its head is for {len(own)} classes ({', '.join(own[:5])}), the data have {len(classes)}; a "
+            "new head is trained. If they are the same classes, name all of them in task.classes.",
+            stacklevel=3,
+        )
+        return
+    pairs = ", ".join(f"{a} for {b}" for a, b in list(zip(own, classes, strict=True))[:5])
+    warnings.warn(f"task.model: its head was trained for other classes and starts as it is: {pairs}.", stacklevel=3)
 
 
 def tokenize(batch: Mapping[str, list[str]], tokenizer: Any, columns: list[str], limit: int) -> dict[str, list[Any]]:

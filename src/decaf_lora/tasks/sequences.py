@@ -6,6 +6,7 @@ to the answer. Sequences are padded on the right, where a causal model sees noth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -69,21 +70,44 @@ def encode_texts(batch: Mapping[str, list[str]], tokenizer: Any, column: str, li
     }
 
 
+def parts_of(template: str) -> list[tuple[str, str]]:
+    """A template as pairs of a text and the column behind it, "" behind the last; {{ and }} are braces in the text.
+
+    A column's name may have dots, blanks and other signs: everything between two braces is the name.
+    """
+    parts, text = [], ""
+    for found in re.finditer(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+", template):
+        piece, column = found[0], found[1]
+        if column == "":
+            raise UserError(f"task.templates: {template!r} needs {{column}} for each field, by name.")
+        if column is not None:
+            parts.append((text, column))
+            text = ""
+        elif piece in ("{", "}"):
+            raise UserError(
+                f"task.templates: {template!r} has a single {piece}; write {piece * 2} for a brace as text."
+            )
+        else:
+            text += piece[0] if piece in ("{{", "}}") else piece
+    return [*parts, (text, "")] if text else parts
+
+
 def encode_prompts(
     batch: Mapping[str, list[Any]],
     tokenizer: Any,
-    template: str,
+    parts: list[tuple[str, str]],
     answers: str | list[str],
     chat: bool,
     limit: int,
 ) -> dict[str, list[Any]]:
     """Prompts with their answers: the column `answers`, ended, or every one of the list `answers`.
 
-    A space is put between a prompt and an answer unless there is white space or a chat template. What is too
-    long loses the beginning of its prompt, the same for all answers.
+    `parts`: what prompts are made of, as `parts_of` gives it. A space is put between a prompt and an answer unless
+    there is white space or a chat template. What is too long loses the beginning of its prompt, the same for all
+    answers.
     """
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    prompts = [template.format(**row) for row in rows]
+    prompts = ["".join(text + (str(row[column]) if column else "") for text, column in parts) for row in rows]
     per_prompt = answers if isinstance(answers, list) else None
     texts, seams = [], []
     for prompt, row in zip(prompts, rows, strict=True):
@@ -91,13 +115,8 @@ def encode_prompts(
             text, seam = _joined(tokenizer, prompt, answer, chat, to_the_end=per_prompt is None)
             texts.append(text)
             seams.append(seam)
-    found = tokenizer(texts, add_special_tokens=not chat, return_offsets_mapping=True, verbose=False)
-    end = [tokenizer.eos_token_id] if per_prompt is None and not chat and tokenizer.eos_token_id is not None else []
-    sequences = [_ended(ids, end) for ids in found["input_ids"]]
-    starts = [
-        max(1, next((i for i, (_, stop) in enumerate(offsets) if stop > seam), len(ids)))
-        for ids, offsets, seam in zip(found["input_ids"], found["offset_mapping"], seams, strict=True)
-    ]
+    found, starts = _tokens_and_starts(tokenizer, texts, seams, special=not chat)
+    sequences = found if per_prompt else [_with_end(tokenizer, *one, chat) for one in zip(found, starts, strict=True)]
     for text, ids, start in zip(texts, sequences, starts, strict=True):
         if start >= len(ids):
             raise UserError(f"task.answers: the tokenizer makes no token of the answer in {text[-60:]!r}.")
@@ -115,22 +134,73 @@ def encode_prompts(
     }
 
 
+def _tokens_and_starts(
+    tokenizer: Any, texts: list[str], seams: list[int], special: bool
+) -> tuple[list[list[int]], list[int]]:
+    """The tokens of every text, and the first of them that reaches beyond the text's seam (at least 1)."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        ids = found["input_ids"]
+        starts = [
+            next((i for i, (_, stop) in enumerate(offsets) if stop > seam), len(of_text))
+            for of_text, offsets, seam in zip(ids, found["offset_mapping"], seams, strict=True)
+        ]
+    else:
+        # Tokenizers in plain Python do not say where a token lies. The tokens before the seam are those that the
+        # prompt alone begins with too.
+        ids = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        prompts = [text[:seam] for text, seam in zip(texts, seams, strict=True)]
+        alone = tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
+        starts = [
+            next(
+                (i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), min(len(whole), len(prompt))
+            )
+            for whole, prompt in zip(ids, alone, strict=True)
+        ]
+    return ids, [max(1, start) for start in starts]
+
+
+def _with_end(tokenizer: Any, ids: list[int], start: int, chat: bool) -> list[int]:
+    """A sequence whose last target ends the answer: the end of sequence, or what ends a turn of the chat template."""
+    if chat:
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if (added | set(tokenizer.all_special_ids)).intersection(ids[start:]):
+            return ids
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "task.chat_template: a turn of the assistant has no end in it, and the tokenizer has no "
+                "end-of-sequence token; a model could not learn to stop. Let the template end it with a special token."
+            )
+    return _ended(ids, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
 def _joined(tokenizer: Any, prompt: str, answer: str, chat: bool, to_the_end: bool) -> tuple[str, int]:
     """Prompt and answer as one text, and the length of the prompt in it."""
     if not chat:
         space = "" if not prompt or prompt[-1].isspace() or answer[:1].isspace() else " "
         return prompt + space + answer, len(prompt)
     user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
-    asked = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    asked = _rendered(tokenizer, [user], add_generation_prompt=True)
     if not to_the_end:
         return asked + answer, len(asked)
-    whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    whole = _rendered(tokenizer, [user, assistant])
     if not whole.startswith(asked):
         raise UserError(
             "task.chat_template: the tokenizer's template changes the prompt once it is answered; "
             "write the prompt with task.templates instead."
         )
     return whole, len(asked)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template is a program, and may raise whatever it does
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"task.chat_template: the tokenizer's template fails on a message of the user with its answer ({reason}); "
+            "write the prompt with task.templates instead."
+        ) from error
 
 
 def _ended(ids: list[int], end: list[int]) -> list[int]:

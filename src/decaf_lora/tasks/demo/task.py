@@ -30,6 +30,8 @@ class Digits(ImageText):
             name="digits",
             classes=digits_data.CLASS_NAMES,
         )
+        self.interface = {**self.interface, "prompt_names": self.classes, "templates": [digits_data.TEMPLATE]}
+        self.content = f"{digits_data.SPLIT_SHA256}, shifted: {shift}"
 
     def default_lora(self) -> LoraConfig:
         """Rank 2 on q, k, v of the vision encoder, scaling 1, as the paper's vision set-up."""

@@ -1,0 +1,128 @@
+"""How does an adapter become part of its base model? PEFT folds it in, after weights that are shared come apart."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from decaf_lora.adapters.portable import preprocessing
+from decaf_lora.errors import UserError
+
+
+def fold(task: Mapping[str, Any], adapter: Path, directory: Path) -> None:
+    """Writes the base model of `task` with the PEFT adapter in `adapter` folded in, to load without PEFT.
+
+    The sums are taken in float32 and rounded once, to the base's own number format. Raises UserError where the base
+    is not of transformers, cannot be loaded, or is in 4 bits.
+    """
+    from peft import PeftModel
+
+    model = base_model(task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are shared: they were taken apart
+        untied = take_apart(model, trained_modules(adapter))
+        with _quiet():
+            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    merged = merged.to(getattr(torch, task["dtype"]))
+    merged.save_pretrained(directory)
+    if untied:
+        _check_apart(merged, untied, directory, task)
+
+
+def base_model(task: Mapping[str, Any]) -> Any:
+    """The base model of a task's description, in float32, with its classes and padding; see `fold` for errors."""
+    import transformers
+
+    if task.get("quantized"):
+        raise UserError(
+            "merge: the run's base is in 4 bits, where a merge would round most of the update away; export the adapter "
+            "alone (without --merge), and merge it into the full base with PEFT if its other scores will do."
+        )
+    kind = getattr(transformers, str(task.get("model_class")), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise UserError(
+            f"merge: the model of task {task.get('name')!r} is not one of transformers; export the adapter alone "
+            "(without --merge)."
+        )
+    options: dict[str, Any] = {"revision": task.get("revision"), "dtype": torch.float32}
+    if labels := task.get("labels"):
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    if task.get("use") == "sequence-classification":
+        options["ignore_mismatched_sizes"] = True
+    try:
+        with _quiet():
+            model: Any = kind.from_pretrained(task["model"], **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"merge: the base model {task['model']} cannot be loaded ({reason}); put it there again, or export the "
+            "adapter alone (without --merge)."
+        ) from error
+    if task.get("pad_token"):
+        model.config.get_text_config().pad_token_id = preprocessing(task).pad_token_id
+    return model.eval()
+
+
+def trained_modules(adapter: Path) -> set[str]:
+    """Names of the modules of the base whose weights the PEFT adapter in `adapter` changes."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 - it is no dict
+    return {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in names}
+
+
+def take_apart(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, str]]:
+    """Gives those of `modules` that share a weight with another one a copy; returns (name, one it shared with).
+
+    Language models often read and write with one matrix. An adapter on the layer that writes must not change how the
+    model reads.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    untied = []
+    for module in modules:
+        for key, parameter in list(model.get_submodule(module).named_parameters(recurse=False)):
+            others = [name for name in owners[id(parameter)] if name != f"{module}.{key}"]
+            if others:
+                setattr(model.get_submodule(module), key, nn.Parameter(parameter.detach().clone()))
+                untied.append((f"{module}.{key}", others[0]))
+    if untied:
+        config: Any = model.config
+        for one in (config, config.get_text_config()):
+            one.tie_word_embeddings = False
+        cast(Any, model).all_tied_weights_keys = {}  # read when the model is saved
+    return untied
+
+
+def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, task: Mapping[str, Any]) -> None:
+    """UserError if the model that was written ties again what was taken apart."""
+    with _quiet():
+        again = dict(type(merged).from_pretrained(directory).named_parameters(remove_duplicate=False))
+    now = dict(merged.named_parameters(remove_duplicate=False))
+    for names in untied:
+        if not all(torch.equal(again[name].to(now[name]), now[name]) for name in names):
+            raise UserError(
+                f"merge: {task['model_class']} always shares {' and '.join(names)}, of which the adapter changes one "
+                "only; export the adapter alone (without --merge)."
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on what it loads: a new head is about to be replaced."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

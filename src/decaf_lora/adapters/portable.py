@@ -1,0 +1,158 @@
+"""What does an exported directory carry besides its weights? All that a fresh process needs to use them rightly.
+
+Beside the weights lie the tokenizer or processor, `labels.json` (id2label and label2id), generation settings,
+`decaf_lora.json` (how examples are put to the model) and a model card. All of it comes from the description of the
+task (`Task.describe`) and from the base model's own directory: neither data nor code of the task is needed, and no
+Python code that a description names is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.card import write_card
+from decaf_lora.adapters.peft_io import save_peft
+from decaf_lora.errors import UserError
+
+Facts = Mapping[str, Any]
+"""Plain values in JSON's types."""
+
+
+def config_values(config: LoraConfig, trained: list[str], task: Facts) -> dict[str, Any]:
+    """`config` in JSON's types, with the base model of `task`, so that PEFT's Auto classes find and load it.
+
+    trained: names of the parameters that were trained in full. Of `modules_to_save` those remain, once each, that
+    hold one: PEFT adds its own guesses while it matches, and again at every load.
+    """
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    modules = dict.fromkeys(values["modules_to_save"] or ())
+    kept = [m for m in modules if any(f".{m}." in f".{name}" for name in trained)]
+    values |= {"modules_to_save": kept or None, "inference_mode": True}
+    values |= {"base_model_name_or_path": task.get("model"), "revision": task.get("revision")}
+    if values["task_type"] is None and str(task.get("model_module", "")).startswith("transformers."):
+        values["auto_mapping"] = {"base_model_class": task["model_class"], "parent_library": task["model_module"]}
+    return values
+
+
+def write_adapter(directory: Path, adapter: Adapter, agent: int | str, outline: Facts, made: Facts) -> None:
+    """Writes the one adapter in `adapter`, an agent's or the averaged one, with all that belongs to it.
+
+    outline: `Run.outline`. made: what the model card says of how it was made, name -> text.
+    """
+    configs = outline["configs"]
+    index = outline["averaged"] if not isinstance(agent, int) else agent if len(configs) > 1 else 0
+    save_peft(adapter, 0, LoraConfig.from_peft_type(**copy.deepcopy(configs[index])), directory)
+    write_companions(directory, outline["task"], {"model": name_of(agent), **made}, merged=False)
+
+
+def name_of(agent: int | str) -> str:
+    """What people read for an agent, or for the averaged model."""
+    return f"agent {agent}" if isinstance(agent, int) else "averaged model"
+
+
+def write_companions(directory: Path, task: Facts, made: Facts, merged: bool) -> None:
+    """Writes what belongs to an adapter or, if `merged`, to a full model of `task`; see `write_adapter`."""
+    if task.get("model"):
+        _save_preprocessing(directory, task)
+        if str(task["model_class"]).endswith("ForCausalLM"):
+            _save_generation(directory, task)
+    if labels := task.get("labels"):
+        found = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        _write_json(directory / "labels.json", found)
+    _write_json(directory / "decaf_lora.json", {"task": dict(task), "made": dict(made)})
+    write_card(directory, task, made, merged)
+
+
+def preprocessing(task: Facts) -> Any:
+    """The tokenizer, or the processor of images and text, as the task uses it."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kind = AutoProcessor if task.get("processor") else AutoTokenizer
+    found = kind.from_pretrained(task["model"], revision=task.get("revision"), trust_remote_code=False)
+    tokenizer = getattr(found, "tokenizer", found)
+    if tokenizer.pad_token is None and task.get("pad_token"):
+        tokenizer.pad_token = task["pad_token"]
+    if limit := task.get("max_length"):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return found
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory`, which becomes `directory` when all is written, and is gone if it is not.
+
+    Raises UserError if `directory` is not new or empty, or cannot be written.
+    """
+    aside = directory.with_name(f".{directory.name}.tmp")
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"to: {directory} is not an empty folder; choose another.")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove(aside)
+        aside.mkdir()
+        yield aside
+        if directory.exists():
+            directory.rmdir()
+        os.replace(aside, directory)
+    except UserError:
+        raise
+    except Exception as error:
+        # tokenizers tell of a full disk by a plain Exception.
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"to: cannot write {directory} ({reason}); free space there or choose another.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(aside)
+
+
+def _remove(directory: Path) -> None:
+    import shutil
+
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _save_preprocessing(directory: Path, task: Facts) -> None:
+    try:
+        found = preprocessing(task)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"export: without a tokenizer, since that of {task['model']} cannot be loaded ({reason}).",
+            stacklevel=2,
+        )
+        return
+    found.save_pretrained(directory)
+
+
+def _save_generation(directory: Path, task: Facts) -> None:
+    """The base's generation settings, which end where the training texts end."""
+    from transformers import AutoConfig, GenerationConfig
+
+    where: dict[str, Any] = {"revision": task.get("revision")}
+    try:
+        settings = GenerationConfig.from_pretrained(task["model"], **where)
+    except OSError:
+        try:
+            config = AutoConfig.from_pretrained(task["model"], trust_remote_code=False, **where)
+        except (OSError, ValueError):
+            return  # the missing tokenizer has been told
+        settings = GenerationConfig.from_model_config(config)
+    settings.save_pretrained(directory)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,269 @@
+"""`decaf federation`: organisations agree on a run, find each other, and see how it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from decaf_lora.cli.options import check_options, configured, parsed
+from decaf_lora.config import RunConfig
+from decaf_lora.errors import UserError, unknown
+
+
+def federation_command(args: list[str]) -> int:
+    """One of the commands of `decaf federation`."""
+    if not args or args[0] in ("-h", "--help"):
+        table = Table.grid(padding=(0, 3))
+        for name, (who, _, summary) in _COMMANDS.items():
+            table.add_row(f"  decaf federation {name}", who, summary)
+        console = Console(highlight=False)
+        console.print("Organisations that may not pool their data train one model together, without a server.\n")
+        console.print(table)
+        console.print("\nIn this order. Help of a command: decaf federation COMMAND --help")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in _COMMANDS:
+        raise unknown("federation", name, _COMMANDS)
+    return _COMMANDS[name][1](rest)
+
+
+def _init(args: list[str]) -> int:
+    own, rest = _split(args, ("recipe", "agents", "graph", "name", "days", "patience", "give-up"))
+
+    def init(
+        file: Positional[Path],
+        recipe: str,
+        agents: str,
+        graph: str = "ring",
+        name: str | None = None,
+        days: float = 90.0,
+        patience: float | None = None,
+        give_up: float = 86400.0,
+    ) -> tuple[Any, ...]:
+        """Writes the draft of a federation file, and the organiser's key beside it. Other options are those of
+        `decaf run RECIPE`, such as --rounds.
+
+        Args:
+            file: the federation file to write, .yaml.
+            recipe: a recipe, or a YAML file: the run.
+            agents: names of the agents, with commas: alice,bob,carol.
+            graph: who talks to whom, as in `decaf graph`, or edges: alice-bob,bob-carol.
+            name: of the federation; the file's if unset.
+            days: from sealing until the file expires.
+            patience: seconds without progress after which a round goes on without a neighbour; if unset, three times
+                the median of the agent's own rounds, at least 60.
+            give_up: seconds after which an agent that nobody answers ends, with what it has.
+        """
+        return file, recipe, agents, graph, name, days, patience, give_up
+
+    path, recipe, agents, graph, name, days, patience, give_up = parsed(init, "decaf federation init", own)
+    from decaf_lora.federation import commands, keys
+    from decaf_lora.federation.file import Limits
+
+    names = [part.strip() for part in agents.split(",")]
+    config = configured(RunConfig, "federation init", [recipe, *rest])[0]
+    if min(give_up, days, 1.0 if patience is None else patience) <= 0:
+        raise UserError("patience, give-up, days: must be above 0.")
+    limits = Limits(patience=patience, give_up=give_up)
+    draft = commands.init(path, config, names, graph, name=name, days=days, limits=limits)
+    organiser = keys.Organiser.load(commands.key_of_organiser(path))
+    _say(f"draft: {path} (change it with an editor until it is sealed)")
+    _say(f"key: {commands.key_of_organiser(path)} (yours alone; who has it can sign in your place)")
+    _say(f"fingerprint: {keys.fingerprint(organiser.public)} (tell it the sites by telephone)")
+    _say(f"next: each of {', '.join(draft.agents)} runs `decaf federation request {path.name} --name NAME ...`")
+    return 0
+
+
+def _request(args: list[str]) -> int:
+    def request(
+        file: Positional[Path],
+        name: str,
+        listen: str | None = None,
+        dial_only: bool = False,
+        key: Path | None = None,
+        days: float = 365.0,
+    ) -> tuple[Any, ...]:
+        """Makes this site's key, which stays here, and its request, which goes to the organiser.
+
+        Args:
+            file: the draft, as the organiser has sent it.
+            name: this site's agent.
+            listen: HOST:PORT where the others reach this agent.
+            dial_only: nobody can reach this agent; it dials the others.
+            key: file of the key; NAME.key beside the federation file if unset. One that exists is used again.
+            days: how long a new certificate is valid.
+        """
+        return file, name, listen, dial_only, key, days
+
+    check_options(args, ["name", "listen", "dial-only", "key", "days", "help"])
+    path, name, listen, dial_only, key, days = parsed(request, "decaf federation request", args)
+    if (listen is None) is not dial_only:
+        raise UserError("listen: give --listen HOST:PORT, where the others reach this agent, or --dial-only.")
+    if days <= 0:
+        raise UserError("days: must be above 0.")
+    from decaf_lora.federation import commands
+
+    out, key = commands.request(path, name, listen, key=key, days=days)
+    _say(f"key: {key} (never leaves this machine)")
+    _say(f"request: {out} (send it to the organiser)")
+    return 0
+
+
+def _seal(args: list[str]) -> int:
+    def seal(
+        file: Positional[Path],
+        requests: Positional[tuple[Path, ...]] = (),
+        agents: str = "",
+        graph: str | None = None,
+        days: float | None = None,
+    ) -> tuple[Any, ...]:
+        """Signs the federation file: a draft as version 1, one that is sealed as its next version.
+
+        Args:
+            file: the federation file, with the organiser's key beside it.
+            requests: the requests of the sites; a site that is in a sealed file already needs none.
+            agents: names of the agents, where they change: alice,bob,dave.
+            graph: in place of the file's.
+            days: from now until the file expires; the draft's, or 90.
+        """
+        return file, requests, agents, graph, days
+
+    check_options(args, ["agents", "graph", "days", "help"])
+    path, requests, agents, graph, days = parsed(seal, "decaf federation seal", args)
+    if days is not None and days <= 0:
+        raise UserError("days: must be above 0.")
+    from decaf_lora.federation import commands, keys
+
+    names = [part.strip() for part in agents.split(",")] if agents else []
+    signed = commands.seal(path, requests, agents=names, graph=graph, days=days)
+    _say(f"sealed: {path}, version {signed.version}, until {signed.expires:%Y-%m-%d %H:%M} UTC (send it to every site)")
+    found = keys.fingerprint(signed.organiser)
+    _say(f"fingerprint: {found} (the sites ask for it by telephone)")
+    _say(f"next: each site runs `decaf federation check {path.name} --name NAME --trust {found}`")
+    return 0
+
+
+def _check(args: list[str]) -> int:
+    from decaf_lora.federation import checking
+    from decaf_lora.federation.terms import Local
+
+    def check(
+        file: Positional[Path],
+        name: str,
+        trust: str | None = None,
+        key: Path | None = None,
+        wait: float = 0.0,
+        bind: str | None = None,
+        timeout: float = 5.0,
+        json: bool = False,
+        local: Any = None,
+    ) -> tuple[Any, ...]:
+        """Looks whether this site is ready: signature, key, clock, base model, data and one batch, neighbours. Exit
+        code 2 if something is wrong.
+
+        Args:
+            file: the sealed federation file.
+            name: this site's agent.
+            trust: fingerprint of the organiser's key, told by telephone; needed the first time.
+            key: file of this agent's key; NAME.key beside the federation file if unset.
+            wait: seconds to connect to the neighbours as an agent does, while they do the same; 0 dials them once.
+            bind: HOST:PORT to listen on while waiting; the port of the file on all addresses if unset.
+            timeout: seconds to wait for a neighbour's answer.
+            json: print JSON.
+        """
+        return file, name, trust, key, wait, bind, timeout, json, local
+
+    own = ("name", "trust", "key", "wait", "bind", "timeout", "json", "help")
+    values = _with_local(check, "decaf federation check", args, own, Local)
+    path, name, told, key, wait, bind, timeout, as_json, local = values
+    findings = []
+    looked = checking.check(path, name, told=told, key=key, local=local, bind=bind, wait=wait, timeout=timeout)
+    for found in looked:
+        findings.append(found)
+        if not as_json:
+            _say(f"{found.verdict:6} {found.what}: {found.said}")
+    if as_json:
+        print(json_.dumps([vars(found) for found in findings], indent=2))
+    return 2 if any(found.verdict == "wrong" for found in findings) else 0
+
+
+def _with_local(
+    function: Callable[..., tuple[Any, ...]], prog: str, args: list[str], own: tuple[str, ...], local: type[BaseModel]
+) -> tuple[Any, ...]:
+    """What `function` returns, with the fields of `local` as further options.
+
+    Its last value becomes those that were given, as a dict.
+    """
+    check_options(args, [*own, *local.model_fields])
+    columns: list[tuple[str, Any, Any]] = [
+        (name, Annotated[field.annotation, arg(help=field.description)], dataclasses.field(default=field.default))
+        for name, field in local.model_fields.items()
+    ]
+    site = dataclasses.make_dataclass("Site", columns, frozen=True)
+    function.__annotations__["local"] = Annotated[site, arg(name="")]
+    assert function.__defaults__ is not None
+    function.__defaults__ = (*function.__defaults__[:-1], site())
+    *values, chosen = parsed(function, prog, args)
+    given = {name: value for name, value in vars(chosen).items() if value != local.model_fields[name].default}
+    return *values, given
+
+
+def _status(args: list[str]) -> int:
+    def status(file: Positional[Path], name: str, json: bool = False) -> tuple[Path, str, bool]:
+        """Shows what a running agent says of itself, each second anew.
+
+        Args:
+            file: the federation file.
+            name: this site's agent.
+            json: print JSON.
+        """
+        return file, name, json
+
+    check_options(args, ["name", "json", "help"])
+    path, name, as_json = parsed(status, "decaf federation status", args)
+    from decaf_lora.federation import commands
+    from decaf_lora.federation import status as statuses
+
+    known = commands.agents_of(path)
+    if name not in known:
+        raise unknown("name", name, known)
+    said = statuses.read(statuses.file_of(path, name))
+    if as_json:
+        print(json_.dumps(dataclasses.asdict(said), indent=2))
+    else:
+        Console(highlight=False).print(statuses.shown(said))
+    return 0
+
+
+def _split(args: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The arguments that are the command's own (`names` with values, help, what has no dashes), and the others."""
+    own: list[str] = []
+    rest: list[str] = []
+    into = own
+    for argument in args:
+        if argument.startswith("--"):
+            name = argument[2:].split("=")[0].replace("_", "-")
+            into = own if name in (*names, "help") else rest
+        into.append(argument)
+    return own, rest
+
+
+def _say(line: str) -> None:
+    Console(highlight=False).print(line, markup=False, soft_wrap=True)
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], str]] = {
+    "init": ("organiser", _init, "write a draft, and the organiser's key"),
+    "request": ("each site", _request, "make this site's key, and the request that the organiser needs"),
+    "seal": ("organiser", _seal, "sign the file, with all sites in it"),
+    "check": ("each site", _check, "look whether this site is ready, and what to do if not"),
+    "status": ("each site", _status, "show how this site's agent is doing"),
+}

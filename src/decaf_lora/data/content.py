@@ -1,0 +1,92 @@
+"""Are these the same data as before? Hashes of what files hold, whatever their times say.
+
+A file that was unpacked, copied or restored can have the time of the one that it replaces, so what is cached is
+keyed by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+_known: dict[tuple[Any, ...], str] = {}
+"""Hashes of files that this process has read. The system sets `st_ctime` itself: nobody can give it an old value."""
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    key = _state(path)
+    if key not in _known:
+        with path.open("rb") as file:
+            _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _known[key]
+
+
+def digest_all(root: Path) -> str:
+    """SHA-256 of a folder: the path and the bytes of every file below it that is not hidden."""
+    files = sorted(_files(root))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, files))
+    found = hashlib.sha256(str(root.resolve()).encode())
+    for file, of_file in zip(files, digests, strict=True):
+        found.update(f"\n{file.relative_to(root)} {of_file}".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def state(names: Iterable[str]) -> str:
+    """A short text that changes whenever a file of these does, or below these; names of no file do not count."""
+    found = hashlib.sha256()
+    for name in names:
+        path = Path(name).expanduser()
+        for file in sorted(_files(path)) if path.is_dir() else [path]:
+            found.update(repr(_state(file)).encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def of_rows(rows: Dataset, columns: Iterable[str], folder: str = "") -> str:
+    """SHA-256 of columns of `rows` in their order; of images that are paths, what the files hold."""
+    chosen = sorted(set(columns))
+    found = hashlib.sha256(repr(chosen).encode())
+    if not chosen:
+        return found.hexdigest()
+    for table in rows.select_columns(chosen).with_format("arrow").iter(batch_size=1000):
+        for name in chosen:
+            for part in _parts(table[name], folder):
+                found.update(part)
+    return found.hexdigest()
+
+
+def _parts(column: pa.ChunkedArray, folder: str) -> Iterator[bytes]:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        values = column.to_pylist()
+        yield repr([None if v is None else len(v) for v in values]).encode()
+        yield "".join(v or "" for v in values).encode(errors="surrogatepass")
+        return
+    for value in column.to_pylist():
+        if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+            path = Path(folder) / (value["path"] or "")
+            known = value["bytes"] is None and value["path"] and path.is_file()
+            yield digest(path).encode() if known else hashlib.sha256(value["bytes"] or b"").digest()
+        else:
+            yield repr(value).encode(errors="surrogatepass") + b"\n"
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder) / name for name in names if not name.startswith("."))
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    try:
+        found = path.stat()
+    except OSError:  # a link to nowhere
+        return (str(path),)
+    return (str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -1,0 +1,33 @@
+"""What is wrong with a file, told at once: so many lines, the first of them by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from decaf_lora.errors import UserError
+
+SHOWN, KEPT = 5, 1000
+
+
+class Faults:
+    """Faulty lines of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self._known: list[tuple[int, str]] = []
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def add(self, line: int, what: str) -> None:
+        self.count += 1
+        if len(self._known) < KEPT:
+            self._known.append((line, what))
+
+    def refuse(self, what: str) -> None:
+        """UserError if there were any."""
+        if self.count:
+            lines = "line has" if self.count == 1 else "lines have"
+            first = ", ".join(f"line {line} ({what})" for line, what in sorted(self._known)[:SHOWN])
+            more = f" and {self.count - SHOWN} more" if self.count > SHOWN else ""
+            raise UserError(f"task.data: {self.path}: {self.count} {lines} {what}: {first}{more}; mend or remove them.")

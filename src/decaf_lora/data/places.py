@@ -1,0 +1,33 @@
+"""What kind of file is it, and where in it does a row come from? For messages that a person looks up in an editor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+
+PLACE = "decaf:place"
+"""A column of such places, which the readers of files add and `load` takes away again."""
+
+
+def place(rows: Dataset, index: int) -> str:
+    """`line 17`, `line 3 of test.csv`, or the row's number where the source has no lines."""
+    return str(rows[index][PLACE]) if PLACE in rows.column_names else f"row {index}"
+
+
+_PACKED = (".gz", ".bz2", ".xz", ".zip")
+
+
+def suffix_of(path: Path) -> str:
+    """The lower-case suffix that says what a file holds: `.csv` of `A.CSV` and of `a.csv.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in _PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def stem_of(path: Path) -> str:
+    """The name without that suffix and those of packed files: `a` of `a.csv.gz`."""
+    while path.suffix.lower() in _PACKED:
+        path = path.with_suffix("")
+    return path.stem

@@ -1,0 +1,160 @@
+"""How does a file become a table on disk? Read once, checked, and kept by what it holds.
+
+The table lies memory-mapped in the cache of `datasets`, under a name made from the file's content and the options of
+its reading; a changed file is read again, whatever its time says.
+"""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+from datasets.table import MemoryMappedTable
+
+from decaf_lora.config import TaskConfig
+from decaf_lora.data import content
+from decaf_lora.data.delimited import read_delimited
+from decaf_lora.data.encodings import encoding_of
+from decaf_lora.data.places import suffix_of
+from decaf_lora.data.structured import read_excel, read_json, read_text
+from decaf_lora.errors import UserError
+
+VERSION = 1
+"""Raised whenever the readers read something differently: what older ones have kept is then read again."""
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx", ".txt")
+"""What is read here; the case of letters does not matter, and .gz, .bz2, .xz or .zip may follow."""
+
+_POINTER = b"version https://git-lfs"
+
+
+def read_table(path: Path, config: TaskConfig, wanted: Sequence[str]) -> Dataset:
+    """The examples of a file, with the column `PLACE`; warnings say what was guessed.
+
+    `wanted` are the columns that a task needs. Raises UserError if the file cannot be read.
+    """
+    options = [config.delimiter, config.quoting, config.encoding, config.subset, sorted(set(wanted))]
+    with readable(path):
+        key = json.dumps([VERSION, content.digest(path), path.name, *options])
+    name = hashlib.sha256(key.encode()).hexdigest()
+    kept = cache_folder() / f"{name}.arrow"
+    if not kept.exists():
+        table, notes = _parsed(path, config, list(dict.fromkeys(wanted)))
+        _keep(table.replace_schema_metadata({"notes": json.dumps(notes)}), kept)
+    mapped = MemoryMappedTable.from_file(str(kept))
+    for note in json.loads(mapped.schema.metadata[b"notes"]):
+        warnings.warn(note, stacklevel=2)
+    return Dataset(mapped, fingerprint=name[:32])
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: a folder in the cache of `datasets`."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "decaf-lora"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error) from error
+    return folder
+
+
+@contextmanager
+def writable_cache() -> Iterator[None]:
+    """UserError that names the cache for what the system refuses to write there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+            raise
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> UserError:
+    return UserError(
+        f"HF_DATASETS_CACHE: {datasets.config.HF_DATASETS_CACHE} cannot be written ({error.strerror}); set "
+        "HF_DATASETS_CACHE to a folder that can be."
+    )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """UserError for what the system refuses to read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"task.data: {path} cannot be read ({error.strerror or error}).") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """UserError if a file is what Git LFS leaves in place of a file that was not fetched."""
+    with readable(path), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"task.data: {path} is a pointer of Git LFS and not the file itself; fetch it with `git lfs pull`."
+            )
+
+
+def _parsed(path: Path, config: TaskConfig, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
+    refuse_pointer(path)
+    suffix = suffix_of(path)
+    with readable(path):
+        raw = _unpacked(path.read_bytes(), path)
+    if not raw.strip():
+        raise UserError(f"task.data: {path} is empty.")
+    if suffix == ".xlsx":
+        return read_excel(raw, path, config, wanted), []
+    encoding, told = encoding_of(raw, path.name, config.encoding)
+    notes = [told] if told else []
+    if suffix in (".csv", ".tsv"):
+        table, more = read_delimited(raw, encoding, path, suffix, config, wanted)
+        return table, notes + more
+    return (read_text(raw, encoding, path) if suffix == ".txt" else read_json(raw, encoding, path, wanted)), notes
+
+
+def _unpacked(raw: bytes, path: Path) -> bytes:
+    try:
+        match path.suffix.lower():
+            case ".gz":
+                return gzip.decompress(raw)
+            case ".bz2":
+                return bz2.decompress(raw)
+            case ".xz":
+                return lzma.decompress(raw)
+            case ".zip":
+                with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+                    names = [name for name in archive.namelist() if not name.endswith("/")]
+                    if len(names) != 1:
+                        raise UserError(f"task.data: {path} holds {len(names)} files; unpack it and name a folder.")
+                    return archive.read(names[0])
+    except UserError:
+        raise
+    except Exception as error:  # each of the four libraries has errors of its own
+        raise UserError(f"task.data: {path} cannot be unpacked ({error}).") from error
+    return raw
+
+
+def _keep(table: pa.Table, path: Path) -> None:
+    """Writes a table so that no other process ever sees half of it."""
+    with writable_cache():
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,11 @@
+"""Links over the network: one stream of gRPC with mutual TLS for each edge of the graph (`decaf-lora[mesh]`)."""
+
+from decaf_lora.errors import UserError
+
+try:
+    from decaf_lora.engines.links.edge import Neighbour, Status, Timing
+    from decaf_lora.engines.links.links import Links
+except ImportError as error:
+    raise UserError(f"mesh: {error.name} is missing; pip install 'decaf-lora[mesh]'.") from error
+
+__all__ = ["Links", "Neighbour", "Status", "Timing"]

@@ -1,0 +1,256 @@
+"""Is a site ready? Every thing that could be wrong, one line each, with what to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from decaf_lora.config import AlgorithmConfig
+from decaf_lora.engines.links import Links, Neighbour, tls
+from decaf_lora.engines.mesh.frames import Frame
+from decaf_lora.engines.mesh.link import dialler
+from decaf_lora.errors import UserError
+from decaf_lora.federation import base_model, commands, file, keys, status, trust
+from decaf_lora.runs.build import build_run
+
+Verdict = Literal["right", "wrong", "open"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    verdict: Verdict
+    """`open`: not wrong here, but not yet so that training could begin."""
+    said: str
+    """What was found, and what to do if it is not right."""
+
+
+def neighbours(signed: file.Signed, name: str) -> list[Neighbour]:
+    """The other ends of an agent's edges."""
+    listens = frozenset(member.name for member in signed.agents if member.address is not None)
+    found = []
+    for number in signed.neighbours(signed.number(name)):
+        other = signed.agents[number]
+        dials = dialler(name, other.name, listens) == other.name
+        found.append(Neighbour(other.name, other.certificate.encode(), other.address, number, dials))
+    return found
+
+
+def site(path: Path, name: str, *, told: str | None = None, key: Path | None = None) -> tuple[file.Signed, tls.Own]:
+    """What an agent needs before it may connect: the file, accepted, and its own identity.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    steps = _Steps(path, name, told, key)
+    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key):
+        check()
+    return steps.signed, steps.own
+
+
+def check(
+    path: Path,
+    name: str,
+    *,
+    told: str | None = None,
+    key: Path | None = None,
+    local: Mapping[str, Any] | None = None,
+    bind: str | None = None,
+    wait: float = 0.0,
+    timeout: float = 5.0,
+) -> Iterator[Finding]:
+    """Looks at everything in turn; what needs something that is wrong is left out.
+
+    Args:
+        path: the federation file.
+        name: of this site's agent.
+        told: fingerprint of the organiser's key; needed the first time.
+        key: file of this agent's key; NAME.key beside the federation file if unset.
+        local: what the site sets for itself, fields of `terms.Local`; data and a batch are looked at if it is given.
+        bind: HOST:PORT to listen on while it waits; the port of the file on all addresses if unset.
+        wait: seconds to listen and dial until all neighbours are up, who do the same; 0: dials once, does not listen.
+        timeout: seconds to wait for a neighbour's answer.
+    """
+    steps = _Steps(path, name, told, key)
+    right = True
+    for what, look in (
+        ("signature", steps.signature),
+        ("organiser", steps.version_and_trust),
+        ("clock", steps.clock),
+        ("software", steps.software),
+        ("key", steps.key),
+    ):
+        found = _look(what, look)
+        yield found
+        right &= found.verdict == "right"
+        if what == "signature" and not right:
+            return  # nothing in the file is to be believed
+    yield _look("base model", steps.base)
+    if local is not None:
+        yield _look("data", lambda: rehearse(steps.signed, steps.number, local))
+    if not right:
+        yield Finding("neighbours", "open", "not dialled before the rest is right.")
+        return
+    if wait > 0:
+        yield from meet(steps.signed, steps.own, path, bind, wait)
+        return
+    for neighbour in neighbours(steps.signed, name):
+        what = f"neighbour {neighbour.name}"
+        if neighbour.dials:
+            yield Finding(what, "right", f"{neighbour.name} dials this agent; --wait 60 at both ends tests it.")
+            continue
+        answer = tls.diagnose(steps.own, neighbour, steps.signed.version, timeout)
+        verdict: Verdict = "right" if answer.kind == "up" else "open" if answer.kind == "not reached" else "wrong"
+        yield Finding(what, verdict, answer.why)
+
+
+def listening(signed: file.Signed, name: str, bind: str | None) -> str | None:
+    """host:port to listen on; None where no neighbour dials this agent."""
+    if not any(neighbour.dials for neighbour in neighbours(signed, name)):
+        return None
+    address = signed.agents[signed.number(name)].address
+    assert address is not None
+    return bind or f"0.0.0.0:{file.host_port(address)[1]}"
+
+
+def meet(signed: file.Signed, own: tls.Own, path: Path, bind: str | None, wait: float) -> Iterator[Finding]:
+    """Connects to all neighbours as an agent does, for at most `wait` seconds, and says how it went."""
+    running = status.running(status.file_of(path, own.name))
+    if running:  # a second connection would take the place of the agent's
+        yield Finding("neighbours", "open", f"the agent is running (process {running}): see `decaf federation status`.")
+        return
+    others = neighbours(signed, own.name)
+    links = Links(own, others, version=signed.version, listen=listening(signed, own.name, bind))
+    try:
+        links.start(_Nobody())
+    except UserError as error:
+        yield Finding("port", "wrong", str(error))
+        return
+    try:
+        end = time.monotonic() + wait
+        while time.monotonic() < end and not all(links.up(other.number) for other in others):
+            time.sleep(0.1)
+        for other in others:
+            what, up = f"neighbour {other.name}", links.up(other.number)
+            why = "it has not dialled this agent: is it running, and does it reach the port?"
+            if not other.dials or links.status(other.number).connections:
+                why = links.status(other.number).why
+            yield Finding(what, "right" if up else "open", f"{other.name} is up." if up else why)
+    finally:
+        links.stop()
+
+
+class _Nobody:
+    """Listens to no event."""
+
+    def on_up(self, peer: int, connection: int) -> None: ...
+
+    def on_down(self, peer: int, connection: int) -> None: ...
+
+    def on_frame(self, peer: int, connection: int, frame: Frame) -> None: ...
+
+
+def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
+    """Reads the site's data and takes one step of training with one batch, alone; what was found.
+
+    Raises:
+        UserError: the data do not fit the terms (a label outside the classes, a missing column, ...), or the loss of
+            the batch is not finite.
+    """
+    config = signed.terms.config(len(signed.agents), "ring", local)
+    own = {
+        field: values[number : number + 1]
+        for field, values in (("ranks", config.lora.ranks), ("alphas", config.lora.alphas))
+    }
+    changes: dict[str, Any] = {
+        "agents": 1,
+        "partition": "iid",
+        "rounds": 1,
+        "gossip_steps": 1,
+        "lora": config.lora.model_copy(update=own),
+        "algorithm": AlgorithmConfig(name="local"),
+        "training": config.training.model_copy(update={"steps": 1, "agents_per_pass": 1}),
+    }
+    if config.task.data is not None:  # one batch is scored, not the whole test set
+        changes["task"] = config.task.model_copy(update={"max_test": config.training.batch_size})
+    run = build_run(config.model_copy(update=changes))
+    try:
+        *_, last = run.train()
+    finally:
+        run.close()
+    classes = len(set(run.task.labels.tolist()))
+    return (
+        f"{len(run.task.labels)} examples to learn from, {classes} labels among them; one batch gives the loss "
+        f"{last.losses[0]:.4g}."
+    )
+
+
+def _look(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, "right", look())
+    except UserError as error:
+        return Finding(what, "wrong", str(error))
+
+
+class _Steps:
+    """What is looked at, in the order in which one thing needs the other. Each says what it found, or raises."""
+
+    def __init__(self, path: Path, name: str, told: str | None, key: Path | None) -> None:
+        self._path, self._name, self._told = path, name, told
+        self._key = key or path.with_name(f"{name}.key")
+        self.signed: file.Signed
+        self.own: tls.Own
+
+    @property
+    def number(self) -> int:
+        return self.signed.number(self._name)
+
+    def signature(self) -> str:
+        self.signed = file.read_signed(self._path)
+        number, of = self.number, len(self.signed.agents)
+        return f"{self.signed.name}, version {self.signed.version}; {self._name} is agent {number} of {of}."
+
+    def version_and_trust(self) -> str:
+        trust.accept(self.signed, self._key.with_suffix(".trust"), self._told)
+        return f"{keys.fingerprint(self.signed.organiser)}, as told."
+
+    def clock(self) -> str:
+        file.refuse_expired(self.signed)
+        now, until = datetime.now(UTC), self.signed.expires
+        return f"{now:%Y-%m-%d %H:%M} UTC; the file is valid until {until:%Y-%m-%d %H:%M} UTC."
+
+    def software(self) -> str:
+        commands.refuse_other_software(self.signed)
+        first, below = self.signed.software
+        return f"decaf-lora from {first}, below {below}."
+
+    def key(self) -> str:
+        own = keys.load_identity(self._key)
+        member = self.signed.agents[self.number]
+        if tls.sha256(own.certificate) != tls.sha256(member.certificate.encode()):
+            raise UserError(
+                f"key: {self._key} is not the key whose certificate the file has for {self._name}; use that one, or "
+                f"send the organiser the request of this one."
+            )
+        fault = tls.invalid(own.certificate, own.name)
+        if fault:
+            raise UserError(f"key: {fault}: set the clock, or make a new request and ask the organiser for a new file.")
+        self.own = own
+        expires = keys.read_certificate(member.certificate).expires
+        return f"{self._key}, for its owner alone; certificate valid until {expires:%Y-%m-%d %H:%M} UTC."
+
+    def base(self) -> str:
+        signed = self.signed
+        config = signed.terms.config(len(signed.agents), "ring")
+        folder = base_model.model_folder(config.task)
+        if folder is None:
+            return "none: the task brings its own model."
+        base_model.check_same("weights", base_model.tensors(folder), signed.base, folder)
+        base_model.check_same("tokenizer", base_model.tokenizer(folder), signed.tokenizer, folder)
+        return f"{len(signed.base)} tensors and {len(signed.tokenizer)} files of the tokenizer are the organiser's."

@@ -1,0 +1,163 @@
+"""What do the agents of a federation have to do alike? The shared part of a run's configuration.
+
+The other fields (data, splits, columns, device, workers, folders) belong to a site: they are neither signed nor sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
+
+from decaf_lora.config import (
+    OWN,
+    AlgorithmConfig,
+    LoraOptions,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+    build,
+    explain,
+)
+from decaf_lora.errors import UserError
+
+SHARED_TASK = (
+    *("name", "model", "classes", "templates", "answers", "length_normalized", "chat_template", "packing"),
+    *("max_length", "metric", "positive", "dtype", "quantization", OWN),
+)
+"""Fields of the task that all agents share."""
+
+LOCAL_TASK = tuple(name for name in TaskConfig.model_fields if name not in SHARED_TASK)
+"""Fields of the task that each site sets for itself."""
+
+LOCAL_TRAINING = ("agents_per_pass",)
+"""Fields of the training that each site sets for itself: they change its speed alone."""
+
+SHARED_RUN = ("gossip_steps", "start", "rounds", "seed")
+"""Fields of the run itself that all agents share, beside the graph."""
+
+
+LOCAL_RUN = ("partition", "evaluate_every", "measure_every", "checkpoint_every", "device")
+"""Fields of the run itself that each site sets for itself."""
+
+
+def _local() -> type[BaseModel]:
+    found: dict[str, Any] = {}
+    for kind, names in ((TaskConfig, LOCAL_TASK), (TrainingConfig, LOCAL_TRAINING), (RunConfig, LOCAL_RUN)):
+        found |= {name: (kind.model_fields[name].annotation, kind.model_fields[name]) for name in names}
+    config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    return create_model("Local", __config__=config, __doc__="What a site sets for itself.", **found)
+
+
+Local = _local()
+"""What a site sets for itself, as one flat model: `LOCAL_TASK`, `LOCAL_TRAINING` and `LOCAL_RUN`."""
+
+
+class Terms(BaseModel):
+    """What all agents of a federation do alike, with every value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    task: dict[str, Any]
+    """`SHARED_TASK`."""
+    lora: LoraOptions
+    algorithm: AlgorithmConfig
+    training: dict[str, Any]
+    """All of the training but `LOCAL_TRAINING`."""
+    gossip_steps: int = Field(ge=1)
+    """Exchanges in a round."""
+    start: str
+    """`common`, or `independent`."""
+    rounds: int = Field(ge=1)
+    """Rounds of local steps and exchange."""
+    seed: int = Field(ge=0)
+    """Seeds the start and each agent's batches."""
+
+    @field_validator("task", "training")
+    @classmethod
+    def _complete(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Every value, and none that is local."""
+        kind, local = (TaskConfig, LOCAL_TASK) if info.field_name == "task" else (TrainingConfig, LOCAL_TRAINING)
+        for name in values:
+            if name in local:
+                raise ValueError(f"{name} belongs to a site and is not shared; remove it")
+        try:
+            return kind.model_validate(values).model_dump(mode="json", exclude=set(local))
+        except ValidationError as error:
+            raise ValueError(explain(kind, error).removesuffix(".")) from error
+
+    def config(self, agents: int, graph: str, local: Mapping[str, Any] | None = None) -> RunConfig:
+        """The run of a site: these terms, and `local`, fields of `Local`.
+
+        A site with data of its own and no test set holds out a fifth of them.
+
+        Raises:
+            UserError: a value is wrong, or `local` holds a field that is shared.
+        """
+        own = dict(local or {})
+        shared = [name for name in own if name not in Local.model_fields]
+        if shared:
+            raise UserError(f"{shared[0]}: the federation file says it, for all agents; leave it out.")
+        if own.get("data") is not None and own.get("test_split") is None and own.get("test_share") is None:
+            own["test_share"] = 0.2
+        values = {
+            **{name: own[name] for name in LOCAL_RUN if name in own},
+            "task": {**self.task, **{name: own[name] for name in LOCAL_TASK if name in own}},
+            "lora": self.lora,
+            "algorithm": self.algorithm,
+            "training": {**self.training, **{name: own[name] for name in LOCAL_TRAINING if name in own}},
+            **{name: getattr(self, name) for name in SHARED_RUN},
+            "agents": agents,
+            "graph": graph,
+        }
+        return build(RunConfig, values)
+
+
+def terms_of(config: RunConfig) -> Terms:
+    """The shared part of a run. UserError where an option cannot work in a federation: see `refuse`."""
+    refuse(config)
+    return Terms(
+        task=config.task.model_dump(mode="json", include=set(SHARED_TASK)),
+        lora=config.lora,
+        algorithm=config.algorithm,
+        training=config.training.model_dump(mode="json", exclude=set(LOCAL_TRAINING)),
+        **{name: getattr(config, name) for name in SHARED_RUN},
+    )
+
+
+GOOD = "decaf_tracked with messages int8 on the complete graph (up to 8 agents), or decaf on a ring"
+"""What works in a federation and is recommended: named wherever something else is refused."""
+
+
+def refuse(config: RunConfig) -> None:
+    """Raises UserError for what needs a server, or everybody's data: no agent of a federation has either."""
+    algorithm = config.algorithm
+    if algorithm.name in ("fedavg", "centralized"):
+        raise UserError(f"algorithm.name: {algorithm.name} needs a server, and a federation has none; use {GOOD}.")
+    if config.training.epochs is not None:
+        raise UserError(
+            "training.epochs: it makes the number of steps depend on the size of everybody's data, which no agent "
+            "knows; set training.steps."
+        )
+    if config.gossip_steps == "period":
+        raise UserError("gossip_steps: write the number of exchanges in a round instead of period.")
+    if config.gossip_steps > 1 and algorithm.name != "local":
+        if algorithm.messages == "int8":
+            raise UserError(
+                "algorithm.messages: int8 goes to neighbours only, and several exchanges in a round (gossip_steps) "
+                "hand messages on; use one exchange, or full messages with algorithm.relay_rank."
+            )
+        if algorithm.relay_rank is None:
+            raise UserError(
+                "algorithm.relay_rank: several exchanges in a round (gossip_steps) need it in a federation, where an "
+                "agent receives its neighbours' messages alone; set the rank that they are cut to, or one exchange."
+            )
+    if config.init_adapters:
+        raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
+    task = config.task
+    if task.name in ("image-text", "sequence-classification") and not task.classes:
+        raise UserError(
+            "task.classes: list the classes in the order of their numbers; each site would else number the labels "
+            "of its own file, and the sites would differ without a word."
+        )

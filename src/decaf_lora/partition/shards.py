@@ -1,0 +1,115 @@
+"""Which examples does each agent hold, and is that a split?"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from decaf_lora.errors import UserError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The shards of all agents, checked when made: none empty, none shares an example with another.
+
+    Attributes:
+        shards: for every agent the indices (n_i,) of its examples, int64, ascending, read-only.
+        labels: (M,) of all examples, also of those in no shard.
+        name: the rule; what `parse` reads.
+        names: what the agents are called, one name each, all different; () if they only have numbers.
+        tests: for every agent the indices (m_i,) of those test examples that are its own, where that is known; ().
+
+    Raises:
+        UserError: names the agents and the example at fault.
+    """
+
+    shards: tuple[Indices, ...]
+    labels: NDArray[Any]
+    name: str = "custom"
+    names: tuple[str, ...] = ()
+    tests: tuple[Indices, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        object.__setattr__(self, "shards", tuple(frozen(shard) for shard in self.shards))
+        if not self.shards:
+            raise UserError("partition: there is no shard; give at least one agent.")
+        object.__setattr__(self, "tests", tuple(frozen(test) for test in self.tests))
+        if self.tests and len(self.tests) != len(self.shards):
+            raise UserError(f"partition: {len(self.tests)} test sets for {len(self.shards)} agents; give each one.")
+        if self.names and (len(self.names) != len(self.shards) or len(set(self.names)) < len(self.names)):
+            raise UserError(
+                f"partition: {len(set(self.names))} names for {len(self.shards)} agents; give each one of its own."
+            )
+        called = [f"agent {name}" for name in self.names or range(len(self.shards))]
+        owner = np.full(len(self.labels), -1)
+        for agent, shard in enumerate(self.shards):
+            if shard.size == 0:
+                raise UserError(f"partition: {called[agent]} holds no example; use fewer agents or more data.")
+            if shard[0] < 0 or shard[-1] >= owner.size:
+                stray = shard[0] if shard[0] < 0 else shard[-1]
+                raise UserError(
+                    f"partition: {called[agent]} holds example {stray}; the examples are 0 to {owner.size - 1}."
+                )
+            # Of two equal neighbours in an ascending shard the second is a repetition.
+            taken = (owner[shard] >= 0) | (np.diff(shard, prepend=-1) == 0)
+            if taken.any():
+                example = shard[taken][0]
+                other = owner[example]
+                holders = (
+                    f"{called[other]} and {called[agent]} both hold" if other >= 0 else f"{called[agent]} holds twice"
+                )
+                raise UserError(f"partition: {holders} example {example}; shards must be disjoint.")
+            owner[shard] = agent
+
+    @property
+    def sizes(self) -> Indices:
+        """(N,) how many examples each agent holds."""
+        return np.array([shard.size for shard in self.shards])
+
+    @cached_property
+    def classes(self) -> NDArray[Any]:
+        """(C,) the distinct labels, ascending."""
+        return np.unique(self.labels)
+
+    @property
+    def examples(self) -> Indices:
+        """All dealt examples, ascending."""
+        return np.sort(np.concatenate(self.shards))
+
+    def label_table(self, labels: ArrayLike | None = None) -> Indices:
+        """(N, C) how many examples of each class each agent holds.
+
+        Args:
+            labels: (M,) other labels of the same examples, for instance coarser ones; None: its own. The
+                columns are their distinct values, ascending.
+        """
+        classes, ranks = np.unique(self.labels if labels is None else check_labels(labels), return_inverse=True)
+        return np.stack([np.bincount(ranks[shard], minlength=len(classes)) for shard in self.shards])
+
+
+def check_labels(labels: ArrayLike) -> NDArray[Any]:
+    """(M,) the labels as an array of their own, read-only."""
+    array = np.array(labels)
+    if array.ndim != 1:
+        raise UserError(f"partition: the labels have shape {array.shape}, not (M,); give every example one.")
+    if array.size == 0:
+        raise UserError("partition: there are no labels; give at least one example.")
+    array.flags.writeable = False
+    return array
+
+
+def frozen(indices: ArrayLike) -> Indices:
+    """The indices ascending, int64, read-only."""
+    array = np.asarray(indices)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UserError(
+            f"partition: indices have shape {array.shape} and type {array.dtype}; they must be (n,) integers."
+        )
+    array = np.sort(array).astype(np.int64)
+    array.flags.writeable = False
+    return array
