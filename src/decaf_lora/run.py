@@ -120,9 +120,13 @@ class Run:
             eval_batch_size,
             steps_in_round=int(local_steps(training, shards).max()),
         )
-        self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
-        self.state: State = algorithm.init(self.adapter)
-        self.trainer.prepare(self.adapter)
+        try:
+            self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
+            self.state: State = algorithm.init(self.adapter)
+            self.trainer.prepare(self.adapter)
+        except BaseException:
+            self.close()  # so that the task can serve another run
+            raise
         self.round = 0
         """Rounds done."""
         self.step_in_round = 0

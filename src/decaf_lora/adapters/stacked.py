@@ -276,6 +276,8 @@ def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attac
     UserError for options that are not supported, for targets that match nothing (with the nearest module names),
     for layers that are not linear, and for a rank larger than a layer.
     """
+    if any(isinstance(module, StackedLora | StackedExtra) for module in model.modules()):
+        raise UserError(f"task: another run holds this {type(model).__name__}; call close() on it first.")
     configs = [config] if isinstance(config, LoraConfig) else list(config)
     keys = [repr(sorted(one.to_dict().items(), key=lambda item: item[0])) for one in configs]
     # Equal configurations are matched once.
