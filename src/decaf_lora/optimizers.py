@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from decaf_lora.config import TrainingConfig
+from decaf_lora.precision import double
 
 
 @dataclass
@@ -68,9 +69,9 @@ def step(
     beta1, beta2 = config.betas
     moments.first.lerp_(gradient, 1 - beta1)
     moments.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    count = moments.steps.double()[:, None]
-    correction1 = (1 - beta1**count).to(x.dtype)
-    correction2 = (1 - beta2**count).sqrt().to(x.dtype)
+    count = double(moments.steps)[:, None]
+    correction1 = (1 - beta1**count).to(x)
+    correction2 = (1 - beta2**count).sqrt().to(x)
     x.mul_(1 - learning_rate * config.weight_decay)
     x.sub_(moments.first / (correction1 / learning_rate) / (moments.second.sqrt() / correction2 + config.eps))
 

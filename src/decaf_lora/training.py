@@ -7,10 +7,12 @@ backward into passes; the result does not change.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from decaf_lora.algorithms.contract import Algorithm, State
 from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError, UserError
+from decaf_lora.precision import work_device
 from decaf_lora.randomness import derive_seed
 from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
 
@@ -163,7 +166,8 @@ class Trainer:
             if on_step is not None and on_step(step + 1, losses):
                 break
         for group in trained:  # a finite loss may have had a gradient that is not
-            self._check_finite("adapter", flats[group].sum(-1, dtype=torch.float64), f"after round {round_}")
+            flat = flats[group].to(work_device(self.device))
+            self._check_finite("adapter", flat.sum(-1, dtype=torch.float64), f"after round {round_}")
         parts = {g: self._unpack(g, flats) for g in GROUPS}
         return replace(adapter, A=parts["A"], B=parts["B"], extras=parts["extras"]), state, losses
 
@@ -209,7 +213,7 @@ class Trainer:
                 some = adapter.select(slice(low, min(low + per_pass, n)))
                 with self.attached.bind(some), self._autocast():
                     tiled = repeat_for_agents(batch, some.num_agents)
-                    parts.append(self.task.statistics(tiled, some.num_agents).double().cpu())
+                    parts.append(self.task.statistics(tiled, some.num_agents).cpu().double())
             both = torch.cat(parts)
             totals = both if totals is None else totals + both
         if totals is None:
@@ -291,8 +295,10 @@ class Trainer:
 
         return masks
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()  # not every device has an autocast to switch off
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
