@@ -292,9 +292,12 @@ class AlgorithmConfig(Section):
     messages: Literal["full", "int8"] | None = None
     """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
 
+    transforms: tuple[str, ...] = ()
+    """More transforms to lay over it, of your own or an installed package: `mine.py:noise:scale=0.1`."""
+
     def options(self) -> dict[str, Any]:
         """The options that were set."""
-        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v not in (None, (), [])}
 
 
 class TrainingConfig(_Frozen):
