@@ -373,6 +373,9 @@ class RunConfig(_Frozen):
     """Rounds of local steps and exchange."""
     seed: int = Field(0, ge=0)
     """Seeds the partition, the start, the batches and random graphs."""
+    test: Literal["all", "own", "both"] = "all"
+    """Score each agent on all test examples, on those of its own site, or on both. Own ones need a partition by
+    column or files, and test examples that have this column."""
     evaluate_every: int = Field(5, ge=1)
     """Rounds between evaluations on the test set; the last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
