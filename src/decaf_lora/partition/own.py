@@ -51,6 +51,11 @@ class Own:
         return self.indices
 
     @property
+    def shards(self) -> tuple[Indices]:
+        """The examples that are known: the agent's own."""
+        return (self.indices,)
+
+    @property
     def sizes(self) -> Indices:
         """(1,) how many examples the agent holds."""
         return np.array([self.indices.size])
