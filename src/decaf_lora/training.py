@@ -245,6 +245,24 @@ class Trainer:
             raise UserError("task: the test set is empty; give at least one test example.")
         return self.task.score(totals)
 
+    @torch.no_grad()
+    def evaluate_own(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:
+        """(n,) scores of the adapters, each on test examples of its own, in float64 on the CPU.
+
+        Args:
+            adapter: of n agents.
+            tests: for each of them the indices (m_i,) of test examples, at least one.
+        """
+        totals = []
+        for place, own in enumerate(tests):
+            with self.attached.bind(adapter.select([place])), self._autocast():
+                parts = [
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
+                    for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
+                ]
+            totals.append(torch.stack(parts).sum(0))
+        return self.task.score(torch.cat(totals))
+
     # One step's gradients
 
     def _unpack(self, group: str, flats: dict[str, Tensor]) -> Tensors:

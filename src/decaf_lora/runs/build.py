@@ -7,7 +7,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
     task = _task(config.task, device or config.device)
     _refuse_moved_rows(config)
     shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
-    if names := shards.names or graphs.as_schedule(graph).names:
-        graph, shards = graph.arranged(names), replace(shards, names=names)
     run = Run(
         task,
         algorithm,
@@ -43,6 +40,7 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
         common_start=config.start == "common",
         init_adapters=init_adapters(config) or None,
         gossip_steps=config.gossip_steps,
+        test=config.test,
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,

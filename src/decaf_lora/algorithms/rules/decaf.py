@@ -35,8 +35,9 @@ from decaf_lora.algorithms.contract import Combined, Order, Round, Rule, Setting
 from decaf_lora.algorithms.inbox import Group, Inbox, average_all
 from decaf_lora.algorithms.rules.dlora import send_factors
 from decaf_lora.algorithms.transforms.chain import Algorithm
-from decaf_lora.algorithms.transforms.options import Messages, with_options
+from decaf_lora.algorithms.transforms.table import Messages, with_options
 from decaf_lora.errors import UserError, unknown
+from decaf_lora.kinds import Kind
 
 GAUGES: tuple[str, ...] = (
     "balanced",
@@ -294,3 +295,9 @@ def _rotate(state: Tensors, moments: Tensors, power: int) -> Tensors:
             tensor = tensor @ state[f"frame/{layer}"].pow(power).mT
         turned[key] = tensor
     return turned
+
+
+KINDS = {
+    "decaf": Kind(decaf, "mix the products, and truncate them to the rank"),
+    "decaf_tracked": Kind(decaf_tracked, "decaf with gradient tracking"),
+}
