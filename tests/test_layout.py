@@ -11,7 +11,7 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {"errors", "randomness", "timing"},
+    {"errors", "randomness", "timing", "yaml_file"},
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"exchange"},
     {"data"},
     {"tasks"},
-    {"optimizers", "batches", "training", "consensus"},
+    {"optimizers", "batches", "separation", "training", "consensus"},
     {"records", "statistics"},
     {"report"},
     {"run"},

@@ -9,7 +9,7 @@ import pytest
 
 from decaf_lora import tasks
 from decaf_lora.cli import main
-from decaf_lora.config import RunConfig, TaskConfig
+from decaf_lora.config import RunConfig, TaskConfig, build
 from decaf_lora.errors import UserError
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.export import numbered
@@ -145,6 +145,76 @@ def test_the_command_line_from_the_table_to_the_report(model, table, tmp_path, c
     assert (
         "agent: 'ucl' is neither a number nor 'averaged' nor 'all'. Choose one of: charite" in capsys.readouterr().err
     )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A file a site, as three people would save them, and a test set of all."""
+    folder = tmp_path_factory.mktemp("sites")
+    for number, site in enumerate(SITES):
+        own = [(text, label) for text, label, hospital in rows(60) if hospital == site]
+        if number == 0:
+            (folder / f"{site}.jsonl").write_text("".join(json.dumps({"text": t, "label": k}) + "\n" for t, k in own))
+        else:
+            with (folder / f"{site}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("text", "label"), *own])
+    (folder / "test.csv").write_text("text,label\ngood dog,good\nbad cat,bad\nthe film good,good\n")
+    return folder
+
+
+def test_a_file_a_site(model, folder, tmp_path):
+    task = {"name": "sequence-classification", "model": model}
+    made = config(model, "", task=task, partition=f"files:{folder}")
+    assert made.task.data == str(folder)
+    with contextlib.closing(build_run(made)) as run:
+        assert run.partition.names == ("charite", "kings", "mayo")
+        assert run.partition.sizes.tolist() == [20, 20, 20]
+        assert run.task.num_test == 3
+        batch = run.task.train_batch(run.partition.shards[2])
+        own = [label for _, label, hospital in rows(60) if hospital == "mayo"]
+        assert [run.task.classes[label] for label in batch["labels"]] == own
+    held_out = config(model, "", task=task | {"test_share": 0.2}, partition=f"shots:6/files:{folder}")
+    with pytest.raises(UserError, match=r"task\.test_share: .* has a test set, test\.csv; leave test_share out"):
+        build_run(held_out)
+    for site in folder.glob("[!t]*"):
+        (tmp_path / site.name).write_bytes(site.read_bytes())
+    held_out = config(model, "", task=task | {"test_share": 0.2}, partition=f"shots:6/files:{tmp_path}")
+    with contextlib.closing(build_run(held_out)) as run:
+        assert run.partition.names == ("charite", "kings", "mayo")
+        assert run.partition.sizes.sum() == 12
+        assert sum(map(len, run.partition.tests)) == run.task.num_test == 12
+
+
+@pytest.mark.parametrize(
+    ("task", "partition", "message"),
+    [
+        ({"data": "other"}, "FOLDER", r"files:.* sets task\.data to .*, but it is other; leave it out"),
+        ({"file_column": "x"}, "FOLDER", r"files:.* sets task\.file_column to site, but it is x; leave it out"),
+        ({"data": "FOLDER", "file_column": "text"}, "iid", r"has a column 'text' already"),
+        ({}, "nowhere", r"task\.data: nowhere does not exist|task\.data: 'nowhere' is no local path"),
+        ({}, "FOLDER/mayo.jsonl", "must be a folder with a file for each site"),
+    ],
+)
+def test_folders_of_sites_that_cannot_be(model, folder, task, partition, message):
+    task = {key: str(value).replace("FOLDER", str(folder)) for key, value in task.items()}
+    values = {"name": "sequence-classification", "model": model, **task}
+    partition = partition if partition == "iid" else f"files:{partition.replace('FOLDER', str(folder))}"
+    with pytest.raises(UserError, match=message):
+        build_run(build(RunConfig, {"task": values, "agents": 3, "partition": partition}))
+
+
+def test_indices_are_the_rows_of_the_training_split(model, table, folder, tmp_path):
+    (tmp_path / "rows.json").write_text('{"zoe": [0, 5], "adam": [2]}')
+    task = {"name": "sequence-classification", "model": model, "data": table, "test_split": "train[:10%]"}
+    values = {"task": task, "agents": 2, "partition": f"indices:{tmp_path}/rows.json"}
+    with contextlib.closing(build_run(build(RunConfig, values))) as run:
+        assert run.partition.names == ("zoe", "adam")
+        with open(table, newline="") as file:
+            texts = [row["text"] for row in csv.DictReader(file)]
+        assert [run.task.column("text")[i] for i in run.partition.shards[0]] == [texts[0], texts[5]]
+    moved = values | {"task": {**task, "test_split": None, "test_share": 0.2}}
+    with pytest.raises(UserError, match=r"task\.test_share: it takes rows out of the training split"):
+        build_run(build(RunConfig, moved))
 
 
 def test_a_name_with_two_meanings_is_refused():

@@ -7,11 +7,11 @@ command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -26,10 +26,43 @@ from pydantic import (
 
 from decaf_lora import kinds
 from decaf_lora.errors import UserError, nearest
+from decaf_lora.yaml_file import read_yaml, write_yaml
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, values: Any) -> Any:
+        """Python counts with true as 1; nobody means that."""
+        if isinstance(values, dict):
+            for name, field in cls.model_fields.items():
+                if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                    continue  # it checks itself
+                may = any(word in str(field.annotation) for word in ("bool", "Any"))
+                if not may and any(isinstance(v, bool) for v in _inside(values.get(name))):
+                    raise ValueError(f"{name} must not be true or false; write a number, or a word in quotes")
+        return values
+
+    @model_validator(mode="after")
+    def _no_absurd_numbers(self) -> _Frozen:
+        for name in set(type(self).model_fields) - {OWN}:
+            most = MOST_SEED if "seed" in name else MOST
+            if any(isinstance(v, int | float) and abs(v) > most for v in _inside(getattr(self, name))):
+                raise ValueError(f"{name} must be at most {most}")
+        return self
+
+
+MOST, MOST_SEED = 10**9, 2**63 - 1
+"""No number of a configuration is larger: what cannot be meant is told before a library fails on it."""
+
+
+def _inside(value: Any) -> list[Any]:
+    """A value, or those that a list or mapping of them holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 OWN = "own"
@@ -85,6 +118,9 @@ class TaskConfig(Section):
     """A model on the Hugging Face Hub, or a local directory."""
     data: str | None = None
     """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, Excel, JSON lines or text file."""
+    file_column: str | None = None
+    """Read the folder `data` as a file a site, and name the file of every row in a column called so; a file called
+    `test` is the test set. `partition: files:DIR` sets it."""
     subset: str | None = None
     """Subset (configuration) of the data set, or sheet of an Excel file."""
     delimiter: str | None = None
@@ -142,7 +178,7 @@ class TaskConfig(Section):
     """Load the base in 4 bits (NF4); needs a GPU and bitsandbytes."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=1024)
     """Processes that preprocess texts, and threads that preprocess images; 0 uses the main one."""
     pixel_range: tuple[float, float] | None = None
     """Values that are black and white in images of more than 8 bits a channel; 0 65535 for whole numbers, 0 1 for
@@ -304,6 +340,9 @@ class TrainingConfig(_Frozen):
         return self
 
 
+_FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
+
+
 class RunConfig(_Frozen):
     """One run: one algorithm on one graph, partition and seed."""
 
@@ -311,7 +350,7 @@ class RunConfig(_Frozen):
     lora: LoraOptions = LoraOptions()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     training: TrainingConfig = TrainingConfig()
-    agents: int = Field(10, ge=1)
+    agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"
     """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ... or a file
@@ -340,6 +379,22 @@ class RunConfig(_Frozen):
     """Rounds between checkpoints."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _files_are_the_data(cls, values: Any) -> Any:
+        """`files:DIR` splits by the files of DIR, which are then the data, too."""
+        named = values.get("partition") if isinstance(values, dict) else None
+        match = _FILES.fullmatch(named.strip()) if isinstance(named, str) else None
+        if match is None:
+            return values
+        task = values.get("task", {})
+        given = task if isinstance(task, dict) else task.model_dump()
+        wanted = {"data": match[1], "file_column": "site"}
+        for field, value in wanted.items():
+            if given.get(field) not in (None, value):
+                raise ValueError(f"{named} sets task.{field} to {value}, but it is {given[field]}; leave it out")
+        return {**values, "task": {**given, **wanted}}
 
     @field_validator("graph", "partition", mode="before")
     @classmethod
@@ -384,12 +439,7 @@ class CompareConfig(RunConfig):
 
 def load(kind: type[RunConfig], path: Path) -> RunConfig:
     """A configuration of `kind` from a YAML file; UserError names the field, and the nearest known one."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config: cannot read {path} ({error.strerror}).") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {path} is not YAML ({' '.join(str(error).split())}).") from error
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(f"config: {path} must hold a mapping of fields to values.")
     return build(kind, values)
@@ -412,7 +462,11 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
         return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+    shown = ""
+    if isinstance(given, str | int | float | bool | None) and abs(given if isinstance(given, int) else 0) < 10**30:
+        shown = f" (got {given!r})" if len(repr(given)) < 80 else f" (got {repr(given)[:80]} ...)"
+    if fault["type"] == "string_type" and isinstance(given, int | float):
+        shown += "; write it in quotes"
     return f"{where}: {message[0].lower()}{message[1:]}{shown}."
 
 
@@ -431,7 +485,7 @@ def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 def dump(config: BaseModel) -> str:
     """The configuration as YAML, every field with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def flat(config: BaseModel) -> dict[str, Any]:

@@ -11,39 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from decaf_lora.errors import UserError, nearest
-
-SUPPORTED_OPTIONS = frozenset(
-    {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "fan_in_fan_out",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "layers_pattern",
-        "init_lora_weights",
-        # Descriptive fields, which change no computation.
-        "base_model_name_or_path",
-        "revision",
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "inference_mode",
-        "auto_mapping",
-        "runtime_config",
-        "loftq_config",
-        "qalora_group_size",
-    }
-)
+from decaf_lora.adapters.fields import check_own
+from decaf_lora.adapters.named_layers import linear_layers, meant
+from decaf_lora.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,41 +31,36 @@ class Site:
 
 
 def matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Site], list[str]]:
-    """The configuration with its targets resolved, the layers that it adapts, and the modules it trains in full."""
-    _refuse_unsupported(config)
+    """The configuration with its targets resolved, the layers that it adapts, and the modules it trains in full.
+
+    Raises UserError for options that are not supported, names that match nothing, and layers that are not linear.
+    """
+    check_own(config)
     with _disable_current_modes():  # plain tensors also within a dry run
-        skeleton, resolved = _peft_skeleton(model, config)
-    sites: dict[str, Site] = {}
-    modules = []
-    for name, module in skeleton.named_modules():
-        if isinstance(module, LoraLayer):
-            d_in, d_out = int(module.in_features or 0), int(module.out_features or 0)
-            site = Site(module.r["default"], module.scaling["default"], d_in, d_out)
-            base_layer: Any = module.get_base_layer()
-            if "default" not in module.lora_A or base_layer.weight.dim() != 2:
-                kind = type(base_layer).__name__
-                raise UserError(f"lora.target_modules: {name} is a {kind}; only linear layers can be adapted.")
-            if site.rank > min(site.d_in, site.d_out):
-                raise UserError(
-                    f"lora.r: rank {site.rank} is larger than {name} ({site.d_out} x {site.d_in}); "
-                    f"use at most {min(site.d_in, site.d_out)} or leave the layer out of lora.target_modules."
-                )
-            sites[name] = site
-        elif isinstance(module, ModulesToSaveWrapper):
-            modules.append(name)
+        skeleton, resolved = _peft_skeleton(model, meant(model, config))
+    layers = {n: m for n, m in skeleton.named_modules() if isinstance(m, LoraLayer)}
+    modules = [name for name, m in skeleton.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    sites = {name: _site(name, layer, model) for name, layer in layers.items()}
     return resolved, sites, modules
 
 
-def _refuse_unsupported(config: LoraConfig) -> None:
-    default = LoraConfig()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in SUPPORTED_OPTIONS and value != getattr(default, field.name):
-            raise UserError(f"lora.{field.name}: this option of LoraConfig is not supported; leave it out.")
-    if config.init_lora_weights not in (True, "gaussian"):
+def _site(name: str, layer: Any, model: nn.Module) -> Site:
+    """What PEFT made of the layer `name`. Raises UserError unless its base is linear and as large as the rank."""
+    base_layer = layer.get_base_layer()
+    weight = getattr(base_layer, "weight", None)
+    if "default" not in layer.lora_A or weight is None or weight.dim() != 2:
+        linear = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in linear_layers(model)))
         raise UserError(
-            f"lora.init_lora_weights: {config.init_lora_weights!r} is not supported; use true or 'gaussian'."
+            f"lora.target_modules: {name} is a {type(base_layer).__name__}; only linear layers can be adapted. Name "
+            f"them: {linear}."
         )
+    site = Site(layer.r["default"], layer.scaling["default"], int(layer.in_features), int(layer.out_features))
+    if site.rank > min(site.d_in, site.d_out):
+        raise UserError(
+            f"lora.r: rank {site.rank} is larger than {name} ({site.d_out} x {site.d_in}); "
+            f"use at most {min(site.d_in, site.d_out)} or leave the layer out of lora.target_modules."
+        )
+    return site
 
 
 def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, LoraConfig]:
@@ -104,20 +73,18 @@ def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, Lor
     memo.update({id(b): without_memory(b) for b in model.buffers()})
     skeleton = copy.deepcopy(model, memo)
     resolved = copy.deepcopy(config)
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    targets = resolved.target_modules
     try:
         with warnings.catch_warnings():
             # transformers 5.23 deprecates a property that peft 0.21 still reads.
             warnings.simplefilter("ignore", FutureWarning)
             peft_model = get_peft_model(skeleton, resolved, low_cpu_mem_usage=True)
     except ValueError as error:
-        wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
-        short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-        close = list(dict.fromkeys(c for w in wanted for c in nearest(w, short, 3))) or short[:8]
+        short = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
         raise UserError(
-            f"lora.target_modules: {', '.join(wanted) or 'nothing'} matches no linear layer of "
-            f"{type(model).__name__}. Nearest names: {', '.join(close)}. ({str(error).splitlines()[0][:160]})"
+            f"lora.target_modules: no layer of {type(model).__name__} is left to adapt, once lora.exclude_modules and "
+            f"lora.modules_to_save are taken out. Its linear layers: {', '.join(short[:8])}."
+            if isinstance(error, NoMatchingPeftModuleError)
+            else f"lora: {' '.join(str(error).split())}"
         ) from error
     except TypeError as error:
         raise UserError(f"lora: {error}") from error

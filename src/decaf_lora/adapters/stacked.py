@@ -21,8 +21,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.matching import Site, matched
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 from decaf_lora.randomness import torch_generator
 
@@ -30,10 +31,15 @@ DropoutMasks = Callable[[str, tuple[int, ...], torch.device], Tensor]
 """(layer, (k, b, d_in), device) -> (k, b, d_in) mask, already divided by the keep probability."""
 
 
+class LeadingAxisError(RuntimeError):
+    """A layer cannot tell the agents of a pass apart: they must go through the model one by one."""
+
+
 class StackedLora(nn.Module):
     """A frozen linear layer plus the LoRA updates of the agents bound to it.
 
-    `base` maps (..., d_in) to (..., d_out): `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear layer.
+    `base` maps (..., d_in) to (..., d_out): `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear layer. Attributes
+    that it lacks are the base's, as in PEFT: models look at the `weight` or the sizes of their layers.
     """
 
     def __init__(self, name: str, base: nn.Module) -> None:
@@ -43,6 +49,14 @@ class StackedLora(nn.Module):
         self.B: Tensor | None = None
         self.scale: Tensor | None = None
         self.masks: DropoutMasks | None = None
+        self.on_read: Callable[[str, str], None] | None = None
+        """Called with the layer's name and the attribute's whenever one of the base's is read."""
+
+    def __getattr__(self, name: str) -> Any:
+        found, base = _of_base(self, name)
+        if base is not None and (on_read := self.__dict__.get("on_read")) is not None:
+            on_read(self.name, name)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """x (k b, ..., d_in) -> (k b, ..., d_out), k = the number of agents bound; the plain base if none."""
@@ -51,10 +65,7 @@ class StackedLora(nn.Module):
             return y
         k, _, d_in = self.A.shape
         if x.shape[0] % k:
-            raise RuntimeError(
-                f"{self.name}: the input's leading axis {x.shape[0]} does not hold {k} agents' examples; "
-                "layers whose leading axis is not the batch cannot be adapted for many agents at once"
-            )
+            raise LeadingAxisError(f"{self.name}: the leading axis {x.shape[0]} does not hold {k} agents' examples")
         rows = x.reshape(k, -1, d_in).to(self.A.dtype)
         if self.masks is not None:
             rows = rows * self.masks(self.name, tuple(rows.shape), rows.device).to(rows.dtype)
@@ -69,6 +80,24 @@ class StackedExtra(nn.Module):
         super().__init__()
         self.name, self.base = name, base
         self.parameters_of_agents: Tensors | None = None
+        self.vectorized = True
+        """Whether one call computes all agents; off for modules that `torch.func.vmap` cannot run."""
+
+    def __getattr__(self, name: str) -> Any:
+        found, base = _of_base(self, name)
+        own = self.__dict__.get("parameters_of_agents")
+        if base is None or own is None:
+            return found
+        if isinstance(found, nn.Module):
+            raise UserError(
+                f"lora.modules_to_save: the model calls {self.name}.{name} without {self.name} around it; name the "
+                "inner modules instead."
+            )
+        if name in own:  # used beside the module's own call, as where an embedding is also the output layer
+            if len(own[name]) > 1:
+                raise LeadingAxisError(f"{self.name}: its {name} is used directly")
+            return own[name][0]
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Like the base module, with every tensor's leading axis k b split over the k bound agents."""
@@ -77,6 +106,9 @@ class StackedExtra(nn.Module):
         k = next(iter(self.parameters_of_agents.values())).shape[0]
         flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
         split = [isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in flat]
+        for leaf, by_agent in zip(flat, split, strict=True):
+            if by_agent and leaf.shape[0] % k:
+                raise LeadingAxisError(f"{self.name}: the leading axis {leaf.shape[0]} does not hold {k} agents")
         leaves = [
             leaf.reshape(k, -1, *leaf.shape[1:]) if by_agent else leaf
             for leaf, by_agent in zip(flat, split, strict=True)
@@ -89,8 +121,26 @@ class StackedExtra(nn.Module):
             return functional_call(self.base, parameters, a, kw)
 
         tensors = [leaf for leaf, by_agent in zip(leaves, split, strict=True) if by_agent]
-        out = torch.func.vmap(one_agent)(self.parameters_of_agents, tensors)
-        return torch.utils._pytree.tree_map(lambda t: t.flatten(0, 1), out)
+        if self.vectorized:
+            out = torch.func.vmap(one_agent)(self.parameters_of_agents, tensors)
+            return torch.utils._pytree.tree_map(lambda t: t.flatten(0, 1), out)
+        each = [
+            one_agent({name: t[i] for name, t in self.parameters_of_agents.items()}, [t[i] for t in tensors])
+            for i in range(k)
+        ]
+        return torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each)
+
+
+def _of_base(module: nn.Module, name: str) -> tuple[Any, nn.Module | None]:
+    """The attribute `name` of a wrapper, and of which base it comes from; None if it is the wrapper's own part."""
+    for parts in ("_parameters", "_buffers", "_modules"):
+        own = module.__dict__.get(parts, {})
+        if name in own:
+            return own[name], None
+    base = module.__dict__.get("_modules", {}).get("base")
+    if base is None:
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+    return getattr(base, name), base
 
 
 class Attached:
@@ -123,6 +173,21 @@ class Attached:
     def sites_of(self, agent: int) -> dict[str, Site]:
         """The adapted layers with an agent's own ranks and scales."""
         return self._sites[agent if len(self._sites) > 1 else 0]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that are trained in full."""
+        return list(self._extra_layers)
+
+    @property
+    def layers(self) -> dict[str, StackedLora]:
+        """The adapted layers in the model, by name."""
+        return self._lora_layers
+
+    @property
+    def extra_layers(self) -> dict[str, StackedExtra]:
+        """The modules in the model that are trained in full, by name."""
+        return self._extra_layers
 
     def init(self, agents: Sequence[int], seed: int, common_start: bool = True) -> Adapter:
         """Fresh adapters for these agents: A as PEFT draws it, B = 0, extras equal to the base's.

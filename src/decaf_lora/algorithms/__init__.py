@@ -1,36 +1,56 @@
-"""The algorithms: what is sent, and what becomes of what arrives? One file per rule, its formula on top."""
+"""The algorithms: what is sent, and what becomes of what arrives? One file a rule, its formula on top.
+
+Transforms lie over any of the rules that gossip: `decaf() | tracking() | int8()`.
+"""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from decaf_lora.adapters.adapter import Adapter
-from decaf_lora.algorithms.centralized import centralized
-from decaf_lora.algorithms.contract import Algorithm
-from decaf_lora.algorithms.decaf import decaf, decaf_tracked
-from decaf_lora.algorithms.dlora import dlora
-from decaf_lora.algorithms.dlora_fa import dlora_fa
-from decaf_lora.algorithms.fedavg import fedavg
+from decaf_lora.algorithms.contract import Change, Combined, Round, Rule, Setting, Transform
 from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.algorithms.local import local
-from decaf_lora.algorithms.transforms.tracking import tracked
+from decaf_lora.algorithms.rules.centralized import centralized
+from decaf_lora.algorithms.rules.decaf import GAUGES, decaf, decaf_tracked
+from decaf_lora.algorithms.rules.dlora import dlora
+from decaf_lora.algorithms.rules.dlora_fa import dlora_fa
+from decaf_lora.algorithms.rules.fedavg import fedavg
+from decaf_lora.algorithms.rules.local import local
+from decaf_lora.algorithms.transforms.chain import Algorithm, Mixed, State, chain
+from decaf_lora.algorithms.transforms.feedback import feedback
+from decaf_lora.algorithms.transforms.int8 import int8
+from decaf_lora.algorithms.transforms.quasi_global import quasi_global
+from decaf_lora.algorithms.transforms.tracking import tracking
 from decaf_lora.errors import UserError, unknown
 
 __all__ = [
     "ALGORITHMS",
+    "GAUGES",
     "Adapter",
     "Algorithm",
+    "Change",
+    "Combined",
     "Inbox",
+    "Mixed",
+    "Round",
+    "Rule",
+    "Setting",
+    "State",
+    "Transform",
     "accepted",
     "centralized",
+    "chain",
     "decaf",
     "decaf_tracked",
     "dlora",
     "dlora_fa",
     "fedavg",
+    "feedback",
+    "int8",
     "local",
     "make",
-    "tracked",
+    "quasi_global",
+    "tracking",
 ]
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {

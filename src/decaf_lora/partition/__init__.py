@@ -11,12 +11,14 @@ arXiv 1905.12022: every class is split by proportions of its own); `by_class` is
 
 from .given import Partitioner, as_partition, by_value
 from .names import KINDS, parse
+from .own import Own
 from .rules import by_class, dirichlet, few_shot, iid, shots
 from .shards import Indices, Partition
 
 __all__ = [
     "KINDS",
     "Indices",
+    "Own",
     "Partition",
     "Partitioner",
     "as_partition",

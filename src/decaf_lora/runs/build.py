@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, device: str | None = None) -> Any:
     """The `Run` that a configuration describes; `device` goes before the configuration's."""
     from decaf_lora import algorithms, graphs, partition
+    from decaf_lora.engines import Simulate
     from decaf_lora.run import Run
 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
+    _refuse_moved_rows(config)
     shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
     if names := shards.names or graphs.as_schedule(graph).names:
         graph, shards = graph.arranged(names), replace(shards, names=names)
@@ -43,10 +46,25 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,
-        **({} if engine is None else {"engine": engine}),
+        engine=engine or Simulate,
     )
     _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
     return run
+
+
+def _refuse_moved_rows(config: RunConfig) -> None:
+    """UserError if a file gives the rows of the training split, but the task numbers its examples otherwise."""
+    if not re.search(r"(^|/)indices:", config.partition):
+        return
+    task = config.task
+    for field, moves in (("test_share", task.test_share), ("max_train", task.max_train), ("skip_bad", task.skip_bad)):
+        if moves:
+            raise UserError(
+                f"task.{field}: it takes rows out of the training split, so the numbers in {config.partition} would "
+                "mean others; give a split of your own instead (task.test_split), or name the sites in a column."
+            )
+    if task.packing:
+        raise UserError(f"task.packing: it joins rows, so the numbers in {config.partition} mean none; leave it out.")
 
 
 def lora_configs(config: RunConfig, default: Any) -> Any:
@@ -62,11 +80,10 @@ def lora_configs(config: RunConfig, default: Any) -> Any:
     for agent in range(config.agents):
         one = copy.deepcopy(own)
         if directories and directories[agent] is not None and not options.ranks:
-            from decaf_lora.adapters import read_config
+            from decaf_lora.adapters import rank_fields
 
-            saved = read_config(Path(directories[agent]))
-            for field in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-                setattr(one, field, saved.get(field, getattr(one, field)))
+            for field, value in rank_fields(Path(directories[agent])).items():
+                setattr(one, field, value)
         elif options.ranks:
             one.r = options.ranks[agent]
             ratio = one.r / own.r
@@ -93,16 +110,26 @@ def init_adapters(config: RunConfig) -> list[Any]:
 
 
 def lora_config(config: RunConfig, default: Any) -> Any:
-    """The `peft.LoraConfig` of the options; unset targets and modules to save are the task's own."""
+    """The `peft.LoraConfig` of the options; unset targets are the task's own, and its new layers always train."""
     from peft import LoraConfig
 
     values = config.lora.model_dump(exclude={"ranks", "alphas"})
     values["init_lora_weights"] = "gaussian" if values["init_lora_weights"] == "gaussian" else True
-    for field in ("target_modules", "modules_to_save"):
-        if values[field] is None:
-            values[field] = getattr(default, field)
+    for field in ("target_modules", "exclude_modules"):
+        name = values[field]
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):  # one name, no pattern; all-linear has a dash
+            values[field] = [name]
+    if values["target_modules"] is None:
+        values["target_modules"] = default.target_modules
+    # Without the task's own modules a new head would stay as it was drawn, and not be exported.
+    values["modules_to_save"] = (
+        list(dict.fromkeys([*(values["modules_to_save"] or []), *(default.modules_to_save or [])])) or None
+    )
     values["fan_in_fan_out"] = values["fan_in_fan_out"] or default.fan_in_fan_out
-    return LoraConfig(**values, task_type=default.task_type)
+    try:
+        return LoraConfig(**values, task_type=default.task_type)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"lora: {' '.join(str(error).split())}") from error
 
 
 _tasks: dict[tuple[str, str, str], Any] = {}

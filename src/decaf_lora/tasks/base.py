@@ -75,7 +75,8 @@ class Task(ABC):
         return LoraConfig()
 
     def on_attach(self, sites: list[str]) -> None:  # noqa: B027 - an optional hook
-        """Called once with the names of the adapted layers, before any batch: a place to set up caches."""
+        """Called once with the names of the adapted layers and of the modules that are trained in full, before any
+        batch: a place to set up caches of what no agent changes."""
 
     @abstractmethod
     def train_batch(self, indices: np.ndarray) -> Batch:

@@ -28,7 +28,13 @@ from decaf_lora.config import TaskConfig
 from decaf_lora.data import Examples, Ragged
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task
-from decaf_lora.tasks.pretrained import family_targets, max_tokens, pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.pretrained import (
+    family_targets,
+    max_tokens,
+    pretrained_model,
+    pretrained_tokenizer,
+    refuse_unknown_tokens,
+)
 from decaf_lora.tasks.scores import ClassScore
 from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed, parts_of
 
@@ -197,7 +203,7 @@ def make(config: TaskConfig) -> CausalTask:
         columns.append(("answer_column", config.answer_column))
     examples = data.load(config, columns, label=config.label_column)
     model, tokenizer, limit = _load(config)
-    train, test = _encode(config, examples, columns, tokenizer, limit)
+    train, test = _encode(config, examples, columns, model, tokenizer, limit)
     labels = examples.labels
     if config.packing:
         train, labels = packed(train.tokens, labels, limit)
@@ -291,7 +297,7 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
     _refuse_moved_answers(config.answers, examples.classes)
     score = ClassScore(config.metric, examples.classes, config.positive)
     model, tokenizer, limit = _load(config)
-    train, test = _encode(config, examples, columns, tokenizer, limit)
+    train, test = _encode(config, examples, columns, model, tokenizer, limit)
     count = len(examples.classes)
     by_length = np.argsort(test.tokens.lengths.reshape(-1, count).max(1), kind="stable")  # batches then pad little
     task = AnswerScoring(
@@ -335,7 +341,7 @@ def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict
 
 
 def _encode(
-    config: TaskConfig, examples: Examples, columns: list[tuple[str, str]], tokenizer: Any, limit: int
+    config: TaskConfig, examples: Examples, columns: list[tuple[str, str]], model: Any, tokenizer: Any, limit: int
 ) -> tuple[Sequences, Sequences]:
     names = list(dict.fromkeys(column for _, column in columns))
     arguments: dict[str, Any] = {"tokenizer": tokenizer, "limit": limit}
@@ -357,6 +363,7 @@ def _encode(
     for split, rows in (("train", examples.train), ("test", examples.test)):
         encoded = data.preprocess(rows.select_columns(names), function, config, f"Tokenizing {split}", **arguments)
         found.append(Sequences(Ragged.of(encoded, "input_ids"), np.array(encoded["start"][:], np.int64)))
+        refuse_unknown_tokens(model, tokenizer, input_ids=found[-1].tokens.values)
         truncated[split] = int(np.sum(encoded["truncated"][:])) // max(1, len(config.answers))
     data.warn_truncated(truncated, limit)
     return found[0], found[1]

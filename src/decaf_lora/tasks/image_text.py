@@ -23,7 +23,7 @@ from decaf_lora import data
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
-from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer
+from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer, refuse_unknown_tokens
 from decaf_lora.tasks.scores import ClassScore
 
 TEMPLATES = ("a photo of a {}.",)
@@ -88,8 +88,8 @@ class ImageText(Task):
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
     def on_attach(self, sites: list[str]) -> None:
-        """Text features may be cached only when no adapter sits in the text encoder."""
-        self._text_adapted = any(site.split(".")[0].startswith("text") for site in sites)
+        """Text features are computed once unless something outside the vision tower is trained."""
+        self._text_adapted = not all(site.startswith(("vision", "visual")) for site in sites)
         self._cached_text = None
 
     def train_batch(self, indices: np.ndarray) -> Batch:
@@ -180,6 +180,7 @@ def make(config: TaskConfig) -> ImageText:
         classes=examples.classes,
         score=score,
     )
+    refuse_unknown_tokens(model, processor.tokenizer, input_ids=task._tokens["input_ids"].numpy())
     task.tables = {"train": examples.train, "test": examples.test}
     task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
     task.content = examples.content

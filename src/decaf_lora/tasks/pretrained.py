@@ -12,10 +12,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from decaf_lora.adapters.files import refuse_damaged_model
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
 
@@ -116,14 +119,42 @@ def max_tokens(config: TaskConfig, model: Any, tokenizer: Any) -> int:
     return config.max_length
 
 
+def refuse_unknown_tokens(model: Any, tokenizer: Any, **used: NDArray[Any]) -> None:
+    """Raises UserError for tokens that the model has no embedding of: its tokenizer has words added, it has not.
+
+    `used` are the numbers in use, by name of the model's argument: `input_ids`, `token_type_ids`.
+    """
+    sizes = {
+        "input_ids": _num_embeddings(model),
+        "token_type_ids": getattr(model.config.get_text_config(), "type_vocab_size", None),
+    }
+    for name, numbers in used.items():
+        highest, size = int(np.max(numbers, initial=0)), sizes[name]
+        if not size or highest < size:
+            continue
+        if name != "input_ids":
+            raise UserError(f"task.model: its tokenizer gives {name} {highest}, and it knows {size}; mend one.")
+        raise UserError(
+            f"task.model: token {tokenizer.convert_ids_to_tokens(highest)!r} has number {highest}, beyond the model's "
+            f"{size} embeddings; save it with model.resize_token_embeddings({len(tokenizer)}), or take out what was "
+            "added to its tokenizer."
+        )
+
+
+def _num_embeddings(model: Any) -> int | None:
+    """How many tokens the text model can read and, if it predicts tokens, tell apart."""
+    try:
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
+    except (NotImplementedError, AttributeError):  # a model of images and text
+        return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
 def family_targets(model: Any) -> list[str] | None:
     """Names of the layers that project queries and values; None where PEFT has a default for the family."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 
     family = model.config.model_type
-    if family.startswith("deberta"):
-        # Its queries and keys also project the relative positions, which have no batch axis to hold agents.
-        return ["in_proj"] if family == "deberta" else ["value_proj"]
     if family in PEFT_DEFAULTS:
         return None
     leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -162,10 +193,16 @@ def _from_pretrained(config: TaskConfig, kind: Any, **options: Any) -> Any:
     local = path.is_dir()
     if not local and looks_local(config.model):
         raise UserError(f"task.model: {path} does not exist.")
+    if local:
+        refuse_damaged_model(path, "task.model")
     try:
         return kind.from_pretrained(str(path) if local else config.model, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except UserError:
+        raise
+    except Exception as error:  # what a directory holds can fail anywhere in transformers, tokenizers or a codec
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other shapes than its config.json says; bring the two that belong together."
         if local or not isinstance(error, OSError):
             raise UserError(f"task.model: {config.model} cannot be loaded: {reason[:300]}") from error
         if "gated" in reason:

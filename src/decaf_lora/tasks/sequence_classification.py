@@ -30,6 +30,7 @@ from decaf_lora.tasks.pretrained import (
     pretrained_config,
     pretrained_model,
     pretrained_tokenizer,
+    refuse_unknown_tokens,
 )
 from decaf_lora.tasks.scores import ClassScore
 
@@ -134,6 +135,7 @@ def make(config: TaskConfig) -> SequenceClassification:
     _compare_classes(own, examples.classes)
     pad = _padding_token(tokenizer, model)
     limit = max_tokens(config, model, tokenizer)
+    takes = inspect.signature(model.forward).parameters
     sequences, truncated = {}, {}
     for split, rows in (("train", examples.train), ("test", examples.test)):
         tokenized = data.preprocess(
@@ -149,9 +151,11 @@ def make(config: TaskConfig) -> SequenceClassification:
         sequences[split] = {
             name: Ragged.of(tokenized, name)
             for name in ("input_ids", "token_type_ids")
-            if name in tokenized.column_names
+            if name in tokenized.column_names and name in takes
         }
         data.needs_tokens(rows, sequences[split]["input_ids"].lengths, "text_column", split)
+        refuse_unknown_tokens(model, tokenizer, **{name: ragged.values for name, ragged in sequences[split].items()})
+    refuse_unknown_tokens(model, tokenizer, input_ids=np.array([pad]))
     data.warn_truncated(truncated, limit)
     by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
     task = SequenceClassification(
@@ -244,7 +248,16 @@ def heads(model: nn.Module, new: Sequence[str]) -> list[str]:
             f"task.model: the checkpoint lacks {len(lost)} tensors of {type(model).__name__}'s encoder (first: "
             f"{lost[0]}); it is no checkpoint of this family."
         )
-    return list(dict.fromkeys([*heads, *(key.rpartition(".")[0] for key in outside)]))
+    own = dict.fromkeys(key.rpartition(".")[0] for key in outside)
+    for name in own:
+        old = [key for key, _ in model.get_submodule(name).named_parameters(prefix=name) if key not in new]
+        if old:  # such as a parameter of the whole encoder: training its module would train the encoder
+            first = next(key for key in outside if key.rpartition(".")[0] == name)
+            raise UserError(
+                f"task.model: the checkpoint lacks {first} of {type(model).__name__}, which would stay as drawn; "
+                "choose a checkpoint that has it."
+            )
+    return list(dict.fromkeys([*heads, *own]))
 
 
 def _in_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

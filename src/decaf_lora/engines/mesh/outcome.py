@@ -1,10 +1,10 @@
-"""What the protocol tells its owner, and the limits that the owner sets."""
+"""What the protocol asks of its owner and tells it, and the limits that the owner sets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from decaf_lora.engines.mesh.edge import Saved, Verdict
 
@@ -22,6 +22,8 @@ class Limits:
     while no neighbour is up at all."""
     down: float = 1.0
     """The most that a neighbour is waited for that is out of reach and has sent nothing."""
+    answer: float = 10.0
+    """A neighbour that is up and has sent its message, but does not answer for so many times D, counts as hanging."""
     misses: int = 3
     """After so many exchanges without a neighbour the account of its edge is emptied."""
     catch_up: int = 3
@@ -54,6 +56,9 @@ class Outcome:
 
     exchange: int
     """The exchange that took place: the one that was opened, or a later one that the neighbours were at."""
+    took_part: bool
+    """Whether this agent took part in it: not if it left it for a later one that its message was not made for, or if
+    the run is over."""
     verdicts: dict[int, Verdict]
     """Of every neighbour in it."""
     contents: dict[int, Any]
@@ -90,3 +95,19 @@ class Failure:
 
 class RejectionError(Exception):
     """What a neighbour sent is not usable, for the reason that the text says."""
+
+
+class Owner(Protocol):
+    """Who knows what payloads mean. Each of the first three raises `RejectionError` with a reason."""
+
+    def agree(self, peer: int, facts: bytes) -> None:
+        """Compares the facts of a neighbour's hello with the own ones."""
+
+    def check(self, peer: int, exchange: int, payload: bytes) -> Any:
+        """A message, before it is answered; what it returns is kept instead of the payload."""
+
+    def check_adapter(self, peer: int, payload: bytes) -> Any:
+        """An adapter that a neighbour sent to one who catches up."""
+
+    def adapter(self) -> bytes:
+        """This agent's newest adapter."""

@@ -12,32 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from decaf_lora.engines.mesh.account import EMPTY, digest, extended
 from decaf_lora.engines.mesh.course import Course, Plan
-from decaf_lora.engines.mesh.edge import Assembly, Edge, Kept, Saved, Verdict
-from decaf_lora.engines.mesh.frames import At, Closed, Data, Frame, Get, Have, Hello, Last, fault, split
+from decaf_lora.engines.mesh.edge import Edge, Kept, Saved, Verdict
+from decaf_lora.engines.mesh.frames import At, Closed, Data, Frame, Get, Have, Hello, Last, adapter_frames, fault, split
 from decaf_lora.engines.mesh.link import Link
-from decaf_lora.engines.mesh.outcome import CaughtUp, Failure, Limits, Outcome, Phase, RejectionError
-
-
-class Owner(Protocol):
-    """Who knows what payloads mean. Each of the first three raises `RejectionError` with a reason."""
-
-    def agree(self, peer: int, facts: bytes) -> None:
-        """Compares the facts of a neighbour's hello with the own ones."""
-
-    def check(self, peer: int, exchange: int, payload: bytes) -> Any:
-        """A message, before it is answered; what it returns is kept instead of the payload."""
-
-    def check_adapter(self, peer: int, payload: bytes) -> Any:
-        """An adapter that a neighbour sent to one who catches up."""
-
-    def adapter(self) -> bytes:
-        """This agent's newest adapter."""
+from decaf_lora.engines.mesh.outcome import CaughtUp, Failure, Limits, Outcome, Owner, Phase, RejectionError
 
 
 class Peer:
@@ -86,9 +71,9 @@ class Peer:
         self.phase = Phase.SERVING if closed >= last else Phase.IDLE
         self.failure: Failure | None = None
         self.caught_up: CaughtUp | None = None
-        self.rejections: list[tuple[int, str]] = []
-        """Neighbours that sent what was not usable, and why."""
-        self._link, self._owner, self._clock, self._facts = link, owner, clock, facts
+        self.rejections: deque[tuple[int, str]] = deque(maxlen=100)
+        """Neighbours that sent what was not usable, and why; for the owner to take out."""
+        self._link, self._owner, self._clock, self.facts = link, owner, clock, facts
         self._restarted = restarted and closed < last
         self._told = self.next
         self._payload, self._content, self._opened = b"", b"", 0.0
@@ -152,6 +137,18 @@ class Peer:
         outcome, self._outcome = self._outcome, None
         return outcome
 
+    def saved(self) -> dict[int, Saved]:
+        """What of the edges goes into a checkpoint, as of now."""
+        return {j: replace(edge.saved) for j, edge in self.edges.items()}
+
+    def be_patient(self, seconds: float) -> None:
+        """Sets D, where it follows from how long the own rounds take."""
+        for edge in self.edges.values():
+            if edge.patience == self.limits.patience:
+                edge.patience = seconds
+            edge.patience = min(edge.patience, seconds)
+        self.limits = replace(self.limits, patience=seconds)
+
     def tick(self) -> None:
         """Time has passed."""
         self._advance()
@@ -162,6 +159,7 @@ class Peer:
         alone = max((e.changed for e in self.edges.values()), default=0.0) + self.limits.linger
         if self.phase is Phase.OPEN:
             times += [self._expires(e) for e in self._waited_for()]
+            times += [self._hangs(e) for e in self._row() if e.owes(self.closed + 1)]
             times.append(self._opened + self.limits.give_up)
         if self.phase is Phase.CATCHING_UP:
             times += self._asked.values()
@@ -180,8 +178,12 @@ class Peer:
         if connection <= edge.latest:
             return
         self._lost(edge)
-        edge.connection = edge.latest = connection
-        self._send(edge, Hello(self.next, self.life, self._facts))
+        edge.latest = connection
+        if edge.mute and self._clock() < self._expires(edge):
+            self._link.close(peer, "it has not answered")
+            return
+        edge.connection, edge.mute = connection, False
+        self._send(edge, Hello(self.next, self.life, self.facts))
         self._advance()
 
     def on_down(self, peer: int, connection: int) -> None:
@@ -224,10 +226,8 @@ class Peer:
                 edge.declined = True
         if isinstance(frame, Get) and edge.served != (edge.connection, self.next):
             edge.served = (edge.connection, self.next)
-            payload = self._owner.adapter()
-            name, parts = hashlib.sha256(payload).digest(), list(split(payload))
-            for part, piece in enumerate(parts):
-                self._send(edge, Last(self.next, part, len(parts), name, piece))
+            for piece in adapter_frames(self.next, self._owner.adapter()):
+                self._send(edge, piece)
 
     def _hello(self, edge: Edge, frame: Hello) -> None:
         try:
@@ -290,13 +290,12 @@ class Peer:
         """A part of an adapter that was asked for."""
         if edge.peer not in self._asked:
             return
-        if edge.adapter is None or edge.adapter.digest != frame.digest:
-            edge.adapter = Assembly(frame.digest, frame.parts)
-        if edge.adapter.add(frame):
+        received = edge.receive_adapter(frame)
+        if edge.fresh:
             self._asked[edge.peer] = self._clock() + self.limits.patience
-        if not edge.adapter.whole:
+        if received is None:
             return
-        (payload, content), edge.adapter = edge.adapter.content(), None
+        payload, content = received
         del self._asked[edge.peer]
         try:
             if content != frame.digest:
@@ -374,6 +373,10 @@ class Peer:
         assert self.exchange is not None
         return edge.expires(self.exchange, self.limits.down)
 
+    def _hangs(self, edge: Edge) -> float:
+        """When a neighbour that owes an answer counts as hanging."""
+        return max(edge.since, edge.changed) + self.limits.answer * self.limits.patience
+
     def _waited_for(self) -> list[Edge]:
         """Neighbours with whom patience has not ended, and of whom nothing is certain yet."""
         assert self.exchange is not None
@@ -418,6 +421,9 @@ class Peer:
         for edge in row:
             if edge.settled is None and (edge.usable or edge.refuses(exchange)):
                 edge.settled = now
+            if edge.owes(exchange) and now >= self._hangs(edge):
+                self._cut(edge, "it does not answer")  # and stays so until its patience has ended
+                edge.mute = True
         if self._waited_for():
             return False
         verdicts = {edge.peer: edge.verdict(exchange) for edge in row}
@@ -462,7 +468,8 @@ class Peer:
                     saved.record = EMPTY
         waited = {edge.peer: (now if edge.settled is None else edge.settled) - self._opened for edge in row}
         self._pass(exchange)
-        self._end(verdicts, contents, frozenset(emptied), waited)
+        gone = frozenset(emptied)
+        self._outcome = Outcome(exchange, True, verdicts, contents, gone, waited, self._left, self.saved())
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
         """Gives up the open exchange for that which the neighbours are at."""
@@ -472,13 +479,7 @@ class Peer:
             self._open(target)
         else:  # the message was made for a later hop, or the run is over
             self._pass(min(target - 1, self.course.last))
-            self._end({}, {}, frozenset(), {})
-
-    def _end(
-        self, verdicts: dict[int, Verdict], contents: dict[int, Any], emptied: frozenset[int], waited: dict[int, float]
-    ) -> None:
-        edges = {j: replace(edge.saved) for j, edge in self.edges.items()}
-        self._outcome = Outcome(self.closed, verdicts, contents, emptied, waited, self._left, edges)
+            self._outcome = Outcome(self.closed, False, {}, {}, frozenset(), {}, self._left, self.saved())
 
     def _pass(self, exchange: int) -> None:
         """Everything up to `exchange` is over for this agent."""
@@ -502,9 +503,9 @@ class Peer:
                 return
         target = self.course.first(max(self.course.ahead(self.edges.values(), number), number))
         adapters = self._adapters if target > number else {}
+        for edge in self.edges.values():  # the state is fresh, whatever the others have come to meanwhile
+            edge.saved.record, edge.saved.misses = EMPTY, 0
         if target > number:
-            for edge in self.edges.values():
-                edge.saved.record, edge.saved.misses = EMPTY, 0
             self._pass(target - 1)
         else:
             self.phase = Phase.IDLE

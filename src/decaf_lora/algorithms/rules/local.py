@@ -3,9 +3,10 @@
 A_i <- A_i - lr dA_i        B_i <- B_i - lr dB_i
 """
 
-from decaf_lora.algorithms.contract import Algorithm
+from decaf_lora.algorithms.contract import Rule
+from decaf_lora.algorithms.transforms.chain import Algorithm, chain
 
 
 def local() -> Algorithm:
     """Every agent trains alone and sends nothing."""
-    return Algorithm(name="local", topology="none")
+    return chain(Rule("local", topology="none"))

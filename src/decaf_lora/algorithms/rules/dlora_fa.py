@@ -9,29 +9,31 @@ starts have no common A: agents then mix B's of different frames, which is allow
 
 from typing import Literal
 
-from decaf_lora.adapters.adapter import Adapter, Factor, Tensors
-from decaf_lora.algorithms.contract import Algorithm, State
-from decaf_lora.algorithms.dlora import average_factors, with_moments
+from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.names import Tensors
+from decaf_lora.algorithms.contract import Order, Round, Rule
+from decaf_lora.algorithms.rules.dlora import average_factors, with_moments
+from decaf_lora.algorithms.transforms.chain import Algorithm
 from decaf_lora.algorithms.transforms.options import Messages, with_options
 
 _TRAINED: frozenset[Factor] = frozenset({"B", "extras"})
 
 
 def dlora_fa(
-    order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
+    order: Order = "adapt-combine",
     moments: Literal["keep", "reset"] = "keep",
     tracking: bool = False,
     tracking_gamma: float = 1.0,
     quasi_global: float | None = None,
     messages: Messages = "full",
 ) -> Algorithm:
-    """Gossip on B with a frozen common A; options as for `dlora`."""
+    """Gossip on B with a frozen common A; arguments and errors as those of `dlora`."""
 
-    def message(adapter: Adapter, state: State, round_: int) -> Tensors:
+    def message(adapter: Adapter, state: Tensors, round_: Round) -> Tensors:
         return adapter.message(_TRAINED)
 
-    algorithm = Algorithm(
-        name="dlora_fa", order=order, trains=lambda round_: _TRAINED, message=message, combine=average_factors
+    rule = Rule("dlora_fa", order=order, trains=lambda round_: _TRAINED, message=message, combine=average_factors)
+    rule = with_moments(rule, moments)
+    return with_options(
+        rule, tracking=tracking, tracking_gamma=tracking_gamma, quasi_global=quasi_global, messages=messages
     )
-    algorithm = with_moments(algorithm, moments)
-    return with_options(algorithm, tracking, tracking_gamma, quasi_global, messages)

@@ -1,0 +1,139 @@
+"""What does each field of a LoRA configuration mean here? One rule, for a run's own and for saved adapters.
+
+A field is honoured, has no effect on what an adapter computes, or is refused by name unless it is off. So an adapter
+never means something else here than it means in PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+
+from decaf_lora.errors import UserError
+
+HONOURED = frozenset(
+    {
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "lora_dropout"),
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    }
+)
+WITHOUT_EFFECT = frozenset(
+    {
+        # What an adapter is called, and where it comes from.
+        *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping"),
+        # How PEFT holds it; how a weight is stored matters only to who writes into it.
+        *("inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"),
+        # Settings of options that are refused where they are on: `init_lora_weights` and `use_qalora`.
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    }
+)
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` under which the saved factors are all that an adapter adds to its base."""
+
+_DEFAULTS = {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
+
+
+def check_own(config: LoraConfig) -> None:
+    """Raises UserError for a field of a run's own configuration that is not supported, or has no meaning."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for field in _refused(values):
+        raise UserError(f"lora.{field}: this option of LoraConfig is not supported; leave it out.")
+    if config.init_lora_weights not in (True, "gaussian"):
+        raise UserError(
+            f"lora.init_lora_weights: {config.init_lora_weights!r} is not supported; use true or 'gaussian'."
+        )
+    for field, fault in _faults(values):
+        raise UserError(f"lora.{field}: {fault}")
+
+
+def check_saved(values: Any, path: str, field: str) -> dict[str, Any]:
+    """The adapter_config.json `values`, read from `path`, if it is of an adapter that means the same here as in PEFT.
+
+    Raises UserError, in the name of the option `field`, for another type of adapter, for an option that is not
+    supported, and for values without a meaning.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{field}: {path} holds no fields ({type(values).__name__}); it is no configuration of PEFT.")
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{field}: {path} is of an adapter of type {values.get('peft_type')}, not LORA.")
+    for name in ("r", "lora_alpha"):
+        if name not in values:
+            raise UserError(f"{field}: {path} has no {name}; save the adapter again with PEFT.")
+    for name in _refused(values):
+        raise UserError(
+            f"{field}: {path} has {name} {values[name]!r}, which is not supported; only plain LoRA can be taken over."
+        )
+    start = values.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise UserError(f"{field}: {path} has init_lora_weights {start!r}: {_how_to_convert(str(start))}")
+    for name, fault in _faults(values):
+        raise UserError(f"{field}: {path}: {name}: {fault}")
+    return dict(values)
+
+
+def _refused(values: Mapping[str, Any]) -> list[str]:
+    """Fields that are neither honoured nor without effect, and not off: also those of a PEFT of tomorrow."""
+    asked = sorted(values.keys() - HONOURED - WITHOUT_EFFECT)
+    off: list[Any] = [None, False, [], {}, ""]
+    return [name for name in asked if values[name] != _DEFAULTS.get(name) and values[name] not in off]
+
+
+def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(field, what is wrong with it) of numbers and patterns."""
+    found: list[tuple[str, str]] = []
+    ranks = {"r": values["r"]} | _pattern(values, "rank_pattern", found)
+    alphas = {"lora_alpha": values["lora_alpha"]} | _pattern(values, "alpha_pattern", found)
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+            found.append((name, f"{rank!r} is no rank; give a whole number of at least 1."))
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 < alpha < math.inf:
+            found.append((name, f"{alpha!r} is no scaling; give a number above 0."))
+    if not isinstance(values.get("use_rslora", False), bool):
+        found.append(("use_rslora", f"{values['use_rslora']!r} is neither true nor false."))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), str) and (fault := _not_a_pattern(values[name])):
+            found.append((name, fault))
+    return found
+
+
+def _pattern(values: Mapping[str, Any], field: str, found: list[tuple[str, str]]) -> dict[str, Any]:
+    """Values by dotted name of a field that maps patterns to numbers; notes in `found` what is none."""
+    given = values.get(field) or {}
+    if not isinstance(given, Mapping):
+        found.append((field, f"{given!r} is no mapping of layers to numbers."))
+        return {}
+    for pattern in given:
+        if fault := _not_a_pattern(pattern):
+            found.append((field, fault))
+    return {f"{field}.{pattern}": value for pattern, value in given.items()}
+
+
+def _not_a_pattern(text: str) -> str | None:
+    """Why `text` is no regular expression; None if it is one."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        return f"{text!r} is no regular expression ({error}); escape what is meant literally with a backslash."
+    return None
+
+
+def _how_to_convert(start: str) -> str:
+    name = start.lower()
+    if name == "eva":
+        return "EVA leaves the base as it is, so the adapter is a plain one; set the field to true to take it over."
+    if name == "loftq":
+        return "LoftQ changes the base model. Save the changed base, take it as task.model, and set the field to true."
+    if name.startswith(("pissa", "olora", "corda", "lora_ga")):
+        return (
+            "this start changes the base model, so the factors alone are not the adapter. Convert it with PEFT, where "
+            "the adapter before training was saved too: model.save_pretrained(DIR, "
+            "path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
+        )
+    return "this start is not known here and may change the base model; save the adapter with PEFT as plain LoRA."
