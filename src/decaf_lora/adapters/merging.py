@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decaf_lora import lowrank
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.saved import Saved, layers_of
 from decaf_lora.errors import UserError
 

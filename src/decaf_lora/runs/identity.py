@@ -43,7 +43,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     split, task = run.partition, run.task
     if config is not None and split.names:
         schedule = schedule.arranged(split.names)
-    agents = len(split.shards)
+    agents = split.num_agents
     names = getattr(task, "classes", None)
     return {
         "algorithm": run.algorithm.name,
@@ -76,6 +76,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
 def sources(run: Run) -> dict[str, Any]:
     """What a run is made from, as JSON values that are equal for equal runs: hashes of data, model, graph and split."""
     task, schedule = run.task, run.schedule
+    known = [run.partition.agent] if isinstance(run.partition, partition.Own) else range(run.partition.num_agents)
     told = task.facts()
     found = {
         "labels (hash)": _hash(np.asarray(task.labels)),
@@ -85,7 +86,7 @@ def sources(run: Run) -> dict[str, Any]:
         "data (hash)": told["content"][:16],
         "adapted layers": len(run.attached.sites),
         "base model (hash)": _model(run),
-        "partition (hash)": _hash(*run.partition.shards),
+        "partition (hash)": _hash(*(run.partition.shard(agent) for agent in known)),
     }
     if schedule.period is not None:
         found["graph (hash)"] = _hash(*(schedule.at(t).weights for t in range(schedule.period)))
