@@ -181,7 +181,7 @@ def test_a_worker_that_is_killed_is_one_line_and_the_others_go_on(begin):
     assert len(before) == 2
     assert {p.parent.name for p in command.out.glob("*/summary.json")} == set(command.begun()) - {lost}
     assert len(command.begun()) == 4
-    assert decaf("compare", "digits", *short, *FOUR[:-1], 1, "--out", command.out, "--resume") == 0
+    assert begin("compare", "digits", *short, *FOUR, "--resume").ended() == 0
     assert len(json.loads((command.out / "summary.json").read_text())) == 4
 
 
@@ -195,5 +195,6 @@ def test_a_signal_while_the_workers_load_is_not_lost(begin, tmp_path):
     wait(mark.exists)
     os.kill(command.pid, signal.SIGINT)
     assert command.ended() == 130
+    assert command.said().splitlines()[-1] == "decaf: stopped before anything was written."
     assert "Traceback" not in command.said()
     assert not command.out.exists()

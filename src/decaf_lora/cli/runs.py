@@ -41,6 +41,8 @@ def run_command(args: list[str]) -> int:
 
 def _where(output: Output, name: str) -> dict[str, Any]:
     """The folder, and how to take it, as arguments of `run` and `compare`."""
+    if output.resume and output.out is None:
+        raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
 
@@ -150,6 +152,9 @@ def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -
     """Says how to go on."""
     from decaf_lora.runs.identity import own_code
 
+    if not stop.directory.exists():
+        err.print("decaf: stopped before anything was written.", markup=False)
+        return 130
     where = f" in round {stop.round}" if stop.round else ""
     again = "".join(f" --{field.removesuffix('.name')} {value}" for value, field in own_code(config).items())
     with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
