@@ -5,10 +5,13 @@ workers of a comparison, whose group it joins as they would a terminal's.
 """
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import signal
+import termios
 import time
 from pathlib import Path
 
@@ -27,6 +30,17 @@ LONG = (
 FOUR = ("--algorithms", "local", "dlora", "--seeds", "0", "1", "--jobs", "2")
 PATIENCE = 120
 """Seconds against a hang; a busy machine may need many."""
+
+
+def _on_terminal(name, arguments):
+    """In a session of its own, on a terminal that will go."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os._exit(decaf(*arguments))
 
 
 def _child(log, arguments):
@@ -116,6 +130,32 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(number, begin):
     assert f"Go on with: decaf run --resume {command.out} --task {TOY}" in command.said()
     assert "Traceback" not in command.said()
     whole(command.out)
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "digits", *LONG), ("compare", "digits", *LONG, *FOUR)], ids=["run", "compare"]
+)
+def test_a_terminal_that_goes_costs_no_checkpoint(command, tmp_path):
+    """The window is closed: SIGHUP, and every further word to the live display is an error."""
+    ours, theirs = pty.openpty()
+    out = tmp_path / "out"
+    CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
+    process = CONTEXT.Process(target=_on_terminal, args=(os.ttyname(theirs), (*command, "--out", out)))
+    process.start()
+    os.set_blocking(ours, False)
+
+    def begun():
+        with contextlib.suppress(BlockingIOError):  # a terminal that nobody reads fills up
+            os.read(ours, 65536)
+        return len([p for p in out.glob("**/records.jsonl") if p.read_bytes().count(b"\n") > 2])
+
+    wait(lambda: begun() >= (2 if "compare" in command else 1))
+    os.close(theirs)
+    os.close(ours)
+    process.join(timeout=PATIENCE)
+    assert process.exitcode == 130
+    for path in out.glob("**/records.jsonl"):
+        whole(path.parent)
 
 
 def test_a_run_below_nohup_outlives_its_terminal(begin, tmp_path):

@@ -152,17 +152,12 @@ def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -
     """Says how to go on."""
     from decaf_lora.runs.identity import own_code
 
-    if not stop.directory.exists():
-        err.print("decaf: stopped before anything was written.", markup=False)
-        return 130
     where = f" in round {stop.round}" if stop.round else ""
     again = "".join(f" --{field.removesuffix('.name')} {value}" for value, field in own_code(config).items())
+    text = f"everything so far is kept. Go on with: {command} --resume {stop.directory}{again}"
+    said = f"stopped{where}; {text}" if stop.directory.exists() else "stopped before anything was written."
     with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-        err.print(
-            f"decaf: stopped{where}; everything so far is kept. Go on with: {command} --resume {stop.directory}{again}",
-            markup=False,
-            soft_wrap=True,
-        )
+        err.print(f"decaf: {said}", markup=False, soft_wrap=True)
     return 130
 
 
