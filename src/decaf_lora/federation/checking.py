@@ -184,6 +184,7 @@ def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
         *_, last = run.train()
     finally:
         run.close()
+    assert last.losses is not None  # round 0 alone has none
     classes = len(set(run.task.labels.tolist()))
     return (
         f"{len(run.task.labels)} examples to learn from, {classes} labels among them; one batch gives the loss "

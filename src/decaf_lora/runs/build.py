@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from decaf_lora.engines import Engine
     from decaf_lora.graphs import Graph, Schedule
     from decaf_lora.partition import Own, Partition
+    from decaf_lora.run import Run
     from decaf_lora.tasks.base import Task
 
 
@@ -27,7 +28,7 @@ def build_run(
     *,
     graph: Graph | Schedule | None = None,
     split: Callable[[Task], Partition | Own] | None = None,
-) -> Any:
+) -> Run:
     """The `Run` that a configuration describes.
 
     Args:
