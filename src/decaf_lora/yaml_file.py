@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float | bool | None) and key in seen:
                 line = key_node.start_mark.line + 1
                 raise UserError(f"{key} is there twice (lines {seen[key]} and {line}); leave one out.")
@@ -57,8 +57,8 @@ def _integer(loader: Any, node: Any) -> int:
 
 for _tag, (_words, _first) in _SCALARS.items():
     for _kind in (_Loader, _Dumper):
-        _kind.add_implicit_resolver(_tag, re.compile(rf"^(?:{_words})$"), list(_first))  # type: ignore[no-untyped-call]
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)  # type: ignore[no-untyped-call]
+        _kind.add_implicit_resolver(_tag, re.compile(rf"^(?:{_words})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(path: Path, field: str) -> Any:
