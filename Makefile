@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test check lint format fuzz model proto clean
+.PHONY: install demo test faults fuzz check lint format model proto clean
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ demo: $(STAMP)
 
 test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# Kills a run at every write, resumes it and compares bits; `make test` has a sample. A quarter of an hour.
+faults: $(STAMP_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
 
 lint: $(STAMP_TEST)
 	$(BIN)/ruff check .

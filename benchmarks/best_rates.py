@@ -25,7 +25,7 @@ Found = dict[str, dict[float, float]]
 def compare(config: CompareConfig, out: Path) -> list[SummaryRow]:
     """`decaf_lora.runs.compare`, going on with what is there."""
     started = time.process_time()
-    rows = comparisons.compare(config, out, resume=(out / "config.yaml").exists())
+    rows, _ = comparisons.compare(config, out, resume=(out / "config.yaml").exists())
     print(f"{out}: {time.process_time() - started:.0f} s of processor time", flush=True)
     return rows
 

@@ -17,11 +17,11 @@ import yaml
 
 from decaf_lora import graphs
 from decaf_lora.cli import main
-from decaf_lora.config import RunConfig, build
+from decaf_lora.config import RunConfig, build, fields
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
 from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Interrupted
+from decaf_lora.runs.events import Interrupted, Subscriber
 from decaf_lora.runs.folder import run
 
 TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
@@ -365,7 +365,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Go on with: decaf run digits" in err
+    assert f"Go on with: decaf run --resume {cut} --task {TOY}" in err
     assert "--resume" in err
     assert "Traceback" not in err
     done = json.loads(records.read_text().splitlines()[-1])["round"]
@@ -388,12 +388,19 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     assert lines(cut) == lines(whole)
 
 
+class Impatient(Subscriber):
+    """Presses Ctrl-C as soon as the run starts."""
+
+    def start(self, facts):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
     """The record of the start is in the file once."""
     config = build(RunConfig, {"task": {"name": TOY}, "agents": 3, "rounds": 2, "partition": "iid"} | {
         "lora": {"target_modules": ["first", "second"]}, "training": {"steps": 2, "agents_per_pass": 3}})  # fmt: skip
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "cut", watch=lambda event: os.kill(os.getpid(), signal.SIGINT))
+        run(config, tmp_path / "cut", watch=lambda name: Impatient())
     assert [r.round for r in read_records(tmp_path / "cut" / "records.jsonl")] == [0]
     run(config, tmp_path / "cut", resume=True)
     run(config, tmp_path / "whole")
@@ -428,7 +435,7 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare digits" in err
+    assert "Go on with: decaf compare --resume" in err
     assert not (out / "summary.json").exists()
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
@@ -457,7 +464,7 @@ def test_ctrl_c_while_two_processes_load(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare digits" in err
+    assert "decaf: stopped before anything was written." in err
 
 
 # graph, recipes, help
@@ -548,7 +555,24 @@ def test_help_and_recipes(capsys):
         with pytest.raises(SystemExit) as stop:
             decaf(command, "digits", "--help")
         assert stop.value.code == 0
-        assert "--training.learning-rate" in capsys.readouterr().out
+        first = capsys.readouterr().out
+        assert "--training.learning-rate" not in first
+        assert all(f"--{option} " in first for option in ("rounds", "graph", "partition", "algorithm.name", "out"))
+        for group in ("task", "lora", "training"):  # the others, each with what it is about
+            assert f"\n  {group} " in first
+        with pytest.raises(SystemExit):
+            decaf(command, "digits", "--lr", 0.5, "--help", "training", "lora")
+        asked = capsys.readouterr().out
+        assert "--training.learning-rate FLOAT" in asked
+        assert "--lora.r INT" in asked
+        assert "--rounds" not in asked
+        with pytest.raises(SystemExit):
+            decaf(command, "digits", "--help", "all")
+        everything = capsys.readouterr().out
+        for option in fields(RunConfig):
+            assert f"--{option.replace('_', '-')}" in everything
+        assert "None" not in first + asked + everything
+    assert "there is no group 'trainig'" in fails(capsys, "run", "digits", "--help", "trainig")
     with pytest.raises(SystemExit):
         decaf("graph", "--help")
     assert "erdos-renyi:0.4" in capsys.readouterr().out

@@ -4,20 +4,25 @@ import contextlib
 import csv
 import json
 
+import networkx as nx
 import numpy as np
 import pytest
+import torch
 
-from decaf_lora import tasks
+from decaf_lora import algorithms, graphs, tasks
 from decaf_lora.cli import main
-from decaf_lora.config import RunConfig, TaskConfig
+from decaf_lora.config import RunConfig, TaskConfig, build
 from decaf_lora.errors import UserError
+from decaf_lora.run import Run
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.export import numbered
 from tiny import WORDS, write
+from toy import Toy
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("datasets_cache")]
 
 SITES = ("mayo", "charite", "kings")
+SITES_IN_ORDER = tuple(sorted(SITES))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +152,76 @@ def test_the_command_line_from_the_table_to_the_report(model, table, tmp_path, c
     )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A file a site, as three people would save them, and a test set of all."""
+    folder = tmp_path_factory.mktemp("sites")
+    for number, site in enumerate(SITES):
+        own = [(text, label) for text, label, hospital in rows(60) if hospital == site]
+        if number == 0:
+            (folder / f"{site}.jsonl").write_text("".join(json.dumps({"text": t, "label": k}) + "\n" for t, k in own))
+        else:
+            with (folder / f"{site}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("text", "label"), *own])
+    (folder / "test.csv").write_text("text,label\ngood dog,good\nbad cat,bad\nthe film good,good\n")
+    return folder
+
+
+def test_a_file_a_site(model, folder, tmp_path):
+    task = {"name": "sequence-classification", "model": model}
+    made = config(model, "", task=task, partition=f"files:{folder}")
+    assert made.task.data == str(folder)
+    with contextlib.closing(build_run(made)) as run:
+        assert run.partition.names == ("charite", "kings", "mayo")
+        assert run.partition.sizes.tolist() == [20, 20, 20]
+        assert run.task.num_test == 3
+        batch = run.task.train_batch(run.partition.shards[2])
+        own = [label for _, label, hospital in rows(60) if hospital == "mayo"]
+        assert [run.task.classes[label] for label in batch["labels"]] == own
+    held_out = config(model, "", task=task | {"test_share": 0.2}, partition=f"shots:6/files:{folder}")
+    with pytest.raises(UserError, match=r"task\.test_share: .* has a test set, test\.csv; leave test_share out"):
+        build_run(held_out)
+    for site in folder.glob("[!t]*"):
+        (tmp_path / site.name).write_bytes(site.read_bytes())
+    held_out = config(model, "", task=task | {"test_share": 0.2}, partition=f"shots:6/files:{tmp_path}")
+    with contextlib.closing(build_run(held_out)) as run:
+        assert run.partition.names == ("charite", "kings", "mayo")
+        assert run.partition.sizes.sum() == 12
+        assert sum(map(len, run.partition.tests)) == run.task.num_test == 12
+
+
+@pytest.mark.parametrize(
+    ("task", "partition", "message"),
+    [
+        ({"data": "other"}, "FOLDER", r"files:.* sets task\.data to .*, but it is other; leave it out"),
+        ({"file_column": "x"}, "FOLDER", r"files:.* sets task\.file_column to site, but it is x; leave it out"),
+        ({"data": "FOLDER", "file_column": "text"}, "iid", r"has a column 'text' already"),
+        ({}, "nowhere", r"task\.data: nowhere does not exist|task\.data: 'nowhere' is no local path"),
+        ({}, "FOLDER/mayo.jsonl", "must be a folder with a file for each site"),
+    ],
+)
+def test_folders_of_sites_that_cannot_be(model, folder, task, partition, message):
+    task = {key: str(value).replace("FOLDER", str(folder)) for key, value in task.items()}
+    values = {"name": "sequence-classification", "model": model, **task}
+    partition = partition if partition == "iid" else f"files:{partition.replace('FOLDER', str(folder))}"
+    with pytest.raises(UserError, match=message):
+        build_run(build(RunConfig, {"task": values, "agents": 3, "partition": partition}))
+
+
+def test_indices_are_the_rows_of_the_training_split(model, table, folder, tmp_path):
+    (tmp_path / "rows.json").write_text('{"zoe": [0, 5], "adam": [2]}')
+    task = {"name": "sequence-classification", "model": model, "data": table, "test_split": "train[:10%]"}
+    values = {"task": task, "agents": 2, "partition": f"indices:{tmp_path}/rows.json"}
+    with contextlib.closing(build_run(build(RunConfig, values))) as run:
+        assert run.partition.names == ("zoe", "adam")
+        with open(table, newline="") as file:
+            texts = [row["text"] for row in csv.DictReader(file)]
+        assert [run.task.column("text")[i] for i in run.partition.shards[0]] == [texts[0], texts[5]]
+    moved = values | {"task": {**task, "test_split": None, "test_share": 0.2}}
+    with pytest.raises(UserError, match=r"task\.test_share: it takes rows out of the training split"):
+        build_run(build(RunConfig, moved))
+
+
 def test_a_name_with_two_meanings_is_refused():
     assert numbered("7", ["3", "7"]) == 1  # there is no agent number 7
     assert numbered("1", ["a", "1"]) == 1
@@ -157,3 +232,70 @@ def test_a_name_with_two_meanings_is_refused():
         numbered("1", ["1", "0"])
     with pytest.raises(UserError, match="agent: 'all' is also the name of an agent; give its number, 1"):
         numbered("all", ["a", "all"])
+
+
+# --- each site's own test set -------------------------------------------------------------------------------
+
+
+def own_accuracy(task, site):
+    """The score of the model as it stands, on the test rows of a site: by hand, one by one."""
+    right = []
+    for row in np.flatnonzero(task.column("hospital", "test") == site):
+        batch = task.test_batch(np.array([row]))
+        right.append(int(task.logits(batch).argmax(-1).item() == batch["labels"].item()))
+    return np.mean(right)
+
+
+@pytest.mark.parametrize("algorithm", ["decaf", "local", "fedavg", "centralized"])
+@pytest.mark.parametrize("test", ["all", "own", "both"])
+def test_agents_are_scored_on_all_on_their_own_or_on_both(model, table, test, algorithm):
+    values = {"test": test, "algorithm": {"name": algorithm}, "training": {"steps": 3, "learning_rate": 0.05}}
+    values["evaluate_every"] = 1
+    with contextlib.closing(build_run(config(model, table, **values))) as run:
+        (*_, last) = run.train()
+        own = []
+        for agent, site in enumerate(SITES_IN_ORDER):
+            one = run.adapter.select([0 if algorithm == "centralized" else agent])
+            with torch.no_grad(), run.attached.bind(one):
+                own.append(own_accuracy(run.task, site))
+        everything = run.trainer.evaluate(run.adapter).tolist()
+    assert last.own_scores == (None if test == "all" else pytest.approx(own))
+    assert last.scores == pytest.approx(own if test == "own" else everything)
+    assert len(set(own)) > 1  # the sites differ, so mixing them up would show
+    assert last.averaged_score is not None
+
+
+def test_averaged_scores_of_own_tests_are_the_mean_over_sites(model, table):
+    values = {"test": "own", "algorithm": {"name": "fedavg"}, "training": {"steps": 3, "learning_rate": 0.05}}
+    with contextlib.closing(build_run(config(model, table, **values))) as run:
+        (*_, last) = run.train()
+    assert last.averaged_score == pytest.approx(np.mean(last.scores))  # after a server all agents are the average
+
+
+def test_own_tests_that_nobody_has(model, table, folder):
+    with pytest.raises(UserError, match=r"test: nobody knows whose the test examples are; split by a column"):
+        build_run(config(model, table, partition="iid", test="own"))
+    task = {"name": "sequence-classification", "model": model}
+    with pytest.raises(UserError, match=r"test: nobody knows whose"):  # the common test file names no site
+        build_run(config(model, "", task=task, partition=f"files:{folder}", test="both"))
+    task = {**task, "data": table, "test_split": "train[:1]"}
+    with pytest.raises(UserError, match=r"test: agent (charite|kings|mayo) has no test example of its own"):
+        build_run(config(model, table, task=task, test="own"))
+
+
+def test_a_run_takes_whatever_gives_the_rows_of_an_agent():
+    class Thirds:
+        def load_partition(self, agent):
+            return range(agent, 60, 3)
+
+    task = Toy()
+    graph = graphs.from_networkx(nx.Graph([("bob", "alice"), ("bob", "carol")]))
+    with Run(task, algorithms.dlora(), graph, Thirds(), rounds=1) as run:
+        assert run.partition.sizes.tolist() == [20, 20, 20]
+        assert run.partition.names == ("alice", "bob", "carol")
+    rows = {"carol": [0, 1, 2, 3], "alice": [4, 5, 6, 7], "bob": [8, 9, 10, 11]}
+    with Run(task, algorithms.dlora(), graph, rows, rounds=1) as run:
+        assert run.schedule.at(0).names == run.partition.names == ("carol", "alice", "bob")
+        assert run.schedule.at(0).edges == [(0, 2), (1, 2)]
+    with pytest.raises(UserError, match="partition: custom is int"):
+        Run(task, algorithms.dlora(), graph, 3, rounds=1)

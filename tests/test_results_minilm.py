@@ -73,7 +73,7 @@ def test_the_table_takes_every_method_at_its_best_rate(benchmark, tmp_path):
         folder = tmp_path / "runs" / "table" / f"{row.algorithm}-ring-iid-seed{row.seed}"
         config = configs.load(configs.RunConfig, folder / "config.yaml")
         assert (config.training.learning_rate, config.seed) == (best[row.algorithm], row.seed)
-        alone = run_folder(config, tmp_path / "alone" / folder.name)
+        alone, _ = run_folder(config, tmp_path / "alone" / folder.name)
         assert (alone.mean_score, alone.worst_score) == (row.mean_score, row.worst_score)
     assert [row.seed for row in rows] == [0, 0, 1, 1]
     mean = {m: sum(r.mean_score for r in rows if r.algorithm == m) / 2 for m in best}

@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -117,6 +118,9 @@ class TaskConfig(Section):
     """A model on the Hugging Face Hub, or a local directory."""
     data: str | None = None
     """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, Excel, JSON lines or text file."""
+    file_column: str | None = None
+    """Read the folder `data` as a file a site, and name the file of every row in a column called so; a file called
+    `test` is the test set. `partition: files:DIR` sets it."""
     subset: str | None = None
     """Subset (configuration) of the data set, or sheet of an Excel file."""
     delimiter: str | None = None
@@ -288,9 +292,12 @@ class AlgorithmConfig(Section):
     messages: Literal["full", "int8"] | None = None
     """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
 
+    transforms: tuple[str, ...] = ()
+    """More transforms to lay over it, of your own or an installed package: `mine.py:noise:scale=0.1`."""
+
     def options(self) -> dict[str, Any]:
         """The options that were set."""
-        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v not in (None, (), [])}
 
 
 class TrainingConfig(_Frozen):
@@ -336,6 +343,9 @@ class TrainingConfig(_Frozen):
         return self
 
 
+_FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
+
+
 class RunConfig(_Frozen):
     """One run: one algorithm on one graph, partition and seed."""
 
@@ -363,6 +373,9 @@ class RunConfig(_Frozen):
     """Rounds of local steps and exchange."""
     seed: int = Field(0, ge=0)
     """Seeds the partition, the start, the batches and random graphs."""
+    test: Literal["all", "own", "both"] = "all"
+    """Score each agent on all test examples, on those of its own site, or on both. Own ones need a partition by
+    column or files, and test examples that have this column."""
     evaluate_every: int = Field(5, ge=1)
     """Rounds between evaluations on the test set; the last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -372,6 +385,22 @@ class RunConfig(_Frozen):
     """Rounds between checkpoints."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _files_are_the_data(cls, values: Any) -> Any:
+        """`files:DIR` splits by the files of DIR, which are then the data, too."""
+        named = values.get("partition") if isinstance(values, dict) else None
+        match = _FILES.fullmatch(named.strip()) if isinstance(named, str) else None
+        if match is None:
+            return values
+        task = values.get("task", {})
+        given = task if isinstance(task, dict) else task.model_dump()
+        wanted = {"data": match[1], "file_column": "site"}
+        for field, value in wanted.items():
+            if given.get(field) not in (None, value):
+                raise ValueError(f"{named} sets task.{field} to {value}, but it is {given[field]}; leave it out")
+        return {**values, "task": {**given, **wanted}}
 
     @field_validator("graph", "partition", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
+from decaf_lora.precision import double, work_device
 
 AVERAGED = "averaged"
 """The name of the averaged model, in place of an agent's number."""
@@ -25,8 +26,8 @@ def distance(adapter: Adapter) -> float:
         if 2 * n * adapter.A[layers[0]].shape[1] > sum(_dimensions(adapter, layers[0])):
             total += sum(_dense_squares(adapter, layer) for layer in layers)
             continue
-        a = torch.stack([adapter.A[k] for k in layers]).double()
-        b = torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]).double()
+        a = double(torch.stack([adapter.A[k] for k in layers]))
+        b = double(torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]))
         # Products are compared to the first agent's: the shift takes the part that all share out of the
         # sums before they cancel.
         inner = _centred_gram(a, b)
@@ -44,7 +45,7 @@ def _dense_squares(adapter: Adapter, layer: str) -> float:
 
     For many agents: the Gram matrix of their factors, (2 n r)^2 numbers, would be larger than the layer.
     """
-    a, b = adapter.A[layer].double(), (adapter.B[layer] * adapter.scale[layer][:, None, None]).double()
+    a, b = double(adapter.A[layer]), double(adapter.B[layer] * adapter.scale[layer][:, None, None])
     mean = torch.einsum("nor,nri->oi", b, a) / len(a)
     return sum(float((b[i] @ a[i] - mean).square().sum()) for i in range(len(a)))
 
@@ -100,6 +101,30 @@ def largest(adapter: Adapter) -> int:
     return int(torch.stack([adapter.rank_of(k) for k in adapter.layers]).sum(0).argmax())
 
 
+def neighbour_distance(adapter: Adapter, inbox: Inbox) -> float | None:
+    """Root mean square of the distances of the first receiver's product to those that its neighbours sent.
+
+    A distance is over all adapted layers. None where factors of both kinds are not sent, or nobody else sent any.
+    """
+    if not _holds_products(adapter, inbox) or not inbox.own:
+        return None
+    own = inbox.own[0]
+    others = [k for k in range(len(inbox.senders)) if k != own]
+    if not others:
+        return None
+    squares = 0.0
+    for layer in adapter.layers:
+        a, b = inbox.tensors[f"A/{layer}"], inbox.tensors[f"B/{layer}"]
+        scale = inbox.tensors.get(f"scale/{layer}", adapter.scale[layer][:1].expand(len(a)))
+        b = b * scale[:, None, None]
+        squares += float(double(lowrank.product_distance(a[others], b[others], a[own], b[own])).square().sum())
+    return (squares / len(others)) ** 0.5
+
+
+def _holds_products(adapter: Adapter, inbox: Inbox) -> bool:
+    return all(f"A/{k}" in inbox.tensors and f"B/{k}" in inbox.tensors for k in adapter.layers)
+
+
 def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tensor] | None:
     """(n,) consensus interference and (n,) truncation tail of this round's messages, over all layers.
 
@@ -107,12 +132,12 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
     mean product, the tail what truncating the mixed product to rank r (DeCAF) cuts off. They are measured for
     every algorithm that sends both factors; None for others.
     """
-    if not all(f"A/{k}" in inbox.tensors and f"B/{k}" in inbox.tensors for k in adapter.layers):
+    if not _holds_products(adapter, inbox):
         return None
-    device = next(iter(inbox.tensors.values())).device
+    device = work_device(next(iter(inbox.tensors.values())).device)
     squares = torch.zeros(2, inbox.num_receivers, dtype=torch.float64, device=device)
     for layers in adapter.shape_groups():
-        scale = torch.stack([adapter.scale[k] for k in layers]).double()
+        scale = double(torch.stack([adapter.scale[k] for k in layers]))
         for whole in inbox.groups:
             for rank, group in whole.split(adapter.rank_of(layers[0])):
                 a = inbox.stacked([f"A/{k}" for k in layers], group)
@@ -121,7 +146,7 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
                 if theirs is not None:
                     b = b * theirs[..., None, None]
                 tail = lowrank.mix_truncate(a, b, weights, rank).tail
-                both = torch.stack([lowrank.interference(a, b, weights), tail]).double()[:, :, group.expand]
+                both = double(torch.stack([lowrank.interference(a, b, weights), tail]))[:, :, group.expand]
                 both = both * scale[:, group.receivers] if theirs is None else both
                 squares[:, group.receivers] += both.square().sum(1)
     interference, tail = squares.sqrt().cpu()

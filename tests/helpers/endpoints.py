@@ -10,8 +10,11 @@ from decaf_lora.engines.links import Links, Neighbour, Timing
 from decaf_lora.engines.links.tls import Own
 from decaf_lora.federation import keys
 
-QUICK = Timing(lost=2.0, first_retry=0.02, last_retry=0.2)
-"""Seconds for tests: far above what a loaded machine takes, for what must not happen, and short for what must."""
+QUICK = Timing(lost=20.0, first_retry=0.02, last_retry=0.2)
+"""Seconds for tests: an end is lost after far more than a loaded machine stands still, and dialled again at once."""
+
+SHORT = Timing(lost=3.0, first_retry=0.02, last_retry=0.2)
+"""For tests of what takes longer than the silence after which an end is lost."""
 
 PATIENCE = 60.0
 """Seconds until a test stops to wait for what must happen."""

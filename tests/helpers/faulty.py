@@ -54,3 +54,13 @@ class Silent(Toy):
 def other_data() -> Toy:
     """Every rank reads its own examples."""
     return Toy(seed=int(os.environ["RANK"]))
+
+
+class Stopped(Doomed):
+    """Rank 0, which keeps the store, is stopped for good in its second round."""
+
+    def train_batch(self, indices):
+        self.batches += 1
+        if os.environ.get("RANK") == "0" and self.batches == 8:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return Toy.train_batch(self, indices)

@@ -11,7 +11,7 @@ import pytest
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.engines.mesh.frames import PART, At, Closed, Data, Get, Have, Hello, Last, Ping, split
 from decaf_lora.errors import UserError
-from endpoints import PATIENCE, QUICK, Heard, Proxy, own, pair, until
+from endpoints import PATIENCE, QUICK, SHORT, Heard, Proxy, own, pair, until
 
 D, R = b"d" * 32, b"r" * 32
 
@@ -129,10 +129,10 @@ def test_a_silent_end_is_lost(agents, ends):
         proxies.append(Proxy(port))
         return proxies[0].port
 
-    (alice, _), (bob, _) = connected(agents, ends, through=through)
+    (alice, _), (bob, _) = connected(agents, ends, through=through, timing=SHORT)
     proxies[0].rate = 1e-3  # a byte takes 17 minutes
     until(lambda: not alice.up(1) and not bob.up(0), "the loss")
-    assert alice.status(1).why == bob.status(0).why == "silent for 2 s"
+    assert alice.status(1).why == bob.status(0).why == "silent for 3 s"
     proxies[0].stop()
 
 
@@ -167,7 +167,7 @@ def test_a_new_connection_supersedes_the_old(agents, ends):
 
 def test_what_the_owner_does_not_take_in_waits_at_the_sender(agents, ends):
     """Backpressure; a slow owner is not a lost one, and the link of the sender stays up."""
-    (alice, at_alice), (bob, at_bob) = connected(agents, ends)
+    (alice, at_alice), (bob, at_bob) = connected(agents, ends, timing=SHORT)
     at_bob.gate.clear()
     payload, frames = message(64 * PART)
     for frame in frames:
@@ -175,7 +175,7 @@ def test_what_the_owner_does_not_take_in_waits_at_the_sender(agents, ends):
     bob.send(0, At(1))
     until(at_alice.frames)
     assert alice.status(1).sent < len(payload) / 2
-    time.sleep(2 * QUICK.lost)
+    time.sleep(1.5 * SHORT.lost)
     assert alice.up(1)
     assert bob.up(0)
     assert alice.status(1).sent < len(payload) / 2
@@ -203,9 +203,9 @@ def test_a_slow_line(agents, ends):
         proxies.append(Proxy(port))
         return proxies[0].port
 
-    (alice, at_alice), (_, at_bob) = connected(agents, ends, through=through)
+    (alice, at_alice), (_, at_bob) = connected(agents, ends, through=through, timing=SHORT)
     proxies[0].rate = 400_000
-    payload = random.Random(0).randbytes(1_600_000)
+    payload = random.Random(0).randbytes(2_000_000)
     parts = list(split(payload, 50_000))
     for k, part in enumerate(parts):
         alice.send(1, Data(1, 1, k, len(parts), D, R, part))

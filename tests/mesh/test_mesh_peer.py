@@ -105,6 +105,57 @@ def test_parts_of_a_payload(length):
     assert len(parts) == max(1, -(-length // PART))
 
 
+def test_a_neighbour_that_sends_its_message_and_never_answers_is_cut_off():
+    """It is up, so its answer would be certain: but the round goes on without it, also if it comes back at once."""
+    bench = Bench(TRIANGLE)
+    bench.processes[2].send = lambda peer, frame: None  # all that it says from here on is what the script says
+    bench.open(0), bench.open(1)
+    for agent in (0, 1):
+        name = digest(1, 201, EMPTY, hashlib.sha256(b"liar").digest())
+        bench.peers[agent].on_frame(2, 0, Data(1, 1, 0, 1, name, EMPTY, b"liar"))
+    bench.settle()
+    bench.wait(LIMITS.answer * LIMITS.patience - 1)
+    assert bench.peers[0].exchange == 1
+    bench.wait(1)
+    assert bench.processes[0].cut == [(2, "it does not answer")]
+    bench.connect(0, 2)
+    assert bench.processes[0].cut[1:] == [(2, "it has not answered")]
+    bench.wait(LIMITS.patience)
+    assert bench.take(0).verdicts == {1: Verdict.USED, 2: Verdict.CUT_OFF}
+    bench.connect(0, 2)
+    assert bench.peers[0].edges[2].connection is not None
+
+
+def test_a_neighbour_that_hung_is_heard_again_also_by_one_who_has_nobody_else():
+    bench = Bench([(0, 1)])
+    bench.open(0), bench.open(1)
+    bench.deliver(1, 0)
+    bench.now += LIMITS.answer * LIMITS.patience
+    bench.peers[0].tick()
+    assert bench.processes[0].cut == [(1, "it does not answer")]
+    bench.break_(0, 1)
+    bench.connect(0, 1)
+    assert bench.processes[0].cut[1:] == [(1, "it has not answered")]
+    bench.break_(0, 1)
+    bench.wait(LIMITS.patience)
+    assert bench.peers[0].exchange == 1
+    bench.connect(0, 1)
+    bench.settle()
+    assert bench.take(0).verdicts == {1: Verdict.USED}
+
+
+def test_what_becomes_due_before_it_is_asked_for_is_still_due():
+    """A clock goes on between a look at the state and the question when to look again."""
+    bench = Bench(TRIANGLE)
+    bench.open(0)
+    due = bench.peers[0].deadline()
+    assert due == LIMITS.patience
+    bench.now = due + 1
+    assert bench.peers[0].deadline() == due
+    bench.peers[0].tick()
+    assert bench.peers[0].deadline() > bench.now
+
+
 # Falling behind
 
 
@@ -352,7 +403,7 @@ def test_a_bad_message_is_refused_counted_and_not_used_by_either_end():
     assert zero.verdicts == {1: Verdict.USED, 2: Verdict.DECLINED}
     assert two.verdicts == {0: Verdict.DECLINED, 1: Verdict.USED}
     assert one.contents.keys() == {0, 2}
-    assert bench.peers[0].rejections == [(2, "not finite")]
+    assert list(bench.peers[0].rejections) == [(2, "not finite")]
     assert bench.processes[0].cut == []
 
 
@@ -441,7 +492,7 @@ def test_neighbours_whose_facts_differ_do_not_talk():
     bench.connect(0, 1)
     bench.settle()
     assert bench.processes[0].cut == [(1, "facts differ")]
-    assert bench.peers[0].rejections == [(1, "facts differ")]
+    assert list(bench.peers[0].rejections) == [(1, "facts differ")]
     bench.open(0)
     assert [type(frame) for _, frame in bench.queues[0, 1]] == []
 

@@ -32,7 +32,7 @@ SMALL = {
     "max_position_embeddings": 34,
     "pad_token_id": 0,
 }
-RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}
 XLNET = {"vocab_size": 40, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
 TINY_GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 34}
 APART = {
@@ -43,7 +43,7 @@ MIXED = {
     "longformer": ("LongformerConfig", SMALL | {"attention_window": 4}, ["query", "value"], ["classifier"]),
     "deberta-v2": (
         "DebertaV2Config",
-        SMALL | RELATIVE | {"share_att_key": True},
+        SMALL | RELATIVE,
         ["query_proj", "key_proj"],
         ["classifier"],
     ),
@@ -368,6 +368,17 @@ def test_a_model_of_nan_is_refused_before_training():
 
 
 # The check itself
+
+
+def test_a_run_that_is_refused_leaves_the_model_as_it_was():
+    task = OwnTask(seeded(ReadsWeights))
+    names = [name for name, _ in task.model.named_modules()]
+    for _ in range(2):
+        with pytest.raises(UserError, match="reads the weight of second"):
+            run_of(task, LoraConfig(r=2, target_modules=["first", "second"]))
+        assert [name for name, _ in task.model.named_modules()] == names
+    with pytest.raises(UserError, match="another run holds this ReadsWeights"):
+        run_of(task, LoraConfig(r=2, target_modules=["first"])), run_of(task, LoraConfig(r=2, target_modules=["first"]))
 
 
 @pytest.mark.parametrize("agents", [1, 2, 3])

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -39,13 +40,7 @@ def matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str,
         skeleton, resolved = _peft_skeleton(model, meant(model, config))
     layers = {n: m for n, m in skeleton.named_modules() if isinstance(m, LoraLayer)}
     modules = [name for name, m in skeleton.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    _refuse_overlap(layers, modules)
     sites = {name: _site(name, layer, model) for name, layer in layers.items()}
-    for name in modules:
-        kinds = [p for p in model.get_submodule(name).parameters() if not p.is_floating_point()]
-        if kinds or not any(True for _ in model.get_submodule(name).parameters()):
-            what = "its weights are quantized" if kinds else "it has no parameters"
-            raise UserError(f"lora.modules_to_save: {name} cannot be trained in full, {what}; leave it out.")
     return resolved, sites, modules
 
 
@@ -68,17 +63,6 @@ def _site(name: str, layer: Any, model: nn.Module) -> Site:
     return site
 
 
-def _refuse_overlap(layers: dict[str, Any], modules: list[str]) -> None:
-    """Raises UserError where a module is to be trained in full and also adapted, whole or in part."""
-    for name in modules:
-        inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
-        if inside:
-            raise UserError(
-                f"lora.modules_to_save: {name} is, or holds, a layer of lora.target_modules, and both would train it; "
-                "give the module's longer name, or leave it out of one of them."
-            )
-
-
 def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, LoraConfig]:
     """PEFT's own model over a copy of `model` on the meta device: its matching without its memory."""
 
@@ -95,12 +79,12 @@ def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, Lor
             warnings.simplefilter("ignore", FutureWarning)
             peft_model = get_peft_model(skeleton, resolved, low_cpu_mem_usage=True)
     except ValueError as error:
-        wanted = config.target_modules
-        names = [wanted] if isinstance(wanted, str) else sorted(wanted or [])
         short = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
         raise UserError(
-            f"lora.target_modules: {', '.join(names) or 'unset'}: no layer of {type(model).__name__} is left to adapt. "
-            f"Its linear layers: {', '.join(short[:8])}. ({str(error).splitlines()[0][:160]})"
+            f"lora.target_modules: no layer of {type(model).__name__} is left to adapt, once lora.exclude_modules and "
+            f"lora.modules_to_save are taken out. Its linear layers: {', '.join(short[:8])}."
+            if isinstance(error, NoMatchingPeftModuleError)
+            else f"lora: {' '.join(str(error).split())}"
         ) from error
     except TypeError as error:
         raise UserError(f"lora: {error}") from error

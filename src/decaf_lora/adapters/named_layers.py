@@ -45,6 +45,7 @@ def meant(model: nn.Module, config: LoraConfig) -> LoraConfig:
                 raise _matches_nothing(field, pattern, layers, model)
     _check_blocks(out, layers)
     out.modules_to_save = _outermost(model, out.modules_to_save)
+    _check_whole(model, out, layers)
     return out
 
 
@@ -66,6 +67,25 @@ def _outermost(model: nn.Module, names: Sequence[str] | None) -> list[str] | Non
             )
     all_of = {name: set(modules) for name, modules in found.items()}
     return [name for name, own in all_of.items() if not _lies_within(own, all_of, name)]
+
+
+def _check_whole(model: nn.Module, config: LoraConfig, layers: Sequence[str]) -> None:
+    """Raises UserError for a module that cannot be trained in full, or that the targets `layers` adapt as well."""
+    names = config.modules_to_save or []
+    # PEFT leaves layers out whose path has such a name for a part, but takes modules whose path ends like it.
+    left = [layer for layer in layers if not any(re.match(rf"(^|.*\.){name}($|\..*)", layer) for name in names)]
+    for module, part in model.named_modules():
+        if not any(module.endswith(name) for name in names):
+            continue
+        parameters = list(part.parameters())
+        if not parameters or not all(p.is_floating_point() for p in parameters):
+            what = "its weights are quantized" if parameters else "it has no parameters"
+            raise UserError(f"lora.modules_to_save: {module} cannot be trained in full, {what}; give a longer name.")
+        if any(layer == module or layer.startswith(f"{module}.") for layer in left):
+            raise UserError(
+                f"lora.modules_to_save: {module} is, or holds, a layer of lora.target_modules, and both would train "
+                "it; give a longer name, or leave it out of one of them."
+            )
 
 
 def _lies_within(own: set[str], all_of: dict[str, set[str]], name: str) -> bool:
@@ -92,12 +112,12 @@ def _has_number(name: str) -> bool:
     return any(part.isdecimal() for part in name.split("."))
 
 
-def _family_default(model: nn.Module) -> set[str] | str:
+def _family_default(model: nn.Module) -> list[str] | str:
     """PEFT's own targets of the model's family, where it has some."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in PEFT_DEFAULTS:
         targets = PEFT_DEFAULTS[family]
-        return targets if isinstance(targets, str) else set(targets)
+        return targets if isinstance(targets, str) else sorted(targets)
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
     raise UserError(
         f"lora.target_modules: unset, and there is no default for {type(model).__name__}; name some of its linear "

@@ -52,10 +52,12 @@ def load_peft(attached: Attached, start: Adapter, directories: Sequence[Path | N
     adapter = start.with_tensors({k: t.clone() for k, t in start.tensors().items()})
     lost = 0.0
     cut: list[str] = []
+    others: set[str] = set()
     for index, (directory, agent) in enumerate(zip(directories, agents, strict=True)):
         if directory is None:
             continue
         saved = _fitting(attached, Path(directory))
+        others.update(_of_another_base(attached, saved))
         loaded = saved.tensors
         for name, site in attached.sites_of(agent).items():
             a, b = loaded[f"{name}.lora_A.weight"].float(), loaded[f"{name}.lora_B.weight"].float()
@@ -72,6 +74,8 @@ def load_peft(attached: Attached, start: Adapter, directories: Sequence[Path | N
             adapter.B[name][index, :, : len(a)] = b.to(adapter.B[name])
         for name, tensor in adapter.extras.items():
             tensor[index] = loaded[name].to(tensor)
+    if others:
+        warnings.warn(f"init_adapters: made for another base model: {', '.join(sorted(others)[:3])}.", stacklevel=2)
     if cut:
         warnings.warn(
             f"init_adapters: {len(set(cut))} adapters were cut to their agents' smaller ranks (first: {cut[0]}); "
@@ -97,3 +101,12 @@ def _fitting(attached: Attached, directory: Path) -> Saved:
             f"unexpected or of another shape): {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
         )
     return saved
+
+
+def _of_another_base(attached: Attached, saved: Saved) -> set[str]:
+    """What to say of an adapter whose base model has another name than the run's; the same may lie elsewhere here."""
+    theirs = saved.config.get("base_model_name_or_path")
+    ours = getattr(getattr(attached.model, "config", None), "_name_or_path", None)
+    if not (isinstance(theirs, str) and theirs and ours) or Path(theirs).name == Path(ours).name:
+        return set()
+    return {f"{saved.directory} for {theirs}, the run's is {ours}"}

@@ -1,47 +1,33 @@
-"""How do arguments become a configuration? tyro turns the typed fields into options and help.
-
-A mistake becomes a UserError of one line.
-"""
+"""How do arguments become a configuration, and what else can be said on the command line?"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-import tyro
-from pydantic import BaseModel
-from tyro.conf import arg
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
-from decaf_lora.cli import own
-from decaf_lora.config import OWN, RunConfig, build, fields, load
-from decaf_lora.errors import UserError, nearest
+from decaf_lora.cli.parsing import check_options, parse, parsed
+from decaf_lora.config import CompareConfig, RunConfig, load
+from decaf_lora.errors import UserError
 
-_ALIASES = {
-    "--algorithm": "--algorithm.name",
-    "--task": "--task.name",
-    "--model": "--task.model",
-    "--data": "--task.data",
-    "--lr": "--training.learning-rate",
-    "--skip-bad": "--task.skip-bad",
-    "--init-adapter": "--init-adapters",
-}
+__all__ = ["Output", "Planning", "check_options", "configured", "parsed"]
+
+_options = dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
 
 
-@dataclass(frozen=True)
+@_options
 class Output:
     """Where results go, and how."""
 
     out: Path | None = None
     """Folder of the run; runs/RECIPE-TIME if unset."""
     resume: bool = False
-    """Go on with the run in --out (same configuration)."""
+    """Go on with the run in --out. `--resume DIR` alone is enough: the configuration lies there. Rounds may grow."""
+    take_over: bool = False
+    """Take the folder from a run on another machine that is gone."""
     json: bool = False
     """Print the result rows as JSON instead of a table."""
     scale: float = 1.0
@@ -53,13 +39,13 @@ class Output:
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
     backend: str = "auto"
     """torchrun: what moves messages, gloo or nccl; auto takes nccl where every process has its own GPU."""
-    wire: Literal["exact", "bfloat16", "int8"] = "exact"
-    """torchrun: number format of messages between processes."""
+    wire: str = "exact"
+    """torchrun: number format of messages between processes: exact, or bfloat16."""
     timeout: float = 600.0
     """torchrun: seconds to wait for a process that does not come, or falls silent."""
 
 
-@dataclass(frozen=True)
+@_options
 class Planning:
     """What to plan for, and how to show it."""
 
@@ -93,7 +79,8 @@ def configured(
     args: list[str],
     options: type[Options] = Output,  # type: ignore[assignment]
 ) -> tuple[RunConfig, Options, str]:
-    """The configuration that recipe or file and overrides say, the command's own options, and its name."""
+    """The configuration that recipe, file or the folder of a run and overrides say, the command's own options, and
+    its name."""
     from decaf_lora import recipes
 
     if not args or args[0] in ("-h", "--help"):
@@ -101,12 +88,19 @@ def configured(
         print(
             f"usage: decaf {command} RECIPE|FILE.yaml [--option value ...]\n\n"
             f"Recipes: {names}\nA file holds the fields of the configuration as YAML.\n"
-            f"All options, with the recipe's values: decaf {command} {next(iter(recipes.RECIPES))} --help"
+            f"The options, with the recipe's values: decaf {command} {next(iter(recipes.RECIPES))} --help"
         )
         return sys.exit(0)
-    if args[0].startswith("-"):
+    folder = None
+    if options is Output:
+        args, folder = _resumed(args)
+    if args and not args[0].startswith("-"):
+        source, rest = args[0], args[1:]
+    elif folder is not None:
+        source, rest = str(folder / "config.yaml"), args
+        _refuse_other_kind(kind, folder)
+    else:
         raise UserError(f"recipe: name a recipe or a YAML file first, as in `decaf {command} digits {args[0]} ...`.")
-    source, rest = args[0], args[1:]
     base: RunConfig
     if source.endswith((".yaml", ".yml")):
         base, name = load(kind, Path(source)), Path(source).stem
@@ -114,104 +108,74 @@ def configured(
         base, name = recipes.get(source), source
         if kind is RunConfig:
             base = RunConfig.model_validate({k: getattr(base, k) for k in RunConfig.model_fields})
-    config, output = _parse(kind, base, f"decaf {command} {source}", rest, options)
+    if folder is not None and Path(source).parent.resolve() == folder.resolve():
+        _refuse_unnamed_code(base, rest)
+    config, output = parse(kind, base, f"decaf {command} {source}", rest, options)
     return recipes.shortened(config, output.scale), output, name
 
 
-def _parse(
-    kind: type[RunConfig], base: RunConfig, prog: str, args: list[str], options: type[Options]
-) -> tuple[RunConfig, Options]:
-    args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
-    args, options_of_own = own.apart(kind, base, args)
-    check_options(args, [*fields(kind), *(f.name for f in dataclasses.fields(options)), "help"])
-
-    def both(config: Any, output: Any) -> tuple[Any, Output]:
-        return config, output
-
-    given = {a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")}
-    if "task.test_share" in given and "task.test_split" not in given:  # it replaces the recipe's test split
-        base = base.model_copy(update={"task": base.task.model_copy(update={"test_split": None})})
-    both.__annotations__.update(
-        config=Annotated[_unchecked(kind), arg(name="")], output=Annotated[options, arg(name="")]
-    )
-    both.__defaults__ = (_unchecked_values(base), options())
-    description = (kind.__doc__ or "").strip()
-    if {"-h", "--help"} & set(args):
-        description += own.shown(args, base)
-    values, output = parsed(both, prog, args, description=description)
-    return build(kind, own.together(asdict(values), base, options_of_own)), output
-
-
-def _unchecked(kind: type[BaseModel]) -> type:
-    """A dataclass with the fields and help of `kind` but none of its checks: tyro reads options into it, and
-    `config.build` checks them all at once, with our messages."""
-    columns: list[tuple[str, Any, Any]] = []
-    for name, field in kind.model_fields.items():
-        if name == OWN:
-            continue
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            columns.append((name, _unchecked(inner), dataclasses.field()))
+def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
+    """`--resume DIR` as `--out DIR --resume`; and the folder to go on in, if there is one."""
+    left, folder, resume = [], None, False
+    for place, argument in enumerate(args):
+        before = args[place - 1] if place else ""
+        if argument.startswith("--resume="):
+            resume, folder = True, argument.partition("=")[2]
+        elif argument == "--resume":
+            resume = True
+        elif before == "--resume" and not argument.startswith("-"):
+            folder = argument
         else:
-            columns.append((name, Annotated[inner, arg(help=field.description)], dataclasses.field()))
-    made = make_dataclass(kind.__name__, columns, frozen=True)
-    made.__doc__ = kind.__doc__
-    _UNCHECKED[kind] = made
-    return made
-
-
-_UNCHECKED: dict[type[BaseModel], type] = {}
-
-
-def _unchecked_values(config: BaseModel) -> Any:
-    values = {name: getattr(config, name) for name in type(config).model_fields if name != OWN}
-    plain = {k: _unchecked_values(v) if isinstance(v, BaseModel) else v for k, v in values.items()}
-    return _UNCHECKED[type(config)](**plain)
-
-
-def _alias_with_value(argument: str) -> str:
-    key, _, value = argument.partition("=")
-    return f"{_ALIASES.get(key, key)}={value}"
-
-
-def check_options(args: list[str], known: list[str]) -> None:
-    """An unknown option as one line that suggests the nearest."""
-    names = {name.replace("_", "-") for name in known}
-    for argument in args:
-        if not argument.startswith("--"):
+            left.append(argument)
             continue
-        name = argument[2:].split("=")[0].replace("_", "-")
-        if name in names or re.sub(r"(^|\.)no-", r"\1", name) in names:
-            continue
-        # The last part of a dotted name is what people remember: --gauge for --algorithm.gauge.
-        tails = {full.rsplit(".", 1)[-1]: full for full in names}
+    out = next((a.partition("=")[2] for a in left if a.startswith("--out=")), None)
+    if "--out" in left[:-1]:
+        out = left[left.index("--out") + 1]
+    if folder is not None and out is not None and Path(folder) != Path(out):
+        raise UserError(f"resume: it names {folder} and --out {out}; give one of them.")
+    if not resume:
+        return args, None
+    where = folder or out
+    if folder is not None and out is None:
+        left += ["--out", folder]
+    return [*left, "--resume"], None if where is None else Path(where)
 
-        close = nearest(name, names) if "." in name else [tails[t] for t in nearest(name, tails)]
-        hint = f" Did you mean --{close[0].replace('-', '_')}?" if close else ""
-        raise UserError(f"{argument.split('=')[0]}: unknown option.{hint} `--help` lists all.")
+
+def _refuse_other_kind(kind: type[RunConfig], folder: Path) -> None:
+    """One run and a comparison are gone on with by a command each."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"resume: {folder} holds no run (no config.yaml); name the recipe to start one there.")
+    single = (folder / "run.json").exists() or (folder / "records.jsonl").exists()
+    if single and kind is CompareConfig:
+        raise UserError(f"resume: {folder} holds one run; go on with it by `decaf run --resume {folder}`.")
+    if not single and kind is RunConfig and _is_comparison(folder):
+        raise UserError(f"resume: {folder} holds a comparison; go on with it by `decaf compare --resume {folder}`.")
 
 
-def parsed(function: Callable[..., Any], prog: str, args: list[str], description: str | None = None) -> Any:
-    """tyro's parse of `args`; its boxed error becomes one line."""
-    caught = io.StringIO()
+def _is_comparison(folder: Path) -> bool:
     try:
-        with contextlib.redirect_stderr(caught):
-            return tyro.cli(function, prog=prog, args=args, description=description)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_one_line(caught.getvalue())) from None
+        return isinstance(load(CompareConfig, folder / "config.yaml"), CompareConfig) and not _loads(folder)
+    except UserError:
+        return False
 
 
-def _one_line(box: str) -> str:
-    """The message in tyro's error box, without title, frame and help text."""
-    groups: list[list[str]] = [[]]
-    for line in box.splitlines():
-        text = line.strip(" │|\t").strip("╭╮╰╯")
-        if text.endswith("──") or not text.strip("─-"):  # the frame with its title, or a rule
-            groups.append([])
-        else:
-            groups[-1].append(text)
-    filled = [group for group in groups if group]
-    message = filled[0 if "╭" in box else 1] if len(filled) > 1 else filled[0]  # ASCII: the title is a group
-    return " ".join(message).removeprefix("Error parsing ").rstrip(".") + ". `--help` lists all options."
+def _loads(folder: Path) -> bool:
+    """Whether the configuration is that of one run."""
+    try:
+        load(RunConfig, folder / "config.yaml")
+    except UserError:
+        return False
+    return True
+
+
+def _refuse_unnamed_code(config: RunConfig, args: list[str]) -> None:
+    """What a folder names is not imported unless the command line names it too: the folder may be somebody else's."""
+    from decaf_lora.runs.identity import own_code
+
+    given = {value for argument in args for value in (argument, argument.partition("=")[2])}
+    for value, field in own_code(config).items():
+        if not any(value == text or (".py:" in text and value.startswith(f"{text}:")) for text in given):
+            raise UserError(
+                f"resume: this run uses Python of its own, {value}; to let it run, name it again: "
+                f"--{field.removesuffix('.name')} {value}"
+            )

@@ -4,77 +4,131 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from decaf_lora.runs.events import Event, Watch
+from decaf_lora.errors import TrainingError
+from decaf_lora.records import Record, mean_score
+from decaf_lora.runs import events
+from decaf_lora.runs.events import Subscriber, Watch
 
 
 @contextlib.contextmanager
 def display(total: int, console: Console) -> Iterator[Watch]:
     """A watcher of `total` runs that draws on `console` (standard error)."""
-    if console.is_terminal:
-        with _live(total, console) as watch:
-            yield watch
-    else:
-        yield _lines(total, console)
-
-
-@contextlib.contextmanager
-def _live(total: int, console: Console) -> Iterator[Watch]:
-    progress = Progress(
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-    overall = progress.add_task("runs", total=total, facts="") if total > 1 else None
-    tasks: dict[str, TaskID] = {}
-
-    def watch(event: Event) -> None:
-        # Not before: a live display swallows the bars of reading and preprocessing, which come first.
-        progress.start()
-        if event.key not in tasks:
-            tasks[event.key] = progress.add_task(event.key, total=event.rounds, facts="")
-        task = tasks[event.key]
-        progress.update(task, completed=event.round - (event.fraction < 1), facts=_facts(event))
-        if event.fraction >= 1 and event.loss is None:
-            if overall is not None:
-                progress.update(overall, advance=1)
-                progress.remove_task(task)
-                progress.console.print(_done(event), highlight=False)
-            else:
-                progress.update(task, completed=event.rounds)
-
+    if not console.is_terminal:
+        lines = _Lines(total, console)
+        yield lambda name: _Line(name, lines)
+        return
+    live = _Live(total, console)
     try:
-        yield watch
+        yield lambda name: _Bar(name, live)
     finally:
-        progress.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone, and the run goes on to save itself
+            live.bars.stop()
 
 
-def _lines(total: int, console: Console) -> Watch:
-    finished, started = 0, time.perf_counter()
+class _Watcher(Subscriber):
+    """What both displays know of a run."""
 
-    def watch(event: Event) -> None:
-        nonlocal finished
-        if event.fraction >= 1 and event.loss is None:
-            finished += 1
-            elapsed = time.perf_counter() - started
-            console.print(f"[{finished}/{total}] {_done(event)}  ({elapsed:.0f} s)", highlight=False, markup=False)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rounds, self.round = 0, 0
+        self.score: float | None = None
 
-    return watch
+    def start(self, facts: Mapping[str, Any]) -> None:
+        self.rounds = facts["rounds"]
+
+    def record(self, record: Record) -> None:
+        self.round = record.round
+        if record.scores:
+            self.score = mean_score(record)
+
+    def ended(self, error: BaseException | None) -> bool:
+        """Whether the run has a result."""
+        return isinstance(error, TrainingError) or (error is None and self.round >= self.rounds)
+
+    def done(self, error: BaseException | None) -> str:
+        score = "-" if self.score is None or error is not None else f"{self.score:.3f}"
+        return f"{self.name}: mean score {score}"
 
 
-def _facts(event: Event) -> str:
-    loss = "" if event.loss is None else f"loss {event.loss:.3f}"
-    score = "" if event.score is None else f"score {event.score:.3f}"
-    return "  ".join(part for part in (loss, score) if part)
+class _Lines:
+    """Counts finished runs."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.total, self.console = total, console
+        self.finished, self.started = 0, time.perf_counter()
 
 
-def _done(event: Event) -> str:
-    score = "-" if event.score is None else f"{event.score:.3f}"
-    return f"{event.key}: mean score {score}"
+class _Line(_Watcher):
+    """A line on standard error once the run has ended."""
+
+    def __init__(self, name: str, lines: _Lines) -> None:
+        super().__init__(name)
+        self._lines = lines
+
+    def close(self, error: BaseException | None) -> None:
+        if self.ended(error) and (error is None or self._lines.total > 1):
+            lines = self._lines
+            lines.finished += 1
+            line = f"[{lines.finished}/{lines.total}] {self.done(error)}  ({time.perf_counter() - lines.started:.0f} s)"
+            with contextlib.suppress(OSError):
+                lines.console.print(line, highlight=False, markup=False)
+
+
+class _Live:
+    """Bars: one over all runs if there are several, and one for each that is under way."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.overall = self.bars.add_task("runs", total=total, facts="") if total > 1 else None
+
+
+class _Bar(_Watcher):
+    """The bar of a run."""
+
+    def __init__(self, name: str, live: _Live) -> None:
+        super().__init__(name)
+        self._live, self._task = live, TaskID(0)
+        self._loss: float | None = None
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        super().start(facts)
+        # Not before: a live display swallows the bars of reading and preprocessing, which come first.
+        with contextlib.suppress(OSError):
+            self._live.bars.start()
+        self._task = self._live.bars.add_task(self.name, total=self.rounds, facts="")
+
+    def step(self, progress: events.Progress) -> None:
+        self._loss = progress.loss
+        self._show(progress.round - 1)
+
+    def record(self, record: Record) -> None:
+        super().record(record)
+        self._show(record.round)
+
+    def close(self, error: BaseException | None) -> None:
+        live = self._live
+        if self.ended(error) and live.overall is not None:
+            live.bars.update(live.overall, advance=1)
+            live.bars.remove_task(self._task)
+            with contextlib.suppress(OSError):
+                live.bars.console.print(self.done(error), highlight=False, markup=False)
+
+    def _show(self, completed: int) -> None:
+        loss = "" if self._loss is None else f"loss {self._loss:.3f}"
+        score = "" if self.score is None else f"score {self.score:.3f}"
+        facts = "  ".join(part for part in (loss, score) if part)
+        with contextlib.suppress(OSError):
+            self._live.bars.update(self._task, completed=completed, facts=facts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,23 @@ def run_command(args: list[str]) -> int:
     config, output, name = configured(RunConfig, "run", args)
     if output.engine == "torchrun":
         return _run_split(config, output, name, args)
-    _refuse_launcher(output)
-    out = output.out or _default_out(name)
+    refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
     try:
         with display(1, err) as watch:
-            row = run(config, out, resume=output.resume, watch=watch)
+            row, out = run(config, **_where(output, name), watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, f"decaf run {_recipe_argument(args)}")
+        return _stopped(err, stop, config, "decaf run")
     _results([row], out, output.json)
     return 0
+
+
+def _where(output: Output, name: str) -> dict[str, Any]:
+    """The folder, and how to take it, as arguments of `run` and `compare`."""
+    if output.resume and output.out is None:
+        raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
+    out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
 
 
 def _run_split(config: RunConfig, output: Output, name: str, args: list[str]) -> int:
@@ -48,27 +57,45 @@ def _run_split(config: RunConfig, output: Output, name: str, args: list[str]) ->
         with processes.together():
             if output.out is None and processes.launch.max_restarts:
                 raise UserError("out: give a folder with --max-restarts, so that a restarted run finds its checkpoint.")
-        out = Path(processes.share("out", str(output.out or _default_out(name)))[0])
+        where = _where(output, name)
+        where["out"] = Path(processes.share("out", str(where["out"]))[0])
         try:
             with display(1, err) if processes.is_main else contextlib.nullcontext(nobody) as watch:
-                row = run_split(config, out, processes, wire=output.wire, resume=output.resume, watch=watch)
+                finished = run_split(config, processes=processes, wire=output.wire, **where, watch=watch)
         except Interrupted as stop:
             if not processes.is_main:
                 return 130
-            return _stopped(err, stop, f"torchrun ... -m decaf_lora run {_recipe_argument(args)} --engine torchrun")
-    if row is not None:
+            return _stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
+    if finished is not None:
+        row, out = finished
         _results([row], out, output.json)
     return 0
 
 
-def _refuse_launcher(output: Output) -> None:
-    """Several processes that each simulate all agents would write into one folder."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1":
+_LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"),
+    "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK"),
+    "a launcher": ("RANK", "WORLD_SIZE", "RANK"),
+}
+"""Name -> variables: one that is set below it, the number of its processes, and this one's number."""
+
+
+def refuse_launcher(has_out: bool) -> None:
+    """Refuses to be one of several processes that each would simulate all agents.
+
+    srun and mpirun also start runs that have nothing to do with each other; they then have an --out each.
+    """
+    for name, (mark, size, rank) in _LAUNCHERS.items():
+        count = os.environ.get(size, "1")
+        if mark not in os.environ or count == "1" or (has_out and name in ("srun", "mpirun", "mpiexec")):
+            continue
+        own = "" if name in ("torchrun", "a launcher") else "; runs that are to be apart need an --out each"
         error = UserError(
-            f"engine: torchrun has started {count} processes; `decaf run` shares them with --engine torchrun."
+            f"engine: {name} has started {count} processes; `decaf run` shares them with --engine torchrun{own}."
         )
-        error.quiet = os.environ.get("RANK") != "0"
+        error.quiet = os.environ.get(rank, "0") != "0"
         raise error
 
 
@@ -81,17 +108,19 @@ def compare_command(args: list[str]) -> int:
         raise UserError(
             "engine: compare simulates its runs, several at a time with --jobs; torchrun is for `decaf run`."
         )
-    _refuse_launcher(output)
+    refuse_launcher(output.out is not None)
     if output.jobs < 0:
         raise UserError("jobs: must be 0 (one a core) or more.")
     jobs = output.jobs or default_jobs(config.device)
-    out = output.out or _default_out(name)
     err = Console(stderr=True, highlight=False)
+    with warnings.catch_warnings():  # `compare` says them
+        warnings.simplefilter("ignore")
+        count = len(cells(config))
     try:
-        with display(len(cells(config)), err) as watch:
-            rows = compare(config, out, resume=output.resume, jobs=jobs, watch=watch)
+        with display(count, err) as watch:
+            rows, out = compare(config, **_where(output, name), jobs=jobs, watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, f"decaf compare {_recipe_argument(args)}")
+        return _stopped(err, stop, config, "decaf compare")
     _results(rows, out, output.json)
     _refuse_diverged(rows)
     return 0
@@ -119,25 +148,17 @@ def _refuse_diverged(rows: list[Any]) -> None:
         raise UserError(f"{count} {row.algorithm}, {row.graph}, {row.partition}, seed {row.seed}: {row.diverged}")
 
 
-def _stopped(err: Console, stop: Any, command: str) -> int:
+def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
+    """Says how to go on."""
+    from decaf_lora.runs.identity import own_code
+
     where = f" in round {stop.round}" if stop.round else ""
-    err.print(
-        f"decaf: stopped{where}; everything so far is kept. Go on with: {command} "
-        f"--out {stop.directory} --resume (and the same options).",
-        markup=False,
-        soft_wrap=True,
-    )
+    again = "".join(f" --{field.removesuffix('.name')} {value}" for value, field in own_code(config).items())
+    text = f"everything so far is kept. Go on with: {command} --resume {stop.directory}{again}"
+    said = f"stopped{where}; {text}" if stop.directory.exists() else "stopped before anything was written."
+    with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+        err.print(f"decaf: {said}", markup=False, soft_wrap=True)
     return 130
-
-
-def _recipe_argument(args: list[str]) -> str:
-    return args[0]
-
-
-def _default_out(name: str) -> Path:
-    import time
-
-    return Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def recipes_command(args: list[str]) -> int:
@@ -182,6 +203,35 @@ def export_command(args: list[str]) -> int:
     what = "model" if merge else "adapter"
     whose = f"agent {agent}" if agent != "averaged" else agent
     print(f"{what} of {whose} in {to}" if agent != "all" else f"{what}s of {len(written)} agents in {to}/agent-K")
+    return 0
+
+
+def merge_command(args: list[str]) -> int:
+    from decaf_lora.adapters import merge as write_merged
+    from decaf_lora.adapters.merging import describe
+
+    def merge(
+        adapters: Positional[tuple[Path, ...]],
+        to: Path,
+        weights: tuple[float, ...] = (),
+        rank: int | None = None,
+        base: str | None = None,
+    ) -> tuple[Any, ...]:
+        """Averages PEFT adapters of one base model, of any ranks, without data and without the model.
+
+        Args:
+            adapters: folders of the adapters.
+            to: folder to write, new or empty.
+            weights: what each adapter counts, in proportion, such as numbers of examples; equal if unset.
+            rank: rank of the merged adapter; the largest of the adapters' if unset.
+            base: the base model, by name or folder: the full model is written too, to the folder `model` in `to`.
+        """
+        return adapters, to, weights, rank, base
+
+    check_options(args, ["to", "weights", "rank", "base", "help"])
+    adapters, to, weights, rank, base = parsed(merge, "decaf merge", args)
+    merged = write_merged(adapters, to, weights=weights or None, rank=rank, base=base)
+    print(f"{describe(merged, len(adapters))}; in {to}")
     return 0
 
 

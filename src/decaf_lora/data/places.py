@@ -24,3 +24,10 @@ def suffix_of(path: Path) -> str:
     while suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def stem_of(path: Path) -> str:
+    """The name without that suffix and those of packed files: `a` of `a.csv.gz`."""
+    while path.suffix.lower() in _PACKED:
+        path = path.with_suffix("")
+    return path.stem

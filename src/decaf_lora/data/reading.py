@@ -18,7 +18,7 @@ from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patte
 from decaf_lora.config import TaskConfig
 from decaf_lora.data import content
 from decaf_lora.data.folders import IMAGES, METADATA, check_image_folder
-from decaf_lora.data.places import suffix_of
+from decaf_lora.data.places import stem_of, suffix_of
 from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, refuse_pointer, writable_cache
 from decaf_lora.errors import UserError, unknown
 
@@ -69,6 +69,8 @@ def _open(config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
     assert config.data is not None
     path = Path(config.data).expanduser()
     try:
+        if config.file_column is not None and (path.is_file() or path.is_dir()):
+            return _sites(path, config, config.file_column, wanted)
         if path.is_file():
             return _file(path, config, wanted)
         if path.is_dir():
@@ -133,6 +135,27 @@ def _folder(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDic
     return DatasetDict({split: _joined(of_split, config, wanted) for split, of_split in used.items()})
 
 
+def _sites(path: Path, config: TaskConfig, column: str, wanted: Sequence[str]) -> DatasetDict:
+    """The files of a folder, a file a site, as one split with the names of the files in `column`; and the test set."""
+    files = [file for file in sorted(path.iterdir()) if _kind(file) in ("table", "text")] if path.is_dir() else []
+    _refuse_unused(config, {suffix_of(file) for file in files})
+    tests = [file for file in files if stem_of(file) == (config.test_split or "test")]
+    sites = [file for file in files if file not in tests]
+    if not sites:
+        raise UserError(f"task.data: {path} must be a folder with a file for each site ({', '.join(READERS)}).")
+    if tests and config.test_share is not None:
+        raise UserError(f"task.test_share: {path} has a test set, {tests[0].name}; leave test_share out, or the file.")
+    _tell_ignored(path, set(files))
+    parts = {file: _file(file, config.model_copy(update={"subset": None}), wanted)["train"] for file in files}
+    if taken := [file.name for file in files if column in parts[file].column_names]:
+        raise UserError(f"task.file_column: {taken[0]} has a column {column!r} already; choose another name.")
+    named = [parts[file].add_column(column, [stem_of(file)] * len(parts[file])) for file in sites]
+    found = {config.train_split: _concatenated(named, sites)}
+    if tests:
+        found[config.test_split or "test"] = _concatenated([parts[file] for file in tests], tests)
+    return DatasetDict(found)
+
+
 def _joined(files: Sequence[Path], config: TaskConfig, wanted: Sequence[str]) -> Dataset:
     parts = [
         read_table(file, config, wanted)
@@ -140,8 +163,12 @@ def _joined(files: Sequence[Path], config: TaskConfig, wanted: Sequence[str]) ->
         else _file(file, config.model_copy(update={"subset": None}), wanted)["train"]
         for file in files
     ]
+    return _concatenated(parts, files)
+
+
+def _concatenated(parts: Sequence[Dataset], files: Sequence[Path]) -> Dataset:
     try:
-        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        return concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
     except (ValueError, TypeError) as error:
         names = ", ".join(file.name for file in files[:5])
         raise UserError(

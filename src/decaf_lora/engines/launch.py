@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from decaf_lora.errors import UserError
+
+_T = TypeVar("_T")
 
 ROLL_CALL = 3.0
 """Seconds in which the processes that are left must answer after a connection broke."""
@@ -135,15 +140,18 @@ def _place(device: str, backend: str, launch: Launch) -> tuple[str, str]:
 def _open_store(launch: Launch, timeout: float) -> Store:
     where = f"{launch.address}:{launch.port}"
     hosts = launch.rank == 0 and not launch.hosts_store
+
+    def join() -> TCPStore:
+        limit = timedelta(seconds=timeout)
+        return TCPStore(launch.address, launch.port, launch.world_size, hosts, limit, wait_for_workers=False)
+
     try:
-        store = TCPStore(
-            launch.address,
-            launch.port,
-            launch.world_size,
-            hosts,
-            timedelta(seconds=timeout),
-            wait_for_workers=False,
-        )
+        store = _in_time(join, timeout + 1)  # it has a limit of its own where nobody listens
+    except _SilentError:
+        raise UserError(
+            f"port: what listens on {where} does not answer as rank 0 of this run within {timeout:g} s; is the port "
+            "another program's? Choose another (torchrun --master-port, or MASTER_PORT)."
+        ) from None
     except (RuntimeError, ValueError) as error:
         if hosts:
             raise UserError(
@@ -155,6 +163,75 @@ def _open_store(launch: Launch, timeout: float) -> Store:
             "the address right? --timeout waits longer."
         ) from error
     return PrefixStore(f"decaf/{launch.restarts}", store)
+
+
+class _SilentError(RuntimeError):
+    """Nobody has answered in time."""
+
+
+def _in_time(call: Callable[[], _T], seconds: float) -> _T:
+    """What `call` returns or raises; `_SilentError` if that takes longer. The call then stays behind in its thread."""
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # Not a pool: at the end of the program it would wait for its threads.
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return done.result(timeout=seconds)
+    except FutureTimeout:
+        raise _SilentError(f"no answer within {seconds:g} s") from None
+
+
+class _PatientStore:
+    """A store that is waited for until `deadline` (of `time.monotonic`), and `patience` seconds at most.
+
+    torch itself waits for ever for a store that falls silent, because the process that keeps it was stopped.
+    """
+
+    def __init__(self, store: Store, patience: float) -> None:
+        self.store, self.patience, self.deadline = store, patience, math.inf
+        self._silent = False
+
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Waits no longer than `deadline` within, but a second at least."""
+        before, self.deadline = self.deadline, deadline
+        try:
+            yield
+        finally:
+            self.deadline = before
+
+    def set(self, key: str, value: str) -> None:
+        self._ask(lambda: self.store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        return self._ask(lambda: self.store.get(key))
+
+    def check(self, keys: list[str]) -> bool:
+        return self._ask(lambda: self.store.check(keys))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._ask(lambda: self.store.multi_get(keys))
+
+    def add(self, key: str, amount: int) -> int:
+        return self._ask(lambda: self.store.add(key, amount))
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return self._ask(lambda: self.store.compare_set(key, expected, value))
+
+    def _ask(self, call: Callable[[], _T]) -> _T:
+        if self._silent:
+            raise _SilentError("no answer before")
+        try:
+            return _in_time(call, min(self.patience, max(1.0, self.deadline - time.monotonic())))
+        except _SilentError:
+            self._silent = True
+            raise
 
 
 def _reason(error: BaseException) -> str:
@@ -173,7 +250,7 @@ class Processes:
         self.launch, self.device, self.backend, self.timeout = launch, device, backend, timeout
         self.rank, self.world_size = launch.rank, launch.world_size
         self.is_main = launch.rank == 0
-        self._store, self._shared, self._waits = store, 0, True
+        self._store, self._shared, self._waits = _PatientStore(store, timeout), 0, True
         self._closed = threading.Event()
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -198,9 +275,9 @@ class Processes:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()
-        with contextlib.suppress(RuntimeError):
+        until = time.monotonic() + min(ROLL_CALL, self.timeout)
+        with contextlib.suppress(RuntimeError), self._store.until(until):
             left = self._store.add("left", 1)
-            until = time.monotonic() + min(ROLL_CALL, self.timeout)
             while self.is_main and left < self.world_size and time.monotonic() < until:
                 time.sleep(0.02)
                 left = self._store.add("left", 0)
@@ -211,7 +288,7 @@ class Processes:
         with self.watched():
             dist.init_process_group(
                 backend,
-                store=PrefixStore("group", self._store),
+                store=PrefixStore("group", self._store.store),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(seconds=self.timeout),
@@ -237,13 +314,14 @@ class Processes:
         keys = [f"{what}/{self._shared}/{rank}" for rank in range(self.world_size)]
         until, pause = time.monotonic() + self.timeout, 0.005
         try:
-            self._store.set(keys[self.rank], json.dumps(value))
-            while not self._store.check(keys):
-                if self._store.check(["failure"]) or time.monotonic() > until:
-                    raise self._missing(what, keys)
-                time.sleep(pause)
-                pause = min(2 * pause, 0.2)
-            texts = self._store.multi_get(keys)
+            with self._store.until(until):
+                self._store.set(keys[self.rank], json.dumps(value))
+                while not self._store.check(keys):
+                    if self._store.check(["failure"]) or time.monotonic() > until:
+                        raise self._missing(what, keys)
+                    time.sleep(pause)
+                    pause = min(2 * pause, 0.2)
+                texts = self._store.multi_get(keys)
         except RuntimeError as error:
             raise self._lost(error) from error
         self._waits = False
@@ -293,13 +371,21 @@ class Processes:
         keys = [f"survivor/{rank}" for rank in range(self.world_size)]
         until = time.monotonic() + min(ROLL_CALL, self.timeout)
         try:
-            self._store.set("roll call", "")
-            while not self._store.check(keys) and not self._store.check(["failure"]) and time.monotonic() < until:
-                time.sleep(0.05)
-            if self._store.check(["failure"]):
-                return self._told()
-            here = [rank for rank, key in enumerate(keys) if self._store.check([key])]
-            busy = [rank for rank in here if self._store.get(keys[rank]) == b"busy"]
+            with self._store.until(until):
+                self._store.set("roll call", "")
+                while not self._store.check(keys) and not self._store.check(["failure"]) and time.monotonic() < until:
+                    time.sleep(0.05)
+                if self._store.check(["failure"]):
+                    return self._told()
+                here = [rank for rank, key in enumerate(keys) if self._store.check([key])]
+                busy = [rank for rank in here if self._store.get(keys[rank]) == b"busy"]
+        except _SilentError:
+            error = UserError(
+                f"ranks: rank 0 of {self.world_size} did not answer within {self.timeout:g} s; --timeout waits "
+                f"longer. {kept}"
+            )
+            error.quiet = self.rank > 1
+            return error
         except RuntimeError:  # the store died with rank 0
             error = UserError(f"ranks: rank 0 is gone, and the run with it. {kept}")
             error.quiet = self.rank > 1

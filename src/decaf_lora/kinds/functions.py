@@ -43,18 +43,19 @@ def own_function(spec: str, field: str) -> tuple[Function, str, str] | None:
     return function, f"{source}:{name}", (match["argument"] or "").strip()
 
 
-_files: dict[Path, ModuleType] = {}
-"""Modules of files, each run once: a task and an algorithm may share one."""
+_files: dict[tuple[Path, int, int], ModuleType] = {}
+"""Modules of files as they are, each run once: a task and an algorithm may share one."""
 
 
 def _file(path: Path, field: str) -> ModuleType:
     path = path.resolve()
-    if path in _files:
-        return _files[path]
     if not path.is_file():
         raise UserError(f"{field}: {path} does not exist.")
+    key = (path, path.stat().st_mtime_ns, path.stat().st_size)
+    if key in _files:
+        return _files[key]
     # Classes are pickled by the name of their module; a file that is called as a library must not replace it.
-    name = path.stem if path.stem not in sys.modules else f"{path.stem}_{abs(hash(path))}"
+    name = path.stem if path.stem not in sys.modules else f"{path.stem}_{abs(hash(key))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -65,7 +66,7 @@ def _file(path: Path, field: str) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"{field}: {path} cannot be loaded ({_where(error, path)}{first_line(error)}).") from error
-    _files[path] = module
+    _files[key] = module
     return module
 
 

@@ -89,6 +89,10 @@ def _column(deal: Deal, argument: str) -> Partition:
     return as_partition(made, deal.labels, deal.num_agents, examples=deal.examples)
 
 
+def _files(deal: Deal, argument: str) -> Partition:
+    return replace(_column(deal, "site"), name=f"files:{argument}")
+
+
 def _indices(deal: Deal, argument: str) -> Partition:
     given, name = read_indices(Path(argument).expanduser()), f"indices:{argument}"
     return as_partition(given, deal.labels, deal.num_agents, name, examples=deal.examples)
@@ -111,6 +115,7 @@ _BUILT_IN = {
     "dirichlet": Kind(_dirichlet, "label skew, the stronger the smaller the number", "dirichlet:0.1", True),
     "by-class": Kind(_by_class, "every class on one agent"),
     "column": Kind(_column, "every value of a column is an agent, and called by it", "column:hospital", True),
+    "files": Kind(_files, "every file of a folder is an agent, and called by it", "files:sites", True),
     "indices": Kind(_indices, "the rows of every agent, from a .json or .npz file", "indices:sites.json", True),
 }
 

@@ -20,6 +20,7 @@ from decaf_lora.records.record import (
     read_facts,
     read_records,
     replace_text,
+    whole_rounds,
     write_json,
 )
 from decaf_lora.records.summary import (
@@ -64,5 +65,6 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "whole_rounds",
     "write_json",
 ]

@@ -26,6 +26,7 @@ class Record:
     round: int
     losses: list[float | None] | None = None  # mean over the local steps; round 0 has none
     scores: list[float | None] | None = None  # None when the round was not evaluated
+    own_scores: list[float | None] | None = None  # on the test examples of an agent's own, where asked for
     averaged_score: float | None = None
     consensus_distance: float | None = None
     interference: float | None = None
@@ -35,6 +36,11 @@ class Record:
     wire_bytes: float | None = None  # of them between processes, as written there; None in one process
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
+    # Of an agent that does not see all others:
+    neighbour_distance: float | None = None  # root mean square over the neighbours' messages, like consensus_distance
+    weights: dict[str, float] | None = None  # neighbour's number -> weight that its message had; the rest is the own
+    waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
+    rejected: list[str] | None = None  # messages that were refused: of whom, and why
 
 
 _RECORD = pydantic.TypeAdapter(Record)
@@ -86,7 +92,10 @@ def replace_text(path: Path, text: str) -> None:
     """Write `text` aside and rename it onto `path`: readers see the old file or the new one, never half."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before the name: a machine that stops in between would leave an empty file
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -120,13 +129,17 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path, last_round: int | None = None) -> None:
-        kept = [] if last_round is None else [r for r in read_records(path) if r.round <= last_round]
+        kept = [] if last_round is None else [r for r in whole_rounds(path)[0] if r.round <= last_round]
         replace_text(path, "".join(_line(record) for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         self._file.write(_line(record))
         self._file.flush()
+
+    def sync(self) -> None:
+        """Makes sure that the disk has what was written: before a checkpoint that relies on it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -155,6 +168,29 @@ def read_records(path: Path) -> list[Record]:
         with contextlib.suppress(pydantic.ValidationError):  # torn: the write was interrupted
             records.append(_RECORD.validate_json(rest))
     return records
+
+
+def whole_rounds(path: Path) -> tuple[list[Record], str]:
+    """The records in `path` from round 0 on up to the first that is missing or torn, and what follows them, in words.
+
+    What a crash or a full disk can leave is no mistake here, since a run that goes on writes it again.
+    """
+    records: list[Record] = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], f"{path} is missing"
+    except OSError as error:
+        raise UserError(f"records: cannot read {path} ({error.strerror}).") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = _RECORD.validate_json(line)
+        except pydantic.ValidationError:
+            return records, f"line {number} of {path} is not a record"
+        if record.round != len(records):
+            return records, f"{path} lacks round {len(records)}"
+        records.append(record)
+    return records, f"{path} ends with round {len(records) - 1}" if records else f"{path} is empty"
 
 
 def _parse(line: bytes, path: Path, number: int) -> Record:

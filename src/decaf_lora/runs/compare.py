@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
+import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
-from decaf_lora.errors import TrainingError
-from decaf_lora.records import SummaryRow, read_facts, read_summary, replace_text, summarise, write_json
-from decaf_lora.runs import build, signals
-from decaf_lora.runs.events import Event, Interrupted, Watch, nobody
-from decaf_lora.runs.folder import check_folder, disk, run
+from decaf_lora.errors import TrainingError, UserError
+from decaf_lora.records import (
+    Record,
+    SummaryRow,
+    read_facts,
+    read_records,
+    read_summary,
+    replace_text,
+    summarise,
+    write_json,
+)
+from decaf_lora.runs.build import build_run
+from decaf_lora.runs.events import Interrupted, Progress, Subscriber, Watch, nobody
+from decaf_lora.runs.folder import Folder, check_folder, disk, run
+from decaf_lora.runs.signals import stopping
+from decaf_lora.runs.workers import Lost, Stopped, Workers
 
 
 def default_jobs(device: str) -> int:
@@ -46,16 +55,20 @@ class Cell:
 def cells(config: CompareConfig) -> list[Cell]:
     """The runs of a comparison: graphs x partitions x seeds x algorithms.
 
-    An algorithm that does not use the graph (local, centralized, fedavg) runs once for all graphs.
+    An algorithm that does not use the graph (local, centralized, fedavg) runs once for all graphs. What is given
+    twice runs once, with a warning.
+
+    Raises:
+        UserError: two runs would share a folder.
     """
     from decaf_lora import algorithms
 
-    out = []
-    graphs = config.graphs or (config.graph,)
-    for graph, partition, seed, name in itertools.product(
-        graphs, config.partitions or (config.partition,), config.seeds, config.algorithms
-    ):
-        key = name.replace("-", "_")
+    out: list[Cell] = []
+    graphs = _once("graphs", config.graphs or (config.graph,))
+    partitions = _once("partitions", config.partitions or (config.partition,))
+    keys = _once("algorithms", map(algorithms.spelled, config.algorithms))
+    algorithms.check_together(keys)
+    for graph, partition, seed, key in itertools.product(graphs, partitions, _once("seeds", config.seeds), keys):
         options = algorithms.accepted(key, config.algorithm.options())
         shared = len(graphs) > 1 and algorithms.make(key, **options).topology != "graph"
         if shared and graph != graphs[0]:
@@ -72,36 +85,117 @@ def cells(config: CompareConfig) -> list[Cell]:
         parts = [key, partition, f"seed{seed}"] if shared else [key, graph, partition, f"seed{seed}"]
         folder = "-".join(parts).replace("/", "_").replace(":", "-")
         out.append(Cell(folder, RunConfig.model_validate(values), graphs if shared else (graph,)))
+    _refuse_shared_folders(out)
     return out
 
 
+def _once(field: str, given: Iterable[Any]) -> tuple[Any, ...]:
+    """What is given, each once."""
+    values = tuple(given)
+    once = tuple(dict.fromkeys(values))
+    if len(once) < len(values):
+        twice = ", ".join(str(v) for v in once if values.count(v) > 1)
+        warnings.warn(f"{field}: {twice} is given more than once; it runs once.", stacklevel=3)
+    return once
+
+
+def _refuse_shared_folders(todo: list[Cell]) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in todo:
+        if len(cell.name.encode()) > 255:
+            raise UserError(f"graphs: the name of a run's folder would be too long ({cell.name}); use shorter paths.")
+        other = seen.setdefault(cell.name.casefold(), cell)  # some file systems do not tell cases apart
+        if other is not cell:
+            ours, theirs = configs.flat(cell.config), configs.flat(other.config)
+            field = next(k for k in ("algorithm.name", "graph", "partition", "seed") if ours[k] != theirs[k])
+            raise UserError(
+                f"{field}: {theirs[field]!r} and {ours[field]!r} would share the folder {cell.name}; give them names "
+                "that differ in more than / : _ - and case."
+            )
+
+
 def compare(
-    config: CompareConfig, out: Path, *, resume: bool = False, jobs: int = 1, watch: Watch = nobody
-) -> list[SummaryRow]:
+    config: CompareConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    take_over: bool = False,
+    unique: bool = False,
+    jobs: int = 1,
+    watch: Watch = nobody,
+) -> tuple[list[SummaryRow], Path]:
     """Runs every cell of a comparison below `out`, `jobs` at a time; finished ones are kept with `resume`.
 
     Writes summary.json, tables and the report over all; a run that stands for several graphs has a row under each.
-    A run whose training diverges has a row that says so, without scores; the others go on.
-    Raises Interrupted after Ctrl-C.
+    A run whose training diverges has a row that says so, without scores; the others go on, as they do where one
+    run's process is killed.
+
+    Args:
+        config: what to compare.
+        out: the folder, new or empty; with `resume` one that holds this comparison.
+        resume: go on with the runs that have not finished.
+        take_over: the former owner of the folder, on another machine, is gone.
+        unique: if `out` exists, take the first of `out`-2, `out`-3, ... that does not.
+        jobs: runs at a time, each in its own process; one runs in this process.
+        watch: who hears of each run, by its name.
+
+    Returns:
+        The rows, and the folder.
+
+    Raises:
+        UserError: a mistake in any run, found before anything is written; or a run was lost.
+        Interrupted: after Ctrl-C or another signal that asks to stop.
     """
+    todo = cells(config)
+    if not unique:
+        check_folder(config, out, resume)
+    finished = {cell.name: row for cell in todo if resume and (row := _finished(cell, out)) is not None}
+    left = [cell for cell in todo if cell.name not in finished]
+    with contextlib.ExitStack() as stack:
+        runner = _InProcesses(jobs, watch) if jobs > 1 and len(left) > 1 else _InTurn(watch)
+        stack.enter_context(runner)
+        stack.enter_context(stopping(runner.stop))
+        runner.check(left)
+        if runner.stopped:
+            raise Interrupted(out, 0)
+        folder = Folder(out, config=config, resume=resume, take_over=take_over, unique=unique)
+        out = stack.enter_context(folder).path
+        with disk(out):
+            (out / "summary.json").unlink(missing_ok=True)
+            replace_text(out / "config.yaml", configs.dump(config))
+        for cell in todo:
+            if cell.name in finished:
+                _tell_of_finished(watch(cell.name), out / cell.name)
+        rows = finished | runner.run(left, out)
+        if runner.stopped:
+            raise Interrupted(out, 0)
+        _refuse_lost(runner.lost, len(todo))
+        return _conclude(todo, rows, out), out
+
+
+def _finished(cell: Cell, out: Path) -> SummaryRow | None:
+    """The row of a run that has finished all its rounds, or diverged."""
+    directory = out / cell.name
+    if not (directory / "summary.json").exists():
+        return None
+    if configs.load(RunConfig, directory / "config.yaml").rounds < cell.config.rounds:
+        return None
+    (row, *_) = read_summary(directory / "summary.json")
+    return row
+
+
+def _tell_of_finished(subscriber: Subscriber, directory: Path) -> None:
+    subscriber.start(read_facts(directory))
+    for record in read_records(directory / "records.jsonl"):
+        subscriber.record(record)
+    subscriber.close(None)
+
+
+def _conclude(todo: list[Cell], rows: Mapping[str, SummaryRow], out: Path) -> list[SummaryRow]:
+    """Writes what stands over all runs."""
     from decaf_lora.records import tables
     from decaf_lora.report import write_report
 
-    check_folder(config, out, resume)
-    todo = cells(config)
-    with disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "config.yaml", configs.dump(config))
-    rows: dict[str, SummaryRow] = {}
-    left = []
-    for cell in todo:
-        if resume and (out / cell.name / "summary.json").exists():
-            rows[cell.name] = read_summary(out / cell.name / "summary.json")[0]
-            rounds = cell.config.rounds
-            watch(Event(cell.name, rounds, rounds, 1.0, None, rows[cell.name].mean_score))
-        else:
-            left.append(cell)
-    rows |= _run_all(left, out, jobs, watch)
     graphs = dict.fromkeys(graph for cell in todo for graph in cell.graphs)
     ordered = [replace(rows[cell.name], graph=graph) for graph in graphs for cell in todo if graph in cell.graphs]
     with disk(out):
@@ -112,37 +206,105 @@ def compare(
     return ordered
 
 
-def _run_all(left: list[Cell], out: Path, jobs: int, watch: Watch) -> dict[str, SummaryRow]:
-    if jobs == 1 or len(left) < 2:
-        return {cell.name: _run_cell(cell, out, watch) for cell in left}
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        events = manager.Queue()
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+def _refuse_lost(lost: Mapping[str, str], count: int) -> None:
+    if lost:
+        name, how = next(iter(lost.items()))
+        runs = "1 of {} runs was lost," if len(lost) == 1 else f"{len(lost)} of {{}} runs were lost, the first is"
+        raise UserError(
+            f"compare: {runs.format(count)} {name}: {how}. The others have finished; go on with --resume, perhaps "
+            "with fewer --jobs."
+        )
+
+
+class _InTurn:
+    """One run after another, in this process."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch, self.stopped = watch, False
+        self.lost: dict[str, str] = {}
+
+    def __enter__(self) -> _InTurn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def check(self, left: list[Cell]) -> None:
+        _check_cells(left)
+
+    def run(self, left: list[Cell], out: Path) -> dict[str, SummaryRow]:
         rows = {}
-        with ProcessPoolExecutor(
-            min(jobs, len(left)),
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(events, manager.Lock(), threads),
-        ) as pool:
-            futures = {pool.submit(_run_in_worker, cell, out): cell for cell in left}
-            drain = threading.Thread(target=_forward, args=(events, watch), daemon=True)
-            drain.start()
-            try:
-                for future in as_completed(futures):
-                    rows[futures[future].name] = future.result()
-            except (KeyboardInterrupt, Interrupted):
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise Interrupted(out, 0) from None
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-            finally:
-                with contextlib.suppress(EOFError, OSError):
-                    events.put(None)
-                drain.join(timeout=2)
+        for cell in left:
+            if self.stopped:
+                break
+            rows[cell.name] = _run_cell(cell, out, self._watch)
         return rows
+
+
+class _InProcesses:
+    """Several at a time, each in its own process."""
+
+    def __init__(self, jobs: int, watch: Watch) -> None:
+        self._jobs, self._watch = jobs, watch
+        self._workers: Workers | None = None
+        self._heard: dict[str, Subscriber] = {}
+        self.stopped = False
+        self.lost: dict[str, str] = {}
+
+    def __enter__(self) -> _InProcesses:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._workers is not None:
+            self._workers.__exit__(*raised)
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self._workers is not None:
+            self._workers.stop()
+
+    def check(self, left: list[Cell]) -> None:
+        """One worker checks, while the others load."""
+        jobs = min(self._jobs, len(left))
+        self._workers = Workers(jobs, max(1, (os.cpu_count() or 1) // jobs), self._hear).__enter__()
+        for _, result in self._workers.run(_check_in_worker, [left]):
+            if isinstance(result, BaseException):
+                raise result
+            if isinstance(result, Lost):
+                raise UserError(f"compare: a run could not be prepared, {result.how}; try fewer --jobs.")
+
+    def run(self, left: list[Cell], out: Path) -> dict[str, SummaryRow]:
+        assert self._workers is not None
+        rows: dict[str, SummaryRow] = {}
+        error: BaseException | None = None
+        for cell, result in self._workers.run(_run_in_worker, left, out):
+            if isinstance(result, BaseException):
+                if error is None:
+                    error = result
+                    self._workers.stop()
+            elif isinstance(result, Lost):
+                self.lost[cell.name] = result.how
+            elif not isinstance(result, Stopped):
+                rows[cell.name] = result
+        if error is not None:
+            raise error
+        return rows
+
+    def _hear(self, told: tuple[str, str, tuple[Any, ...]]) -> None:
+        name, method, arguments = told
+        if name not in self._heard:
+            self._heard[name] = self._watch(name)
+        getattr(self._heard[name], method)(*arguments)
+
+
+def _check_cells(left: list[Cell]) -> None:
+    """Builds every run once: a mistake in any is found before the first begins."""
+    for cell in left:
+        training = cell.config.training.model_copy(update={"agents_per_pass": 1})  # without a calibration
+        build_run(cell.config.model_copy(update={"training": training})).close()
 
 
 def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
@@ -150,7 +312,7 @@ def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
 
     directory = out / cell.name
     try:
-        return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)
+        return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)[0]
     except Interrupted as stop:
         raise Interrupted(out, stop.round) from None
     except TrainingError as error:  # a result, too: the other runs go on, and --resume does not run it again
@@ -159,41 +321,38 @@ def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
             row = summarise(directory)
             write_json(directory / "summary.json", [row])
             write_report(directory)
-        watch(Event(cell.name, cell.config.rounds, cell.config.rounds, 1.0, None, None))
         return row
 
 
-_events: Any = None
+# In a worker
 
 
-def _start_worker(events: Any, loading: Any, threads: int) -> None:
-    global _events
-    _events, build._loading = events, loading
-    warnings.showwarning = _send_warning
-    # Ctrl-C reaches every process of the terminal; one that is between two runs, or loads, has nothing to save.
-    signal.signal(signal.SIGINT, signals.note_stop)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live display may be on by then
-    import torch
-
-    torch.set_num_threads(threads)
+def _check_in_worker(left: list[Cell], tell: Callable[[Any], None]) -> None:
+    _check_cells(left)
 
 
-def _send_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    _events.put((str(message), category))
+def _run_in_worker(cell: Cell, tell: Callable[[Any], None], out: Path) -> SummaryRow:
+    return _run_cell(cell, out, lambda name: _Telling(name, tell))
 
 
-def _run_in_worker(cell: Cell, out: Path) -> SummaryRow:
-    if signals._stopped:
-        raise Interrupted(out, 0)
-    return _run_cell(cell, out, _events.put)
+class _Telling(Subscriber):
+    """Tells the parent of a run, of its steps at most ten times a second."""
 
+    def __init__(self, name: str, tell: Callable[[Any], None]) -> None:
+        self._name, self._tell, self._last = name, tell, 0.0
 
-def _forward(events: Any, watch: Watch) -> None:
-    """Hands on what workers send, until None: events to `watch`, and warnings, which are so said once for all runs."""
-    with contextlib.suppress(EOFError, OSError):  # the queue's process is gone
-        for item in iter(events.get, None):
-            if isinstance(item, Event):
-                watch(item)
-            else:
-                message, category = item
-                warnings.warn(message, category, stacklevel=1)
+    def start(self, facts: Mapping[str, Any]) -> None:
+        self._tell((self._name, "start", (facts,)))
+
+    def step(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last >= 0.1:
+            self._last = now
+            self._tell((self._name, "step", (progress,)))
+
+    def record(self, record: Record) -> None:
+        self._tell((self._name, "record", (record,)))
+
+    def close(self, error: BaseException | None) -> None:
+        told = None if error is None else TrainingError(str(error)) if isinstance(error, TrainingError) else UserError()
+        self._tell((self._name, "close", (told,)))

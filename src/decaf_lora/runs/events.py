@@ -1,10 +1,61 @@
-"""What does a run say while it goes on? Events for displays, and how it ends early."""
+"""What does a run say while it goes on? One channel: start, step, record, close.
+
+Whoever wants to hear of a run is a `Subscriber`: the folder on disk, the live display, a tracker. `follow` trains
+a run and tells them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from decaf_lora.records import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decaf_lora.run import Run
+
+
+class Progress(NamedTuple):
+    """Where a run stands."""
+
+    round: int
+    """The round under way, from 1."""
+    rounds: int
+    fraction: float
+    """Share of the run's local steps that are done, 0 to 1."""
+    loss: float | None
+    """Mean over agents and over the steps of this round so far."""
+
+
+class Subscriber:
+    """Hears of one run. Every method may be left out."""
+
+    def attach(self, run: Run) -> None:
+        """Called first, where the run is in this process: `Folder` saves and restores it."""
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Called once, before the first step. `facts` are JSON values that do not change from round to round."""
+
+    def step(self, progress: Progress) -> None:
+        """Called after every local step."""
+
+    def record(self, record: Record) -> None:
+        """Called after every round, and once for the state at the start (round 0)."""
+
+    def close(self, error: BaseException | None) -> None:
+        """Called once, also if another subscriber failed; `error` is what ended the run early, None if nothing did."""
+
+
+Watch = Callable[[str], Subscriber]
+"""The name of a run -> who hears of it, for instance a line of a display."""
+
+
+def nobody(name: str) -> Subscriber:
+    """Watches nothing."""
+    return Subscriber()
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -14,25 +65,52 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         super().__init__(f"stopped in round {round_}; go on with --out {directory} --resume")
         self.directory, self.round = directory, round_
 
-    def __reduce__(self) -> tuple[Any, ...]:  # it travels from worker processes
-        return type(self), (self.directory, self.round)
+
+def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None = None) -> Iterator[Record]:
+    """Trains `run` round by round like `run.train()`, and tells the subscribers.
+
+    Args:
+        run: made ready, or restored from a checkpoint.
+        subscribers: told in this order; closed in the reverse one, also if the caller leaves the loop.
+        facts: what `start` is told; by default `identity.facts_of(run)`.
+    """
+    from decaf_lora.runs.identity import facts_of
+
+    told = facts_of(run) if facts is None else facts
+    error: BaseException | None = None
+
+    def on_step(round_: int, done: int, steps: int, losses: Tensor) -> None:
+        fraction = (round_ - 1 + done / steps) / run.rounds
+        progress = Progress(round_, run.rounds, fraction, float(losses.mean()) / done)
+        for subscriber in subscribers:
+            subscriber.step(progress)
+
+    try:
+        for subscriber in subscribers:
+            subscriber.attach(run)
+            subscriber.start(told)
+        run.on_step = on_step
+        for record in run.train():
+            for subscriber in subscribers:
+                subscriber.record(record)
+            yield record
+    except GeneratorExit:  # the caller has left the loop, between two rounds
+        raise
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        run.on_step = None
+        _close(subscribers, error)
 
 
-class Event(NamedTuple):
-    """Where a run stands: for progress displays."""
-
-    key: str
-    """Name of the run's folder."""
-    round: int
-    rounds: int
-    fraction: float
-    """Share of the run's local steps that are done, 0 to 1."""
-    loss: float | None
-    score: float | None
-
-
-Watch = Callable[[Event], None]
-
-
-def nobody(event: Event) -> None:
-    """Watches nothing."""
+def _close(subscribers: tuple[Subscriber, ...], error: BaseException | None) -> None:
+    """Closes all, the last first, even if some fail: a display whose terminal is gone must not cost a checkpoint."""
+    failed: BaseException | None = None
+    for subscriber in reversed(subscribers):
+        try:
+            subscriber.close(error)
+        except BaseException as caught:
+            failed = failed or caught
+    if failed is not None and error is None:
+        raise failed

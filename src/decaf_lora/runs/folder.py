@@ -1,157 +1,383 @@
-"""How does a configuration become a finished folder?
+"""How does a run become a finished folder? `Folder` hears of the run and writes it down.
 
 A run's folder holds config.yaml, environment.json, run.json, records.jsonl, checkpoints/, summary.json and
-report.html. A run can be interrupted at any time and goes on with `resume`.
+report.html. A run can be interrupted at any time and goes on with `resume`. One run at a time has the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import json
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError
 from decaf_lora.records import (
+    Record,
     RecordWriter,
     SummaryRow,
     environment,
-    mean_score,
     replace_text,
     summarise,
+    whole_rounds,
     write_json,
 )
+from decaf_lora.runs import checkpoint, identity
 from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Event, Interrupted, Watch, nobody
+from decaf_lora.runs.events import Interrupted, Subscriber, Watch, follow, nobody
+from decaf_lora.runs.lock import LOCK, OWNER, FolderLock
 from decaf_lora.runs.signals import stopping
 
+if TYPE_CHECKING:
+    from decaf_lora.run import Run
 
-def run(config: RunConfig, out: Path, *, resume: bool = False, watch: Watch = nobody) -> SummaryRow:
-    """Runs `config` into the folder `out`, or goes on there with `resume`; returns its summary row.
+Point = tuple[dict[str, Any], dict[str, Any]]
+"""Tensors and values of a checkpoint."""
 
-    Raises UserError for any mistake before anything is written, Interrupted after Ctrl-C.
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    take_over: bool = False,
+    unique: bool = False,
+    watch: Watch = nobody,
+) -> tuple[SummaryRow, Path]:
+    """Runs `config` into a folder, or goes on there.
+
+    Args:
+        config: what to run.
+        out: the folder of the run, new or empty; with `resume` one that holds a run of this configuration.
+        resume: go on from the newest checkpoint.
+        take_over: the former owner of the folder, on another machine, is gone.
+        unique: if `out` exists, take the first of `out`-2, `out`-3, ... that does not.
+        watch: who else hears of the run, by the folder's name.
+
+    Returns:
+        The row of the run's summary, and the folder that it was written to.
+
+    Raises:
+        UserError: a mistake, found before anything is written; or the folder is in use.
+        Interrupted: after Ctrl-C or another signal that asks to stop.
     """
-    check_folder(config, out, resume)
-    engine = build_run(config)
-    with contextlib.closing(engine):
-        found = newest(out) if resume else None
-        if found is not None:
-            engine.restore(*found)
-        return write(config, out, engine, found is not None, watch)
+    if not unique:
+        check_folder(config, out, resume)
+    made = build_run(config)
+    with contextlib.closing(made):
+        folder = Folder(out, config=config, resume=resume, take_over=take_over, unique=unique)
+        with folder, stopping(made.stop):
+            for _ in follow(made, folder, watch(folder.path.name), facts=identity.facts_of(made, config)):
+                pass
+        if folder.row is None:
+            raise Interrupted(folder.path, made.round + 1)
+    return folder.row, folder.path
+
+
+class Folder(Subscriber):
+    """A run on disk: records, checkpoints, summary and report, and the way back to the newest checkpoint.
+
+        for record in runs.follow(run, runs.Folder("runs/mine")):
+            print(record.round, record.averaged_score)
+
+    `runs.Folder("runs/mine", resume=True)` then goes on where that loop was left, in another process too.
+
+    Args:
+        path: the folder, new or empty unless `resume`.
+        resume: go on from the newest checkpoint in the folder, from the beginning if there is none.
+        checkpoint_every: rounds between checkpoints; the configuration's, if there is one.
+        config: the configuration that the run was made from; without one, what run.json says must agree.
+        take_over: the former owner of the folder, on another machine, is gone.
+        unique: if `path` exists, take the first of `path`-2, `path`-3, ... that does not.
+
+    Raises:
+        UserError: when the run starts: the folder is in use or holds something else, or what is there does not
+            belong to this run, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume: bool = False,
+        checkpoint_every: int = 10,
+        config: RunConfig | None = None,
+        take_over: bool = False,
+        unique: bool = False,
+    ) -> None:
+        self.path, self.resume, self.config = Path(path), resume, config
+        self.checkpoint_every = checkpoint_every if config is None else config.checkpoint_every
+        self.row: SummaryRow | None = None
+        """The row of the summary, once the run has finished."""
+        self._take_over, self._unique = take_over, unique
+        self._lock: FolderLock | None = None
+        self._run: Run | None = None
+        self._sources: dict[str, Any] = {}
+        self._writer: RecordWriter | None = None
+        self._point: Point | None = None
+        self._sought = False
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def open(self) -> None:
+        """Makes the folder and takes it for this run; does nothing if it has it already."""
+        if self._lock is not None:
+            return
+        with disk(self.path):
+            if self._unique:
+                self.path = _new_folder(self.path)
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.path)
+            lock.acquire(self._take_over)
+        self._lock = lock
+        try:
+            check_folder(self.config, self.path, self.resume)  # another run may have come first
+        except BaseException:
+            self._release()
+            raise
+
+    def point(self, rounds: int) -> Point | None:
+        """The newest checkpoint that the run can go on from; None: it starts from the beginning.
+
+        Args:
+            rounds: how many the run is to have.
+        """
+        if self._sought or not self.resume:
+            return self._point
+        self._sought = True
+        records, then = whole_rounds(self.path / "records.jsonl")
+
+        def refuse(path: Path) -> str | None:
+            round_, step = checkpoint.moment_of(path)
+            if round_ > rounds:
+                return f"{path} is beyond the last round, {rounds}"
+            if (round_ or step) and round_ >= len(records):
+                return f"{then}, but {path} relies on all records up to its round"
+            return None
+
+        self._point = checkpoint.load_latest(self.path / "checkpoints", refuse)
+        if self._point is None:
+            text = f"resume: {self.path} has no checkpoint yet; the run starts from the beginning."
+            warnings.warn(text, stacklevel=2)
+        return self._point
+
+    def restore(self, run: Run, point: Point | None) -> None:
+        """Brings the run to a checkpoint of this folder. Under an engine of several processes all call this.
+
+        Raises:
+            UserError: data, model or code are no longer what they were, or the checkpoint does not fit this run.
+        """
+        self._run, self._sources = run, identity.sources(run)
+        if point is None:
+            return
+        tensors, values = point
+        if changed := identity.changes(values.get("sources", {}), self._sources):
+            raise UserError(
+                f"resume: what the run in {self.path} was made from has changed; {'; '.join(changed)}. "
+                "Bring it back as it was, or choose another --out."
+            )
+        if self.config is not None:
+            identity.refuse_changed_code(values.get("code", {}), self.config)
+        versions = identity.changes(values.get("versions", {}), _versions())
+        try:
+            run.restore(tensors, values)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"resume: the checkpoint of round {values.get('round')} in {self.path} does not fit this run "
+                f"({type(error).__name__}: {error}); it was written by another version or changed since."
+            ) from error
+        if versions:
+            warnings.warn(
+                f"resume: other versions than at the checkpoint; {'; '.join(versions)}. The last bits may differ.",
+                stacklevel=2,
+            )
+
+    # What a subscriber hears
+
+    def attach(self, run: Run) -> None:
+        """Takes the folder, and brings the run to its checkpoint."""
+        self.open()
+        if self._run is None:
+            self.restore(run, self.point(run.rounds))
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Writes what does not change."""
+        run = self._run
+        assert run is not None
+        with disk(self.path):
+            resumed = self._point is not None and bool(run.round or run.step_in_round)
+            self._write_facts(run, facts, resumed)
+            # A run stopped before its first step starts again, with the record of the start.
+            self._writer = RecordWriter(self.path / "records.jsonl", run.round if resumed else None)
+
+    def record(self, record: Record) -> None:
+        """Writes the record, and a checkpoint where one is due."""
+        assert self._writer is not None
+        assert self._run is not None
+        with disk(self.path):
+            self._writer.write(record)
+        if due(self.checkpoint_every, record.round, self._run.rounds):
+            self._save()
+
+    def close(self, error: BaseException | None) -> None:
+        """Saves where the run stands unless it has failed; summary and report of a finished one."""
+        try:
+            if self._writer is None or self._run is None:
+                return
+            try:
+                if error is None:
+                    self._save()
+            finally:
+                self._writer.close()
+            if error is None and self._run.round >= self._run.rounds:
+                self._finish()
+        finally:
+            self._release()
+
+    def _save(self) -> None:
+        assert self._run is not None
+        assert self._writer is not None
+        tensors, values = self._run.snapshot()
+        code = {} if self.config is None else identity.code_hashes(self.config)
+        more = {"versions": _versions(), "sources": self._sources, "code": code}
+        with disk(self.path):
+            self._writer.sync()
+        checkpoint.save(self.path / "checkpoints", tensors, {**values, **more})
+
+    def _write_facts(self, run: Run, facts: Mapping[str, Any], resumed: bool) -> None:
+        path, saved = self.path, _read_json(self.path / "run.json")
+        before = (saved or {}).get("rounds")
+        training = run.training
+        if resumed and before not in (None, run.rounds) and (training.schedule != "constant" or training.warmup):
+            warnings.warn(
+                f"resume: rounds: {before} -> {run.rounds}; training.schedule {training.schedule} is over all rounds, "
+                f"so the first {run.round} were trained at other learning rates than in a run of {run.rounds}.",
+                stacklevel=2,
+            )
+        if run.round < run.rounds:
+            (path / "summary.json").unlink(missing_ok=True)  # of fewer rounds
+        if self.config is not None and not (resumed and _same(self.config, path / "config.yaml")):
+            replace_text(path / "config.yaml", configs.dump(self.config))
+        if not resumed or _read_json(path / "environment.json") is None:
+            write_json(path / "environment.json", environment(str(run.trainer.device)))
+        if not resumed or saved is None or saved.get("rounds") != run.rounds:
+            write_json(path / "run.json", {"format": checkpoint.FORMAT, **facts})
+
+    def _finish(self) -> None:
+        from decaf_lora.report import write_report
+
+        with disk(self.path):
+            self.row = summarise(self.path)
+            write_json(self.path / "summary.json", [self.row])
+            write_report(self.path)
+
+    def _release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+
+def due(every: int, round_: int, rounds: int) -> bool:
+    """Whether a checkpoint is written after this round; the last one's is written at the end."""
+    return round_ > 0 and round_ % every == 0 and round_ < rounds
+
+
+def _new_folder(path: Path) -> Path:
+    """Makes `path`, or the first of `path`-2, `path`-3, ... that nobody has."""
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from decaf_lora import __version__
+
+    return {"decaf-lora": __version__, "torch": torch.__version__}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none that reads."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _same(config: RunConfig, path: Path) -> bool:
+    return not configs.differences(configs.load(type(config), path), config)
 
 
 def started(out: Path) -> bool:
-    return (out / "config.yaml").exists()
+    """Whether the folder holds a run."""
+    return (out / "config.yaml").exists() or (out / "run.json").exists()
 
 
-def newest(out: Path) -> tuple[Any, dict[str, Any]] | None:
-    """The newest checkpoint of the run in `out`, if it has one."""
-    from decaf_lora.runs import checkpoint
+def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
+    """Refuses a folder that holds something else, or to go on with a run of another configuration. Writes nothing.
 
-    return checkpoint.load_latest(out / "checkpoints") if (out / "records.jsonl").exists() else None
-
-
-def due(config: RunConfig, round_: int) -> bool:
-    return round_ > 0 and round_ % config.checkpoint_every == 0 and round_ < config.rounds
-
-
-def write(config: RunConfig, out: Path, engine: Any, resumed: bool, watch: Watch, launched: bool = False) -> SummaryRow:
-    """Trains, and writes the folder of the run."""
-    from decaf_lora.report import write_report
-    from decaf_lora.runs import checkpoint
-
-    with disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if not resumed or not (out / "run.json").exists():
-            replace_text(out / "config.yaml", configs.dump(config))
-            write_json(out / "environment.json", environment(str(engine.trainer.device)))
-            write_json(out / "run.json", _facts(config, engine))
-        # A run stopped before its first step starts again, with the record of the start.
-        last = engine.round if resumed and (engine.round or engine.step_in_round) else None
-        score: float | None = None
-        with RecordWriter(out / "records.jsonl", last) as writer, stopping(engine.stop, launched):
-
-            def on_step(round_: int, done: int, steps: int, losses: Any) -> None:
-                fraction = (round_ - 1 + done / steps) / config.rounds
-                watch(Event(out.name, round_, config.rounds, fraction, float(losses.mean()) / done, score))
-
-            engine.on_step = on_step
-            watch(Event(out.name, engine.round + 1, config.rounds, engine.round / config.rounds, None, None))
-            for record in engine.train():
-                writer.write(record)
-                score = mean_score(record) if record.scores else score
-                if due(config, record.round):
-                    checkpoint.save(out / "checkpoints", *engine.snapshot())
-            checkpoint.save(out / "checkpoints", *engine.snapshot())
-        if engine.round < config.rounds:
-            raise Interrupted(out, engine.round + 1)
-        row = summarise(out)
-        write_json(out / "summary.json", [row])
-        write_report(out)
-        watch(Event(out.name, config.rounds, config.rounds, 1.0, None, row.mean_score))
-    return row
-
-
-def _facts(config: RunConfig, engine: Any) -> dict[str, Any]:
-    """What run.json says: the static facts of a run that its report needs."""
-    from decaf_lora import graphs
-
-    # The graph that was asked for, also of algorithms that do not use it: a comparison shows one.
-    schedule = graphs.as_schedule(graphs.parse(config.graph, config.agents, config.seed))
-    partition = engine.partition
-    if partition.names:
-        schedule = schedule.arranged(partition.names)
-    names = getattr(engine.task, "classes", None)
-    classes = [names[c] if names else str(c) for c in partition.classes]
-    return {
-        "algorithm": engine.algorithm.name,
-        "graph": {
-            "name": config.graph,
-            "weights": schedule.at(0).weights.tolist(),
-            "sigma_2": None if schedule.period is None else schedule.sigma_2,
-        },
-        "partition": {
-            "name": config.partition,
-            "label_table": partition.label_table().tolist(),
-            "classes": classes,
-        },
-        "agents": config.agents,
-        "names": list(partition.names),
-        "ranks": []
-        if engine.attached.uniform
-        else [max(s.rank for s in engine.attached.sites_of(i).values()) for i in range(config.agents)],
-        "rounds": config.rounds,
-        "seed": config.seed,
-        "task": engine.task.name,
-        "score_name": engine.task.score_name,
-        "lower_is_better": engine.task.lower_is_better,
-        "majority_score": engine.task.majority_score(),
-        "uses_graph": engine.algorithm.topology == "graph",
-        "agents_per_pass": engine.trainer.agents_per_pass,
-    }
-
-
-def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
-    """Refuses a folder that is in use, or to go on with a run of another configuration."""
-    kind = type(config)
+    Args:
+        config: of the run that is to be there; None if it was not made from one.
+        out: the folder.
+        resume: whether to go on with the run in the folder.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; give a folder.")
-    saved = out / "config.yaml"
-    if not saved.exists():
-        if resume:
+    if not started(out):
+        left = [p.name for p in out.iterdir() if p.name not in (LOCK, OWNER)] if out.exists() else []
+        torn = [name for name in left if name.startswith(("config.yaml", OWNER)) and name.endswith(".tmp")]
+        if resume and (not torn or torn != left):
             raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")
-        if out.exists() and any(out.iterdir()):
+        if torn != left:
             raise UserError(f"out: {out} is not empty; choose another folder.")
-        return
+        return  # at most what is left of a run that died before its first file was whole
     if not resume:
         raise UserError(f"out: {out} already holds a run; pass --resume to go on with it, or choose another folder.")
-    different = configs.differences(configs.load(kind, saved), config)
+    _check_format(out)
+    if config is None:
+        return
+    if not (out / "config.yaml").exists():
+        raise UserError(f"resume: {out} lacks config.yaml; bring it back, or choose another --out.")
+    saved = configs.load(type(config), out / "config.yaml")
+    if config.rounds > saved.rounds:
+        saved = saved.model_copy(update={"rounds": config.rounds})
+    different = configs.differences(saved, config)
     if different:
         raise UserError(
             f"resume: the run in {out} has another config; differing fields: {'; '.join(different)}. "
-            "Give the same values, or choose another --out."
+            "Give the same values (only rounds may grow), or choose another --out."
+        )
+
+
+def _check_format(out: Path) -> None:
+    saved = _read_json(out / "run.json")
+    if saved is not None and saved.get("format") != checkpoint.FORMAT:
+        raise UserError(
+            f"resume: {out / 'run.json'} has format {saved.get('format', 'none')}, this program goes on with "
+            f"{checkpoint.FORMAT} only; use the program that began the run."
         )
 
 

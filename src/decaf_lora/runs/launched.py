@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
 from decaf_lora.records import SummaryRow
+from decaf_lora.runs import identity
 from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Interrupted, Watch, nobody
-from decaf_lora.runs.folder import check_folder, due, newest, started, write
+from decaf_lora.runs.events import Interrupted, Watch, follow, nobody
+from decaf_lora.runs.folder import Folder, check_folder, due, started
 from decaf_lora.runs.signals import stopping
 
 if TYPE_CHECKING:
     from decaf_lora.engines import Processes
-    from decaf_lora.engines.wire import Wire
+    from decaf_lora.run import Run
 
 
 def run_split(
@@ -26,15 +26,22 @@ def run_split(
     out: Path,
     processes: Processes,
     *,
-    wire: Wire = "exact",
+    wire: str = "exact",
     resume: bool = False,
+    take_over: bool = False,
+    unique: bool = False,
     watch: Watch = nobody,
-) -> SummaryRow | None:
-    """The same with the agents split over `processes`, all of which call this; the row is the main one's.
+) -> tuple[SummaryRow, Path] | None:
+    """Like `folder.run`, with the agents split over `processes`, all of which call this.
 
     The main process alone reads and writes `out`. After a restart by the launcher the run goes on by itself.
 
-    Raises UserError in all processes if one of them meets a mistake, or is lost; Interrupted after Ctrl-C.
+    Returns:
+        In the main process the row of the summary and the run's folder, in the others None.
+
+    Raises:
+        UserError: in all processes if one of them meets a mistake, or is lost.
+        Interrupted: after Ctrl-C or another signal that asks to stop.
     """
     import torch
 
@@ -46,38 +53,40 @@ def run_split(
     processes.agree({**configs.flat(config), "device": device, **setting}, "config")
     resume = processes.share("resume", resume or (processes.launch.restarts > 0 and started(out)))[0]
     with processes.together():
-        if processes.is_main:
+        if processes.is_main and not unique:
             check_folder(config, out, resume)
-        engine = build_run(config, functools.partial(Torchrun, processes=processes, wire=wire), processes.device)
-    with contextlib.closing(engine):
-        processes.agree(_data_seen(engine), "data")
-        found = newest(out) if resume and processes.is_main else None
-        values = processes.share("checkpoint", None if found is None else found[1])[0]
-        if values is not None:
-            engine.restore({} if found is None else found[0], values)
-        if processes.is_main:
-            return write(config, out, engine, values is not None, watch, launched=True)
-        _follow(config, out, engine)
-        return None
+        made = build_run(config, functools.partial(Torchrun, processes=processes, wire=wire), processes.device)
+    with contextlib.closing(made):
+        processes.agree(identity.sources(made), "data")
+        if not processes.is_main:
+            with processes.together():  # the main process opens the folder
+                pass
+            values = processes.share("checkpoint", None)[0]
+            if values is not None:
+                made.restore({}, values)
+            _follow(config, out, made)
+            return None
+        folder = Folder(out, config=config, resume=resume, take_over=take_over, unique=unique)
+        with contextlib.ExitStack() as stack:
+            with processes.together():
+                stack.enter_context(folder)
+                point = folder.point(config.rounds)
+            processes.share("checkpoint", None if point is None else point[1])
+            folder.restore(made, point)
+            with stopping(made.stop, launched=True):
+                for _ in follow(made, folder, watch(folder.path.name), facts=identity.facts_of(made, config)):
+                    pass
+        if folder.row is None:
+            raise Interrupted(folder.path, made.round + 1)
+        return folder.row, folder.path
 
 
-def _data_seen(engine: Any) -> dict[str, Any]:
-    """What all processes must have read alike: each reads model and data from its own machine."""
-    labels = hashlib.blake2b(str(engine.task.labels.tolist()).encode(), digest_size=8).hexdigest()
-    facts = {
-        "labels (hash)": labels,
-        "training examples": len(engine.task.labels),
-        "test examples": engine.task.num_test,
-    }
-    return {**facts, "adapted layers": len(engine.attached.sites)}
-
-
-def _follow(config: RunConfig, out: Path, engine: Any) -> None:
-    """What `_write` does, in a process that writes nothing."""
-    with stopping(engine.stop, launched=True):
-        for record in engine.train():
-            if due(config, record.round):
-                engine.snapshot()
-        engine.snapshot()
-    if engine.round < config.rounds:
-        raise Interrupted(out, engine.round + 1)
+def _follow(config: RunConfig, out: Path, run: Run) -> None:
+    """What `Folder` has the main process do, in a process that writes nothing."""
+    with stopping(run.stop, launched=True):
+        for record in run.train():
+            if due(config.checkpoint_every, record.round, config.rounds):
+                run.snapshot()
+        run.snapshot()
+    if run.round < config.rounds:
+        raise Interrupted(out, run.round + 1)

@@ -1,4 +1,4 @@
-"""How is a run asked to stop? Ctrl-C and SIGTERM end it after the current step, with a checkpoint."""
+"""How is a run asked to stop? Ctrl-C, SIGTERM and SIGHUP end it after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""The signals that ask (there is no SIGHUP on Windows)."""
+
+_asked = False
+"""Whether this process was asked to stop at a time when no run could be told."""
+
 
 @contextlib.contextmanager
 def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) calls `stop`, a second one interrupts at once.
+    """The first signal calls `stop`; a second Ctrl-C interrupts at once.
 
-    Not where a launcher passes signals on: processes then get the first one several times.
+    Not where a launcher passes signals on (`launched`): processes then get the first one several times. A SIGHUP
+    that is ignored (nohup) stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -24,8 +31,8 @@ def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]
         if not launched:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    if _stopped:  # while the task was loading
+    before = {s: signal.signal(s, handler) for s in STOPPING if not _ignored_hangup(s)}
+    if _asked:  # while the task was loading
         stop()
     try:
         yield
@@ -34,9 +41,16 @@ def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]
             signal.signal(number, previous)
 
 
-_stopped = False
+def _ignored_hangup(number: int) -> bool:
+    return number != signal.SIGINT and number != signal.SIGTERM and signal.getsignal(number) is signal.SIG_IGN
 
 
-def note_stop(number: int, frame: Any) -> None:
-    global _stopped
-    _stopped = True
+def asked() -> bool:
+    """Whether this process was asked to stop between two runs."""
+    return _asked
+
+
+def ask(*_: Any) -> None:
+    """Notes the wish to stop, for the next run; also a signal handler."""
+    global _asked
+    _asked = True

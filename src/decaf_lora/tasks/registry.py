@@ -54,6 +54,7 @@ _PRETRAINED = _ANY | {
     *("model", "dtype", "quantization", "gradient_checkpointing"),
     *(
         "data",
+        "file_column",
         "subset",
         "delimiter",
         "quoting",

@@ -46,6 +46,18 @@ _OPTIONS = [
 ]
 
 
+def check_free(address: str) -> None:
+    """Raises UserError if host:port cannot be listened on: taken, or not this machine's. gRPC says it in many lines."""
+    host, _, port = address.rpartition(":")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"listen: cannot listen on {address} ({error.strerror}); name an address of this machine and a free port."
+        ) from None
+
+
 class Links:
     """The connections of an agent to its neighbours; `engines.mesh.link.Link` for the protocol over it.
 
@@ -80,6 +92,7 @@ class Links:
         self._owner = ThreadPoolExecutor(1, thread_name_prefix="links-events")
         self._server: grpc.aio.Server | None = None
         self._dials: list[asyncio.Task[None]] = []
+        self._asking: set[asyncio.Task[None]] = set()
         self._newest: dict[int, Connection] = {}
         self._up: dict[int, Connection] = {}
         self._counts: dict[int, int] = dict.fromkeys(self._neighbours, 0)
@@ -162,17 +175,11 @@ class Links:
             service, _, method = _METHOD[1:].partition("/")
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
             dialled_by = [neighbour for neighbour in self._neighbours.values() if neighbour.dials]
-            host, _, port = self._listen.rpartition(":")
-            try:  # the standard library says in one line what gRPC says in several
-                socket.create_server(
-                    (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-                ).close()
+            check_free(self._listen)
+            try:
                 self.port = self._server.add_secure_port(self._listen, tls.listening(self._own, dialled_by))
-            except (OSError, RuntimeError) as error:
-                why = getattr(error, "strerror", None) or "the port is taken"
-                raise UserError(
-                    f"listen: cannot listen on {self._listen} ({why}); name an address of this machine and a free port."
-                ) from None
+            except RuntimeError:
+                raise UserError(f"listen: cannot listen on {self._listen}; name a free port.") from None
             await self._server.start()
         for neighbour in self._neighbours.values():
             if not neighbour.dials:
@@ -189,9 +196,10 @@ class Links:
             await asyncio.wait_for(asyncio.gather(*(each.over.wait() for each in open_ones)), self._timing.drain)
         for connection in open_ones:
             connection.end("this agent stops")
-        for task in self._dials:
+        tasks = [*self._dials, *self._asking]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._dials, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(0.2)
 
@@ -218,15 +226,19 @@ class Links:
                     wait = self._timing.first_retry
             elif why != told:  # the same answer has the same reason
                 told = why
-                said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version, self._timing.lost)
-                LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
-                if said.kind != "up":
-                    why = said.why
-                self._tell(self._note, neighbour.number, why)
+                asking = self._loop.create_task(self._explain(neighbour, why))
+                self._asking.add(asking)
+                asking.add_done_callback(self._asking.discard)
             # At random, so that all who have lost the same end do not come back in one moment.
             pause = max(wait * random.uniform(0.5, 1), self._not_before[neighbour.number] - time.monotonic())
             await asyncio.sleep(pause)
             wait = min(2 * wait, self._timing.last_retry)
+
+    async def _explain(self, neighbour: Neighbour, why: str) -> None:
+        """Finds out why a neighbour cannot be connected to, while it is dialled again."""
+        said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version)
+        LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
+        self._tell(self._note, neighbour.number, why if said.kind == "up" else said.why)
 
     # The end that listens
 

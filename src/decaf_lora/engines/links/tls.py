@@ -93,7 +93,7 @@ class Answer(NamedTuple):
     """One sentence, with what to do."""
 
 
-def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 10.0) -> Answer:
+def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 5.0) -> Answer:
     """Whether this agent can connect to a neighbour that it dials, and if not, why.
 
     Tries it with the standard library, whose errors say more than gRPC's. The end that refuses a certificate does not

@@ -118,6 +118,9 @@ class Edge:
     """When `heard` last changed."""
     settled: float | None = None
     """When it was certain whether its message of the open exchange is used."""
+    mute: bool = False
+    """Whether it has left this agent's message of the open exchange unanswered for so long that its connections are
+    refused until its patience has ended, as if the link were down."""
     rejected: int = 0
     """Bad messages since the last sound one."""
     served: tuple[int | None, int] = (None, -1)
@@ -141,6 +144,10 @@ class Edge:
         nothing = self.message is None and (self.coming is None or self.coming[0] != exchange)
         return max(self.since, self.changed) + (min(self.patience, down) if nothing else self.patience)
 
+    def owes(self, exchange: int) -> bool:
+        """Whether its message of the open exchange is here and it is up, but has not answered this agent's."""
+        return self.heard and self.message is not None and not self.usable and not self.refuses(exchange)
+
     def verdict(self, exchange: int) -> Verdict:
         """What this neighbour came to, once it is no longer waited for."""
         if self.usable:
@@ -161,7 +168,7 @@ class Edge:
             self.newest = None
         if self.coming is not None and self.coming[0] < exchange:
             self.coming = None
-        self.sent, self.had, self.declined, self.settled = b"", False, False, None
+        self.sent, self.had, self.declined, self.settled, self.mute = b"", False, False, None, False
 
     def receive(self, frame: Data) -> tuple[bytes, bytes] | None:
         """Takes a part of a message; (payload, its SHA-256) once all parts are here.
@@ -176,6 +183,17 @@ class Edge:
         if not assembly.whole:
             return None
         self.coming = None
+        return assembly.content()
+
+    def receive_adapter(self, frame: Last) -> tuple[bytes, bytes] | None:
+        """The same for a part of an adapter."""
+        if self.adapter is None or self.adapter.digest != frame.digest:
+            self.adapter = Assembly(frame.digest, frame.parts)
+        assembly = self.adapter
+        self.fresh = assembly.add(frame)
+        if not assembly.whole:
+            return None
+        self.adapter = None
         return assembly.content()
 
     def holds(self, digest: bytes) -> bool:

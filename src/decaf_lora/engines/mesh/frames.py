@@ -9,6 +9,7 @@ message (`account.digest`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -101,6 +102,13 @@ def split(payload: bytes, size: int = PART) -> Iterator[bytes]:
     """The parts of a payload, in order; an empty payload is one empty part."""
     for start in range(0, max(len(payload), 1), size):
         yield payload[start : start + size]
+
+
+def adapter_frames(next_: int, payload: bytes) -> Iterator[Last]:
+    """The frames that carry an adapter."""
+    digest, parts = hashlib.sha256(payload).digest(), list(split(payload))
+    for part, piece in enumerate(parts):
+        yield Last(next_, part, len(parts), digest, piece)
 
 
 def fault(frame: Frame, last: int, most_parts: int) -> str | None:

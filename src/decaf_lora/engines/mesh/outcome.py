@@ -22,6 +22,8 @@ class Limits:
     while no neighbour is up at all."""
     down: float = 1.0
     """The most that a neighbour is waited for that is out of reach and has sent nothing."""
+    answer: float = 10.0
+    """A neighbour that is up and has sent its message, but does not answer for so many times D, counts as hanging."""
     misses: int = 3
     """After so many exchanges without a neighbour the account of its edge is emptied."""
     catch_up: int = 3

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from decaf_lora.engines.mesh.account import EMPTY, digest, extended
 from decaf_lora.engines.mesh.course import Course, Plan
-from decaf_lora.engines.mesh.edge import Assembly, Edge, Kept, Saved, Verdict
-from decaf_lora.engines.mesh.frames import At, Closed, Data, Frame, Get, Have, Hello, Last, fault, split
+from decaf_lora.engines.mesh.edge import Edge, Kept, Saved, Verdict
+from decaf_lora.engines.mesh.frames import At, Closed, Data, Frame, Get, Have, Hello, Last, adapter_frames, fault, split
 from decaf_lora.engines.mesh.link import Link
 from decaf_lora.engines.mesh.outcome import CaughtUp, Failure, Limits, Outcome, Owner, Phase, RejectionError
 
@@ -70,12 +71,12 @@ class Peer:
         self.phase = Phase.SERVING if closed >= last else Phase.IDLE
         self.failure: Failure | None = None
         self.caught_up: CaughtUp | None = None
-        self.rejections: list[tuple[int, str]] = []
-        """Neighbours that sent what was not usable, and why."""
+        self.rejections: deque[tuple[int, str]] = deque(maxlen=100)
+        """Neighbours that sent what was not usable, and why; for the owner to take out."""
         self._link, self._owner, self._clock, self.facts = link, owner, clock, facts
         self._restarted = restarted and closed < last
         self._told = self.next
-        self._payload, self._content, self._opened = b"", b"", 0.0
+        self._payload, self._content, self._opened, self._looked = b"", b"", 0.0, clock()
         self._outcome: Outcome | None = None
         self._left: dict[int, dict[int, Verdict]] = {}
         self._asked: dict[int, float] = {}
@@ -148,6 +149,10 @@ class Peer:
             edge.patience = min(edge.patience, seconds)
         self.limits = replace(self.limits, patience=seconds)
 
+    def waits_for(self) -> list[int]:
+        """Neighbours without whom the open exchange does not end yet."""
+        return [edge.peer for edge in self._waited_for()] if self.phase is Phase.OPEN else []
+
     def tick(self) -> None:
         """Time has passed."""
         self._advance()
@@ -158,6 +163,7 @@ class Peer:
         alone = max((e.changed for e in self.edges.values()), default=0.0) + self.limits.linger
         if self.phase is Phase.OPEN:
             times += [self._expires(e) for e in self._waited_for()]
+            times += [self._hangs(e) for e in self._row() if e.owes(self.closed + 1)]
             times.append(self._opened + self.limits.give_up)
         if self.phase is Phase.CATCHING_UP:
             times += self._asked.values()
@@ -165,8 +171,8 @@ class Peer:
             times += [e.changed + self.limits.linger for e in self.edges.values() if not e.heard]
         if self._waits and not self._heard():
             times.append(alone)
-        now = self._clock()
-        return min((t for t in times if t > now), default=math.inf)
+        # What was due at the last look has been dealt with; what has become due since has not.
+        return min((t for t in times if t > self._looked), default=math.inf)
 
     # What the link tells
 
@@ -176,7 +182,11 @@ class Peer:
         if connection <= edge.latest:
             return
         self._lost(edge)
-        edge.connection = edge.latest = connection
+        edge.latest = connection
+        if edge.mute and self._clock() < self._expires(edge):
+            self._link.close(peer, "it has not answered")
+            return
+        edge.connection, edge.mute = connection, False
         self._send(edge, Hello(self.next, self.life, self.facts))
         self._advance()
 
@@ -220,10 +230,8 @@ class Peer:
                 edge.declined = True
         if isinstance(frame, Get) and edge.served != (edge.connection, self.next):
             edge.served = (edge.connection, self.next)
-            payload = self._owner.adapter()
-            name, parts = hashlib.sha256(payload).digest(), list(split(payload))
-            for part, piece in enumerate(parts):
-                self._send(edge, Last(self.next, part, len(parts), name, piece))
+            for piece in adapter_frames(self.next, self._owner.adapter()):
+                self._send(edge, piece)
 
     def _hello(self, edge: Edge, frame: Hello) -> None:
         try:
@@ -286,13 +294,12 @@ class Peer:
         """A part of an adapter that was asked for."""
         if edge.peer not in self._asked:
             return
-        if edge.adapter is None or edge.adapter.digest != frame.digest:
-            edge.adapter = Assembly(frame.digest, frame.parts)
-        if edge.adapter.add(frame):
+        received = edge.receive_adapter(frame)
+        if edge.fresh:
             self._asked[edge.peer] = self._clock() + self.limits.patience
-        if not edge.adapter.whole:
+        if received is None:
             return
-        (payload, content), edge.adapter = edge.adapter.content(), None
+        payload, content = received
         del self._asked[edge.peer]
         try:
             if content != frame.digest:
@@ -370,6 +377,10 @@ class Peer:
         assert self.exchange is not None
         return edge.expires(self.exchange, self.limits.down)
 
+    def _hangs(self, edge: Edge) -> float:
+        """When a neighbour that owes an answer counts as hanging."""
+        return max(edge.since, edge.changed) + self.limits.answer * self.limits.patience
+
     def _waited_for(self) -> list[Edge]:
         """Neighbours with whom patience has not ended, and of whom nothing is certain yet."""
         assert self.exchange is not None
@@ -388,7 +399,7 @@ class Peer:
 
     def _advance(self) -> None:
         """Does what the present state allows."""
-        now = self._clock()
+        now = self._looked = self._clock()
         while self.phase is Phase.OPEN and self._close_or_relabel():
             pass
         if self.phase is Phase.CATCHING_UP:
@@ -414,6 +425,9 @@ class Peer:
         for edge in row:
             if edge.settled is None and (edge.usable or edge.refuses(exchange)):
                 edge.settled = now
+            if edge.owes(exchange) and now >= self._hangs(edge):
+                self._cut(edge, "it does not answer")  # and stays so until its patience has ended
+                edge.mute = True
         if self._waited_for():
             return False
         verdicts = {edge.peer: edge.verdict(exchange) for edge in row}
@@ -458,7 +472,8 @@ class Peer:
                     saved.record = EMPTY
         waited = {edge.peer: (now if edge.settled is None else edge.settled) - self._opened for edge in row}
         self._pass(exchange)
-        self._end(True, verdicts, contents, frozenset(emptied), waited)
+        gone = frozenset(emptied)
+        self._outcome = Outcome(exchange, True, verdicts, contents, gone, waited, self._left, self.saved())
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
         """Gives up the open exchange for that which the neighbours are at."""
@@ -468,18 +483,7 @@ class Peer:
             self._open(target)
         else:  # the message was made for a later hop, or the run is over
             self._pass(min(target - 1, self.course.last))
-            self._end(False, {}, {}, frozenset(), {})
-
-    def _end(
-        self,
-        took_part: bool,
-        verdicts: dict[int, Verdict],
-        contents: dict[int, Any],
-        emptied: frozenset[int],
-        waited: dict[int, float],
-    ) -> None:
-        edges = self.saved()
-        self._outcome = Outcome(self.closed, took_part, verdicts, contents, emptied, waited, self._left, edges)
+            self._outcome = Outcome(self.closed, False, {}, {}, frozenset(), {}, self._left, self.saved())
 
     def _pass(self, exchange: int) -> None:
         """Everything up to `exchange` is over for this agent."""

@@ -1,0 +1,240 @@
+"""Real processes and real signals: what is asked to end ends, with a checkpoint, and leaves nobody behind.
+
+Every command here is forked from one process that has loaded everything, into a process group of its own; so are the
+workers of a comparison, whose group it joins as they would a terminal's.
+"""
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import pty
+import signal
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from command import TOY, decaf
+from decaf_lora.records import read_records
+from decaf_lora.runs import checkpoint
+
+CONTEXT = multiprocessing.get_context("forkserver")
+LONG = (
+    *("--task", TOY, "--agents", "2", "--rounds", "100000", "--training.steps", "1", "--training.batch-size", "2"),
+    *("--training.agents-per-pass", "2", "--partition", "iid", "--lora.lora-alpha", "4"),
+    *("--checkpoint-every", "1000", "--evaluate-every", "100000", "--measure-every", "100000"),
+)
+FOUR = ("--algorithms", "local", "dlora", "--seeds", "0", "1", "--jobs", "2")
+PATIENCE = 120
+"""Seconds against a hang; a busy machine may need many."""
+
+
+def _on_terminal(name, arguments):
+    """In a session of its own, on a terminal that will go."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os._exit(decaf(*arguments))
+
+
+def _child(log, arguments):
+    os.setpgid(0, 0)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os._exit(decaf(*arguments))
+
+
+class Command:
+    """A command that goes on in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments) -> None:
+        CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
+        self.out, self.log = folder / "out", folder / "log"
+        self.process = CONTEXT.Process(target=_child, args=(str(self.log), (*arguments, "--out", self.out)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def begun(self) -> dict[str, int]:
+        """Name of every run that has begun -> lines of its records."""
+        return {p.parent.name: p.read_bytes().count(b"\n") for p in self.out.glob("**/records.jsonl")}
+
+    def until(self, count: int) -> None:
+        """Waits until `count` runs are on their way."""
+        wait(lambda: sum(n > 2 for n in self.begun().values()) >= count or self.process.exitcode is not None)
+        assert self.process.exitcode is None, self.said()
+
+    def workers(self) -> list[int]:
+        """The processes whose runs these are, by the folders' owners."""
+        owners = [json.loads(p.read_text()) for p in self.out.glob("*/.owner.json")]
+        return sorted({owner["pid"] for owner in owners} - {self.pid})
+
+    def ended(self) -> int | None:
+        self.process.join(timeout=PATIENCE)
+        return self.process.exitcode
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def wait(done) -> None:
+    until = time.monotonic() + PATIENCE
+    while not done() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert done()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that nobody has asked about yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def begin(tmp_path):
+    started = []
+
+    def go(*arguments):
+        started.append(Command(tmp_path, *arguments))
+        return started[-1]
+
+    yield go
+    for command in started:
+        for pid in (command.pid, *command.workers()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        command.process.join()
+
+
+def whole(out: Path) -> None:
+    """The newest checkpoint is of the last record."""
+    assert checkpoint.load_latest(out / "checkpoints")[1]["round"] == read_records(out / "records.jsonl")[-1].round
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(number, begin):
+    command = begin("run", "digits", *LONG)
+    command.until(1)
+    os.kill(command.pid, number)
+    assert command.ended() == 130
+    assert f"Go on with: decaf run --resume {command.out} --task {TOY}" in command.said()
+    assert "Traceback" not in command.said()
+    whole(command.out)
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "digits", *LONG), ("compare", "digits", *LONG, *FOUR)], ids=["run", "compare"]
+)
+def test_a_terminal_that_goes_costs_no_checkpoint(command, tmp_path):
+    """The window is closed: SIGHUP, and every further word to the live display is an error."""
+    ours, theirs = pty.openpty()
+    out = tmp_path / "out"
+    CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
+    process = CONTEXT.Process(target=_on_terminal, args=(os.ttyname(theirs), (*command, "--out", out)))
+    process.start()
+    os.set_blocking(ours, False)
+
+    def begun():
+        with contextlib.suppress(BlockingIOError):  # a terminal that nobody reads fills up
+            os.read(ours, 65536)
+        return len([p for p in out.glob("**/records.jsonl") if p.read_bytes().count(b"\n") > 2])
+
+    wait(lambda: begun() >= (2 if "compare" in command else 1))
+    os.close(theirs)
+    os.close(ours)
+    process.join(timeout=PATIENCE)
+    assert process.exitcode == 130
+    for path in out.glob("**/records.jsonl"):
+        whole(path.parent)
+
+
+def test_a_run_below_nohup_outlives_its_terminal(begin, tmp_path):
+    """SIGHUP is ignored there, and stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        from decaf_lora.runs.signals import stopping
+
+        with stopping(lambda: pytest.fail("it was stopped")):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_comparison_ends_and_begins_no_further_run(number, times, begin):
+    command = begin("compare", "digits", *LONG, *FOUR)
+    command.until(2)
+    workers, before = command.workers(), set(command.begun())
+    assert len(workers) == 2
+    for _ in range(times):
+        for pid in (command.pid, *workers):  # as a terminal does, to all of them
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(0.05)
+    # The second may come when the program has said its line, and is about to leave.
+    assert command.ended() in ((130,) if times == 1 else (130, -number))
+    wait(lambda: not any(map(alive, workers)))
+    assert set(command.begun()) == before
+    assert not (command.out / "summary.json").exists()
+    if times == 1:
+        assert "Traceback" not in command.said()
+        assert f"Go on with: decaf compare --resume {command.out} --task {TOY}" in command.said()
+        for name in before:
+            whole(command.out / name)
+
+
+def test_workers_end_with_a_checkpoint_when_their_parent_is_killed(begin):
+    command = begin("compare", "digits", *LONG, *FOUR)
+    command.until(2)
+    workers, before = command.workers(), set(command.begun())
+    os.kill(command.pid, signal.SIGKILL)
+    wait(lambda: not any(map(alive, workers)))
+    assert set(command.begun()) == before
+    for name in before:
+        whole(command.out / name)
+
+
+def test_a_worker_that_is_killed_is_one_line_and_the_others_go_on(begin):
+    short = [*LONG, "--rounds", "800"]
+    command = begin("compare", "digits", *short, *FOUR)
+    command.until(2)
+    (first, *_), before = command.workers(), set(command.begun())
+    (lost,) = [p.parent.name for p in command.out.glob("*/.owner.json") if json.loads(p.read_text())["pid"] == first]
+    os.kill(first, signal.SIGKILL)
+    assert command.ended() == 2
+    lines = [line for line in command.said().splitlines() if line.startswith("decaf: ")]
+    assert lines == [
+        f"decaf: compare: 1 of 4 runs was lost, {lost}: its process was killed by SIGKILL, perhaps for want of memory. "
+        "The others have finished; go on with --resume, perhaps with fewer --jobs."
+    ]
+    assert len(before) == 2
+    assert {p.parent.name for p in command.out.glob("*/summary.json")} == set(command.begun()) - {lost}
+    assert len(command.begun()) == 4
+    assert begin("compare", "digits", *short, *FOUR, "--resume").ended() == 0
+    assert len(json.loads((command.out / "summary.json").read_text())) == 4
+
+
+def test_a_signal_while_the_workers_load_is_not_lost(begin, tmp_path):
+    """No run starts after it."""
+    toy = Path(TOY.rpartition(":")[0]).read_text()
+    mark = tmp_path / "loading"
+    slow = f"    Path({str(mark)!r}).touch()\n    time.sleep(2)\n    return Toy()\n"
+    (tmp_path / "slow.py").write_text(f"import time\nfrom pathlib import Path\n\n{toy}\n\ndef make():\n{slow}")
+    command = begin("compare", "digits", *LONG, "--task", f"{tmp_path / 'slow.py'}:make", *FOUR)
+    wait(mark.exists)
+    os.kill(command.pid, signal.SIGINT)
+    assert command.ended() == 130
+    assert command.said().splitlines()[-1] == "decaf: stopped before anything was written."
+    assert "Traceback" not in command.said()
+    assert not command.out.exists()
