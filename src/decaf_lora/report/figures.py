@@ -250,6 +250,7 @@ def _sites(groups: Groups) -> Plot | None:
                     found[algorithm, kind],
                     range(num),
                     marker=marker or "_",
+                    markersize=9 if kind == "own" else 4.5,  # a ring around the dot where both are equal
                     markerfacecolor=face,
                     color=colour,
                     linestyle="",
