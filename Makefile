@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test faults check lint format model proto clean
+.PHONY: install demo test faults fuzz check lint format model proto clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ check: lint test
 format: $(STAMP_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Spoilt inputs until it is stopped; tests/robustness/test_fuzz.py is a sample of them.
+fuzz: $(STAMP_TEST)
+	$(BIN)/python tests/helpers/fuzz.py
 
 model:
 	model/verify.sh

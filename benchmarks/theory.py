@@ -172,7 +172,9 @@ def digits(path: Path) -> list[Numbers]:
         graph, name, learning_rate, seed = case
         algorithm = algorithms.make(name)
         if graph == "server":
-            algorithm = algorithm._replace(topology="server")  # decaf on it is FlexLoRA with DeCAF's gauge
+            algorithm = algorithms.chain(
+                algorithm.rule._replace(topology="server")
+            )  # decaf on it is FlexLoRA with DeCAF's gauge
         task, started = tasks.digits(), time.process_time()
         run = Run(
             task,

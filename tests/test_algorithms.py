@@ -8,12 +8,14 @@ import torch
 
 from decaf_lora import algorithms, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter, concatenate
-from decaf_lora.algorithms.decaf import GAUGES
+from decaf_lora.adapters.names import flattened
+from decaf_lora.algorithms import GAUGES, Round
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
+from rounds import one_round, sent, setting
 
 VARIANTS = {
-    **{name: (name, {}) for name in algorithms.ALGORITHMS},
+    **{name: (name, {}) for name in algorithms.KINDS},
     **{f"{name}-quasi-global": (name, {"quasi_global": 0.9}) for name in ("dlora", "dlora_fa", "decaf_tracked")},
     **{f"{name}-int8": (name, {"messages": "int8"}) for name in ("dlora", "dlora_fa", "decaf_tracked")},
     "decaf-feedback": ("decaf", {"truncation_feedback": 1.0}),
@@ -60,13 +62,6 @@ def make(variant):
     return algorithms.make(name, **options)
 
 
-def one_round(algorithm, adapter, graph, round_=1, state=None):
-    state = algorithm.init(adapter) if state is None else state
-    message = algorithm.message(adapter, state, round_)
-    n = adapter.num_agents
-    return algorithm.combine(adapter, state, Inbox.from_weights(message, graph.weights, range(n), range(n)), round_)
-
-
 def products(adapter, layer):
     return adapter.scale[layer][:, None, None] * (adapter.B[layer] @ adapter.A[layer])
 
@@ -90,19 +85,19 @@ class TestContract:
             k: (t.shape, t.dtype) for k, t in before.items()
         }
         assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items())  # inputs untouched
-        assert all(t.shape[0] == n for t in state.values())
+        assert all(t.shape[0] == n for t in flattened(state).values())
         assert all(torch.isfinite(t).all() for t in out.tensors().values())
         assert all(torch.equal(t, out.tensors()[k]) for k, t in out.trim(out.tensors()).items())  # within own ranks
 
     def test_trained_factors_are_named(self, name, n, unequal):
-        trains = make(name).trains(1)
+        trains = make(name).trains(Round(1))
         assert trains <= {"A", "B", "extras"}
         assert "B" in trains
 
     def test_message_has_the_agent_axis(self, name, n, unequal):
         algorithm = make(name)
         adapter = make_adapter(n, unequal=unequal)
-        message = algorithm.message(adapter, algorithm.init(adapter), 1)
+        message = sent(algorithm, adapter, algorithm.init(adapter, setting(adapter)))
         assert all(t.shape[0] == n for t in message.values())
         assert bool(message) == (algorithm.topology in ("graph", "server"))
 
@@ -128,14 +123,15 @@ class TestContract:
         adapter = make_adapter(n, unequal=unequal)
         graph = graph_for(algorithm, n)
         together, _ = one_round(algorithm, adapter, graph)
-        message = algorithm.message(adapter, algorithm.init(adapter), 1)
+        message = sent(algorithm, adapter, algorithm.init(adapter, setting(adapter)))
         alone = []
         for agent in range(n):
             senders = [int(j) for j in np.flatnonzero(graph.weights[agent])]
             received = {k: t[senders] for k, t in message.items()}
             inbox = Inbox.from_weights(received, graph.weights, senders, [agent])
             own = adapter.select([agent])
-            alone.append(algorithm.combine(own, algorithm.init(own), inbox, 1)[0])
+            _, state = algorithm.send(own, algorithm.init(own, setting(own)), Round(1))
+            alone.append(algorithm.combine(own, state, inbox, Round(1)).adapter)
         joined = concatenate(alone)
         for key, tensor in together.tensors().items():
             torch.testing.assert_close(joined.tensors()[key], tensor, rtol=1e-12, atol=1e-12)
@@ -165,9 +161,9 @@ def test_dlora_averages_each_factor_by_hand():
 
 def test_dlora_fa_keeps_a_and_sends_half():
     algorithm, adapter = algorithms.dlora_fa(), make_adapter(5, common_a=True)
-    message = algorithm.message(adapter, {}, 1)
+    message = sent(algorithm, adapter, algorithm.init(adapter, setting(adapter)))
     assert not any(key.startswith("A/") for key in message)
-    assert algorithm.trains(1) == {"B", "extras"}
+    assert algorithm.trains(Round(1)) == {"B", "extras"}
     out, _ = one_round(algorithm, adapter, graphs.ring(5))
     weights = torch.from_numpy(graphs.ring(5).weights)
     for layer in LAYERS:

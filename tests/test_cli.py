@@ -17,7 +17,7 @@ import yaml
 
 from decaf_lora import graphs
 from decaf_lora.cli import main
-from decaf_lora.config import RunConfig, build
+from decaf_lora.config import RunConfig, build, fields
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
 from decaf_lora.runs.build import build_run
@@ -464,7 +464,7 @@ def test_ctrl_c_while_two_processes_load(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "Go on with: decaf compare --resume" in err
+    assert "decaf: stopped before anything was written." in err
 
 
 # graph, recipes, help
@@ -555,7 +555,24 @@ def test_help_and_recipes(capsys):
         with pytest.raises(SystemExit) as stop:
             decaf(command, "digits", "--help")
         assert stop.value.code == 0
-        assert "--training.learning-rate" in capsys.readouterr().out
+        first = capsys.readouterr().out
+        assert "--training.learning-rate" not in first
+        assert all(f"--{option} " in first for option in ("rounds", "graph", "partition", "algorithm.name", "out"))
+        for group in ("task", "lora", "training"):  # the others, each with what it is about
+            assert f"\n  {group} " in first
+        with pytest.raises(SystemExit):
+            decaf(command, "digits", "--lr", 0.5, "--help", "training", "lora")
+        asked = capsys.readouterr().out
+        assert "--training.learning-rate FLOAT" in asked
+        assert "--lora.r INT" in asked
+        assert "--rounds" not in asked
+        with pytest.raises(SystemExit):
+            decaf(command, "digits", "--help", "all")
+        everything = capsys.readouterr().out
+        for option in fields(RunConfig):
+            assert f"--{option.replace('_', '-')}" in everything
+        assert "None" not in first + asked + everything
+    assert "there is no group 'trainig'" in fails(capsys, "run", "digits", "--help", "trainig")
     with pytest.raises(SystemExit):
         decaf("graph", "--help")
     assert "erdos-renyi:0.4" in capsys.readouterr().out

@@ -9,10 +9,13 @@ import torch
 import test_ranks
 from decaf_lora import algorithms, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import flattened
+from decaf_lora.algorithms import Round
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
 from decaf_lora.runs import checkpoint
-from test_algorithms import LAYERS, make_adapter, one_round, products
+from rounds import mix, one_round, sent, setting
+from test_algorithms import LAYERS, make_adapter, products
 from test_tracking import SGD, assert_near, corrections, finished, make_run, random_gradients
 
 
@@ -42,7 +45,7 @@ def moved(adapter, seed):
 def remainders(state, adapter, layer):
     """s R (n, d_out, d_in) of the state."""
     scale = adapter.scale[layer][:, None, None]
-    return scale * (state[f"feedback/B/{layer}"] @ state[f"feedback/A/{layer}"])
+    return scale * (state["feedback"][f"B/{layer}"] @ state["feedback"][f"A/{layer}"])
 
 
 @pytest.mark.parametrize("unequal", [False, True], ids=["equal", "unequal"])
@@ -50,7 +53,7 @@ def remainders(state, adapter, layer):
 def test_with_feedback_mixing_conserves_the_mean_product(n, unequal):
     adapter, graph = small_adapter(n, unequal), graphs.ring(n)
     algorithm, plain = algorithms.decaf(truncation_feedback=1.0), algorithms.decaf()
-    state, lost = algorithm.init(adapter), 0.0
+    state, lost = algorithm.init(adapter, setting(adapter)), 0.0
     for round_ in range(1, 6):
         before = (products(adapter, "w") + remainders(state, adapter, "w")).mean(0)
         without, _ = one_round(plain, adapter, graph)
@@ -66,7 +69,7 @@ def test_with_feedback_mixing_conserves_the_mean_product(n, unequal):
 def test_feedback_is_the_rest_of_the_dense_truncated_svd(leak):
     adapter, graph = make_adapter(5), graphs.ring(5)
     algorithm = algorithms.decaf(truncation_feedback=leak)
-    state = algorithm.init(adapter)
+    state = algorithm.init(adapter, setting(adapter))
     rest = {k: np.zeros(products(adapter, k).shape) for k in LAYERS}
     for round_ in (1, 2, 3):
         sent = {k: products(adapter, k).numpy() for k in LAYERS}
@@ -115,7 +118,7 @@ def test_feedback_beside_a_relay_of_a_larger_rank(ranks):
         options = {"truncation_feedback": 1.0, "relay_rank": relay_rank}
         run = test_ranks.make_run(ranks=ranks, rounds=1, gossip_steps=2, options=options)
         list(run.train())
-        run._mix(2)  # what was kept comes back, without an optimizer that blows rounding up
+        mix(run, 2)  # what was kept comes back, without an optimizer that blows rounding up
         runs.append(run)
     for layer in runs[0].adapter.layers:
         ours, theirs = (products(run.adapter, layer) for run in runs)
@@ -132,9 +135,9 @@ def test_feedback_beside_a_relay_of_a_larger_rank(ranks):
 @pytest.mark.parametrize("name", ["dlora", "dlora_fa"])
 def test_the_buffer_follows_the_model_from_round_to_round(name, n):
     algorithm, adapter = algorithms.make(name, quasi_global=0.9), make_adapter(n, common_a=True)
-    graph, trained = graphs.ring(n), algorithm.trains(1)
+    graph, trained = graphs.ring(n), algorithm.trains(Round(1))
     weights = torch.from_numpy(graph.weights.copy())
-    state = algorithm.init(adapter)
+    state = algorithm.init(adapter, setting(adapter))
     x = {k: t.clone() for k, t in adapter.tensors(trained).items()}
     q = {k: torch.zeros_like(t) for k, t in x.items()}
     first, second = random_gradients(adapter, trained, 1), random_gradients(adapter, trained, 2)
@@ -162,9 +165,10 @@ def test_the_buffer_follows_the_model_from_round_to_round(name, n):
 def test_the_momentum_is_kept_where_nothing_moved():
     algorithm, adapter = algorithms.dlora(quasi_global=0.5), make_adapter(1).select([0, 0, 0])
     _, state = one_round(algorithm, adapter, graphs.ring(3))
-    first = random_gradients(adapter, algorithm.trains(1), 0)
+    first = random_gradients(adapter, algorithm.trains(Round(1)), 0)
     zero = {k: torch.zeros_like(t) for k, t in first.items()}
-    state = {k: torch.zeros_like(t) if k.startswith("quasi/q/") else t for k, t in state.items()}
+    still = {k: torch.zeros_like(t) if k.startswith("q/") else t for k, t in state["quasi_global"].items()}
+    state = state | {"quasi_global": still}
     for second in (zero, {}):
         new, _ = algorithm.moments(state, first, second)
         assert all(torch.equal(new[k], t) for k, t in first.items())
@@ -173,9 +177,12 @@ def test_the_momentum_is_kept_where_nothing_moved():
 def test_after_a_step_along_the_buffer_the_model_moves_as_the_network_did():
     """AdamW's step with the new first moment and the second as it is has the direction of q."""
     algorithm, adapter = algorithms.dlora(quasi_global=0.0), make_adapter(4)
-    state = algorithm.init(adapter)
+    state = algorithm.init(adapter, setting(adapter))
     after, state = one_round(algorithm, moved(adapter, 1), graphs.ring(4), 1, state)
-    first, second = random_gradients(adapter, algorithm.trains(1), 0), random_gradients(adapter, algorithm.trains(1), 1)
+    first, second = (
+        random_gradients(adapter, algorithm.trains(Round(1)), 0),
+        random_gradients(adapter, algorithm.trains(Round(1)), 1),
+    )
     second = {k: t.square() for k, t in second.items()}
     new, _ = algorithm.moments(state, first, second)
     for k, m in new.items():
@@ -192,13 +199,13 @@ def test_buffers_and_errors_are_carried_into_the_frame_of_the_factors(options, m
     results = []
     for chosen in ({"gauge": "balanced-rotated"}, options):
         algorithm = algorithms.decaf(quasi_global=0.5, messages=messages, **chosen)
-        new, state = one_round(algorithm, moved(adapter, 1), graph, 1, algorithm.init(adapter))
-        results.append((new, state))
+        new, state = one_round(algorithm, moved(adapter, 1), graph, 1, algorithm.init(adapter, setting(adapter)))
+        results.append((new, flattened(state)))
     (average, one), (other, two) = results
     for layer in LAYERS:
         p = lowrank.frame_change(average.A[layer], average.B[layer], other.A[layer], other.B[layer])
         assert (p - torch.eye(p.shape[-1])).abs().max() > 0.1
-        for prefix in ("quasi/q/", "quasi/last/", *(["int8/"] if messages == "int8" else [])):
+        for prefix in ("quasi_global/q/", "quasi_global/last/", *(["int8/"] if messages == "int8" else [])):
             torch.testing.assert_close(p @ one[f"{prefix}A/{layer}"], two[f"{prefix}A/{layer}"])
             torch.testing.assert_close(one[f"{prefix}B/{layer}"] @ p.mT, two[f"{prefix}B/{layer}"])
 
@@ -208,47 +215,47 @@ def test_buffers_and_errors_are_carried_into_the_frame_of_the_factors(options, m
 
 def test_codes_scales_and_errors_by_hand():
     algorithm, adapter = algorithms.dlora(messages="int8"), make_adapter(3)
-    state = algorithm.init(adapter)
-    message = algorithm.message(adapter, state, 1)
-    assert set(message) == {f"int8/{k}{end}" for k in adapter.tensors() for end in ("", "/scale")}
+    state = algorithm.init(adapter, setting(adapter))
+    message = sent(algorithm, adapter, state)
+    assert set(message) == {f"int8/{kind}/{k}" for k in adapter.tensors() for kind in ("code", "scale")}
     for name, tensor in adapter.tensors().items():
         x = tensor.numpy()
         scale = np.abs(x).max(axis=(1, 2)) / 127
         code = np.rint(x / scale[:, None, None])
-        assert message[f"int8/{name}"].dtype == torch.int8
-        np.testing.assert_array_equal(message[f"int8/{name}"].numpy(), code)
-        np.testing.assert_array_equal(message[f"int8/{name}/scale"].numpy(), scale)
+        assert message[f"int8/code/{name}"].dtype == torch.int8
+        np.testing.assert_array_equal(message[f"int8/code/{name}"].numpy(), code)
+        np.testing.assert_array_equal(message[f"int8/scale/{name}"].numpy(), scale)
         _, after = one_round(algorithm, adapter, graphs.ring(3), 1, state)
-        np.testing.assert_allclose(after[f"int8/{name}"].numpy(), x - code * scale[:, None, None], atol=1e-12)
+        np.testing.assert_allclose(after["int8"][name].numpy(), x - code * scale[:, None, None], atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_sums_are_kept_with_what_is_still_to_be_sent(n):
     algorithm, adapter, graph = algorithms.dlora(messages="int8"), make_adapter(n), graphs.ring(n)
-    state = algorithm.init(adapter)
-    sent, meant = 0.0, 0.0
+    state = algorithm.init(adapter, setting(adapter))
+    told, meant = 0.0, 0.0
     for round_ in range(1, 8):
-        message = algorithm.message(adapter, state, round_)
-        sent = sent + message["int8/B/x"] * message["int8/B/x/scale"][:, None, None]
+        message = sent(algorithm, adapter, state, round_)
+        told = told + message["int8/code/B/x"] * message["int8/scale/B/x"][:, None, None]
         meant = meant + adapter.B["x"]
-        before = {k: (t + state[f"int8/{k}"]).sum(0) for k, t in adapter.tensors().items()}
+        before = {k: (t + state["int8"][k]).sum(0) for k, t in adapter.tensors().items()}
         adapter, state = one_round(algorithm, adapter, graph, round_, state)
         for k, t in adapter.tensors().items():
-            torch.testing.assert_close((t + state[f"int8/{k}"]).sum(0), before[k], rtol=0, atol=1e-12)
+            torch.testing.assert_close((t + state["int8"][k]).sum(0), before[k], rtol=0, atol=1e-12)
         # However many rounds: all that was sent is all that was meant but for the last round's error.
-        torch.testing.assert_close(sent + state["int8/B/x"], meant, rtol=0, atol=1e-12)
+        torch.testing.assert_close(told + state["int8"]["B/x"], meant, rtol=0, atol=1e-12)
         adapter = moved(adapter, round_)
 
 
 @pytest.mark.parametrize("name", ["dlora", "dlora_fa", "decaf"])
 def test_corrections_and_their_errors_sum_to_zero(name):
     algorithm, adapter = algorithms.make(name, tracking=True, messages="int8"), make_adapter(5, common_a=True)
-    state = algorithm.init(adapter)
+    state = algorithm.init(adapter, setting(adapter))
     for round_ in (1, 2, 3):
-        _, state = algorithm.steer(state, random_gradients(adapter, algorithm.trains(1), round_), round_)
+        _, state = algorithm.steer(state, random_gradients(adapter, algorithm.trains(Round(1)), round_), Round(round_))
         adapter, state = one_round(algorithm, adapter, graphs.ring(5), round_, state)
         for key, c in corrections(state).items():
-            total = (c + state[f"int8/track/{key}"]).sum(0)
+            total = (c + state["int8"][f"tracking/{key}"]).sum(0)
             torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-12)
             assert c.sum(0).abs().max() > 1e-6  # by themselves they do not
 
@@ -265,7 +272,7 @@ def test_bytes_are_a_quarter_and_measures_are_of_what_the_codes_stand_for():
     for name in ("dlora", "dlora_fa", "decaf", "decaf_tracked"):
         _, full = finished(name, rounds=2)
         run, coded = finished(name, rounds=2, messages="int8")
-        matrices = [t for t in run.algorithm.message(run.adapter, run.state, 2).values() if t.dtype == torch.int8]
+        matrices = [t for t in sent(run.algorithm, run.adapter, run.state, 2).values() if t.dtype == torch.int8]
         bias = 4 * sum(t[0].numel() for k, t in run.adapter.tensors().items() if t.dim() == 2)
         bias *= 2 if name == "decaf_tracked" else 1
         want = (full[-1].bytes_sent / 2 - bias) / 4 + bias + 4 * len(matrices)  # two neighbours
@@ -280,7 +287,7 @@ def test_over_several_exchanges_codes_are_forwarded_whole(name):
     complete, one = finished(name, 6, graphs.complete(6), messages="int8")
     exact, several = finished(name, 6, graphs.parse("base:3", 6, 0), gossip_steps="period", messages="int8")
     assert_near(complete, exact)
-    codes = exact.algorithm.message(exact.adapter, exact.state, 1)
+    codes = sent(exact.algorithm, exact.adapter, exact.state)
     size = sum(t[0].numel() * t.element_size() for k, t in codes.items() if k.startswith("int8/"))
     assert one[-1].bytes_sent >= several[-1].bytes_sent - 100 >= 5 * size - 100  # everybody's reach each agent once
 
@@ -338,10 +345,9 @@ def test_what_they_refuse():
 
 def test_an_agent_reads_itself_as_the_others_do():
     algorithm, adapter = algorithms.dlora(messages="int8"), make_adapter(1)
-    message = algorithm.message(adapter, algorithm.init(adapter), 1)
+    message, state = algorithm.send(adapter, algorithm.init(adapter, setting(adapter)), Round(1))
     inbox = Inbox.from_weights(message, np.ones((1, 1)), [0], [0])
-    out, _ = algorithm.combine(adapter, algorithm.init(adapter), inbox, 1)
-    decoded = algorithm.decode(inbox).tensors
-    assert decoded.keys() == adapter.tensors().keys()
-    assert all(torch.equal(t, decoded[k]) for k, t in out.tensors().items())
+    out, _, read = algorithm.combine(adapter, state, inbox, Round(1))
+    assert read.tensors.keys() == adapter.tensors().keys()
+    assert all(torch.equal(t, read.tensors[k]) for k, t in out.tensors().items())
     assert not torch.equal(out.A["x"], adapter.A["x"])

@@ -11,14 +11,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from decaf_lora import algorithms, consensus, graphs, partition
-from decaf_lora.algorithms.decaf import GAUGES
+from decaf_lora.algorithms import GAUGES, Round
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.cli import main
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
 from decaf_lora.runs import checkpoint
-from test_algorithms import LAYERS, make_adapter, one_round, products
+from rounds import mix, one_round, setting
+from test_algorithms import LAYERS, make_adapter, products
 from toy import Toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*recommended to pass.*")
@@ -124,25 +125,24 @@ def test_tracked_gradients_are_exchanged_without_their_scales():
     b = {k: t * (adapter.scale[k] / scale)[:, None, None] for k, t in adapter.B.items()}
     adapter = dataclasses.replace(adapter, B=b, scale=dict.fromkeys(LAYERS, scale))
     algorithm = algorithms.make("dlora", tracking=True)
-    state = algorithm.init(adapter)
+    state = algorithm.init(adapter, setting(adapter))
     generator = torch.Generator().manual_seed(0)
     gradients = {k: torch.zeros_like(t) for k, t in adapter.tensors().items()}
     for layer in LAYERS:  # of a loss G : s B A, by B: s G A^T
         g = torch.randn(*products(adapter, layer).shape[1:], generator=generator, dtype=torch.float64)
         gradients[f"B/{layer}"] = scale[:, None, None] * (g @ adapter.A[layer].mT)
-    _, state = algorithm.steer(state, gradients, 1)
-    message = algorithm.message(adapter, state, 1)
-    _, state = algorithm.combine(
-        adapter, state, Inbox.from_weights(message, graphs.ring(3).weights, range(3), range(3)), 1
-    )
+    _, state = algorithm.steer(state, gradients, Round(1))
+    _, state = one_round(algorithm, adapter, graphs.ring(3), 1, state)
     for layer in LAYERS:
-        torch.testing.assert_close(state[f"track/c/B/{layer}"], torch.zeros_like(adapter.B[layer]), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            state["tracking"][f"c/B/{layer}"], torch.zeros_like(adapter.B[layer]), atol=1e-12, rtol=0
+        )
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("name", list(algorithms.KINDS))
 def test_training_stays_within_the_ranks(name):
     run = make_run(name, alphas=(1, 8, 2, 9))
     records = list(run.train())
@@ -274,7 +274,7 @@ def test_product_consensus_merges_what_agents_bring_and_factor_averaging_does_no
     for name in ("decaf", "dlora"):
         run = make_run(name, graph=graphs.complete(4), init_adapters=[tmp_path / str(i) for i in range(4)])
         before = {k: products(run.adapter, k).double().mean(0) for k in run.adapter.layers}
-        run._mix(1)
+        mix(run, 1)
         agent = 1  # of rank 4
         error[name] = {k: (products(run.adapter, k)[agent] - m).norm() / m.norm() for k, m in before.items()}
         best = {k: np.linalg.norm(m - dense_rank(m, 4)) / np.linalg.norm(m) for k, m in before.items()}

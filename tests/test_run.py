@@ -43,7 +43,7 @@ def same(a, b):
         assert torch.equal(tensor, b.tensors()[key]), key
 
 
-@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", list(algorithms.KINDS))
 @pytest.mark.parametrize("n", [2, 3])
 def test_every_algorithm_runs_and_records(algorithm, n):
     run = make_run(algorithm, n)
@@ -84,7 +84,7 @@ def test_bytes_are_what_the_messages_hold():
     assert adapter_bytes["local"] == 0
 
 
-@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", list(algorithms.KINDS))
 @pytest.mark.parametrize("stop", ["after a round", "within a round", "between start and round 1"])
 def test_resumed_equals_uninterrupted_bit_for_bit(algorithm, stop, tmp_path):
     options = {"moments": "transport"} if algorithm == "decaf" else {}
@@ -148,8 +148,8 @@ class Logged(Simulate):
         super().__init__(num_agents)
         self.events = events
 
-    def start(self, message, graph, round_, sizes=None):
-        return self.logged(f"exchange {round_}", super().start(message, graph, round_, sizes))
+    def start(self, message, graph, exchange, sizes=None):
+        return self.logged(f"exchange {exchange}", super().start(message, graph, exchange, sizes))
 
     def collect(self, tensors):
         return self.logged("collection", super().collect(tensors))
@@ -195,14 +195,14 @@ def test_exchange_and_collection_are_under_way_while_agents_are_evaluated():
     survey = ["collection starts", "evaluates 4", "collection arrives", "evaluates 1"]
     assert events_of("adapt-combine") == [
         *survey,
-        *("steps", "exchange 1 starts", "exchange 1 arrives", "collection starts", "collection arrives"),
+        *("steps", "exchange 0 starts", "exchange 0 arrives", "collection starts", "collection arrives"),
+        *("steps", "exchange 1 starts", "exchange 1 arrives", *survey),
         *("steps", "exchange 2 starts", "exchange 2 arrives", *survey),
-        *("steps", "exchange 3 starts", "exchange 3 arrives", *survey),
     ]
     assert events_of("combine-adapt", measure_every=3) == [
-        *("exchange 1 starts", *survey, "exchange 1 arrives", "steps"),
-        *("exchange 2 starts", "exchange 2 arrives", "steps"),
-        *("exchange 3 starts", *survey, "exchange 3 arrives", "steps"),
+        *("exchange 0 starts", *survey, "exchange 0 arrives", "steps"),
+        *("exchange 1 starts", "exchange 1 arrives", "steps"),
+        *("exchange 2 starts", *survey, "exchange 2 arrives", "steps"),
         *survey,
     ]
 
@@ -254,13 +254,13 @@ def test_decaf_on_a_complete_graph_ends_in_one_product(n, start):
 
     def combine(adapter, state, inbox, round_):
         before.append(adapter)
-        return algorithm.combine(adapter, state, inbox, round_)
+        return algorithm.rule.combine(adapter, state, inbox, round_)
 
     task = Toy(extras=True)
     shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
     run = Run(
         task,
-        algorithm._replace(combine=combine),
+        algorithms.chain(algorithm.rule._replace(combine=combine)),
         graphs.complete(n),
         shards,
         CONFIG.model_copy(update={"schedule": "constant"}),  # the last steps are as long as the first

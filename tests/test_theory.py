@@ -10,7 +10,8 @@ import torch
 from decaf_lora import algorithms, consensus, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter
 from quadratic import LAYER, many_agents, slope, square_gradients, windows
-from test_algorithms import LAYERS, make_adapter, one_round, products
+from rounds import one_round
+from test_algorithms import LAYERS, make_adapter, products
 
 
 def mixed_products(adapter, graph, layer):

@@ -64,14 +64,14 @@ def test_messages_fly_while_the_ranks_do_other_things(world, tmp_path):
     assert ended.codes == dict.fromkeys(range(world), 0), ended.output
 
 
-@pytest.mark.parametrize("wire", ["exact", "bfloat16", "int8"])
+@pytest.mark.parametrize("wire", ["exact", "bfloat16"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_wire_rounds_only_what_crosses(world, wire, tmp_path):
     ended = ranks.start(tmp_path, world, ranks.rounds_on_the_wire, wire)
     assert ended.codes == dict.fromkeys(range(world), 0), ended.output
 
 
-@pytest.mark.parametrize("wire", ["exact", "bfloat16", "int8"])
+@pytest.mark.parametrize("wire", ["exact", "bfloat16"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_of_unequal_agents_only_their_own_part_crosses(world, wire, tmp_path):
     ended = ranks.start(tmp_path, world, ranks.sends_own_sizes, wire)
@@ -171,7 +171,7 @@ def test_sigterm_to_one_rank_stops_all_in_that_step_and_leaves_a_checkpoint(tmp_
     assert ended.codes == {0: 130, 1: 130}, ended.output
     (line,) = ended.lines
     assert "stopped in round 4" in line
-    assert "Go on with: torchrun ... -m decaf_lora run digits --engine torchrun --out" in line
+    assert "Go on with: torchrun ... -m decaf_lora run --engine torchrun --resume" in line
     values = checkpoint.load_latest(out / "checkpoints")[1]
     assert (values["round"], values["step_in_round"]) == (3, 2)
 

@@ -8,6 +8,8 @@ import torch
 
 from decaf_lora import algorithms, graphs, lowrank, partition
 from decaf_lora.adapters.adapter import concatenate
+from decaf_lora.adapters.names import flattened, take
+from decaf_lora.algorithms import Round
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
@@ -15,7 +17,8 @@ from decaf_lora.graphs import Schedule
 from decaf_lora.run import Run
 from decaf_lora.runs import checkpoint
 from quadratic import LAYER, Quadratic, train
-from test_algorithms import LAYERS, make_adapter, one_round, products
+from rounds import one_round, repeated, sent, setting
+from test_algorithms import LAYERS, make_adapter, products
 from toy import Toy
 
 TRACKABLE = ["dlora", "dlora_fa", "decaf"]
@@ -31,7 +34,7 @@ def random_gradients(adapter, trained, seed):
 
 
 def corrections(state):
-    return {k.removeprefix("track/c/"): t for k, t in state.items() if k.startswith("track/c/")}
+    return take("c/", state["tracking"])
 
 
 # --- what it is for -----------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def test_stable_on_graphs_over_time(name, spec):
 def test_a_period_of_exact_exchanges_corrects_as_a_complete_graph_does():
     """c is updated once a period, from the first round's gradients mixed exactly: c_i = mean_j G_j - G_i."""
     schedule, problem = graphs.one_peer_hypercube(8), Quadratic(8)
-    states = [tracked("dlora").paced(3).init(problem.start)]
+    states = [tracked("dlora").init(problem.start, setting(problem.start, period=3))]
     train(problem, tracked("dlora"), schedule, rounds=9, each_round=lambda round_, adapter, state: states.append(state))
     for round_ in range(1, 10):
         before, after = corrections(states[round_ - 1]), corrections(states[round_])
@@ -77,25 +80,25 @@ def test_a_period_of_exact_exchanges_corrects_as_a_complete_graph_does():
             if round_ % 3:
                 assert torch.equal(c, before[name])
             else:
-                g = states[round_ - 2][f"track/own/{name}"]
+                g = states[round_ - 2]["tracking"][f"own/{name}"]
                 torch.testing.assert_close(c, g.mean(0) - g)
                 assert not torch.equal(c, before[name])
 
 
 def test_what_is_sent_is_the_mean_gradient_since_it_was_last_sent():
-    algorithm, adapter = tracked("dlora").paced(2), make_adapter(3)
-    state, sums = algorithm.init(adapter), {}
+    algorithm, adapter = tracked("dlora"), make_adapter(3)
+    state, sums = algorithm.init(adapter, setting(adapter, period=2)), {}
     for round_ in (1, 2, 3):
         for step in range(2):
-            gradients = random_gradients(adapter, algorithm.trains(1), 10 * round_ + step)
-            _, state = algorithm.steer(state, gradients, round_)
+            gradients = random_gradients(adapter, algorithm.trains(Round(1)), 10 * round_ + step)
+            _, state = algorithm.steer(state, gradients, Round(round_, 2))
             if round_ > 1:
                 sums = {k: sums.get(k, 0) + g for k, g in gradients.items()}
         if round_ < 3:
-            adapter, state = one_round(algorithm, adapter, graphs.complete(3), round_, state)
-    message = algorithm.message(adapter, state, 3)
+            adapter, state = one_round(algorithm, adapter, repeated(graphs.complete(3), 2), round_, state)
+    message = sent(algorithm, adapter, state, 3, period=2)
     for name, total in sums.items():
-        torch.testing.assert_close(message[f"track/{name}"], total / 4 + corrections(state)[name])
+        torch.testing.assert_close(message[f"tracking/{name}"], total / 4 + corrections(state)[name])
 
 
 # --- against the formula ------------------------------------------------------------------------------------
@@ -128,13 +131,13 @@ def test_on_a_complete_graph_it_is_scaffold():
 def test_corrections_follow_the_formula_and_sum_to_zero(name, gamma, n):
     algorithm, adapter = tracked(name, tracking_gamma=gamma), make_adapter(n)
     weights = torch.from_numpy(graphs.ring(n).weights.copy())
-    trained = algorithm.trains(1)
-    state = algorithm.init(adapter)
+    trained = algorithm.trains(Round(1))
+    state = algorithm.init(adapter, setting(adapter))
     c = {k: torch.zeros_like(t) for k, t in adapter.tensors(trained).items()}
     for round_ in (1, 2, 3):
         steps = [random_gradients(adapter, trained, 10 * round_ + step) for step in range(3)]
         for gradients in steps:
-            steered, state = algorithm.steer(state, gradients, round_)
+            steered, state = algorithm.steer(state, gradients, Round(round_))
             for key, g in gradients.items():
                 torch.testing.assert_close(steered[key], g + c[key])
         adapter, state = one_round(algorithm, adapter, graphs.ring(n), round_, state)
@@ -148,16 +151,16 @@ def test_corrections_follow_the_formula_and_sum_to_zero(name, gamma, n):
 
 def test_agents_with_fewer_local_steps_average_over_their_own():
     algorithm, adapter = tracked("dlora"), make_adapter(3)
-    state = algorithm.init(adapter)
+    state = algorithm.init(adapter, setting(adapter))
     for step in range(4):
         active = torch.tensor([True, step < 2, False])  # 4 steps, 2 steps, none
         gradients = {
             k: torch.ones_like(t) * active.view(-1, *[1] * (t.dim() - 1)) for k, t in adapter.tensors().items()
         }
-        _, state = algorithm.steer(state, gradients, 1)
-    message = algorithm.message(adapter, state, 1)
+        _, state = algorithm.steer(state, gradients, Round(1))
+    message = sent(algorithm, adapter, state)
     for key in adapter.tensors():
-        means = message[f"track/{key}"].flatten(1)
+        means = message[f"tracking/{key}"].flatten(1)
         assert torch.equal(means, torch.tensor([[1.0], [1.0], [0.0]], dtype=torch.float64).expand_as(means))
 
 
@@ -168,8 +171,8 @@ def test_corrections_are_carried_into_the_frame_of_the_factors(options):
     results = []
     for chosen in ({"gauge": "balanced-rotated"}, options):
         algorithm = tracked("decaf", **chosen)
-        state = algorithm.init(adapter)
-        _, state = algorithm.steer(state, random_gradients(adapter, algorithm.trains(1), 0), 1)
+        state = algorithm.init(adapter, setting(adapter))
+        _, state = algorithm.steer(state, random_gradients(adapter, algorithm.trains(Round(1)), 0), Round(1))
         new, state = one_round(algorithm, adapter, graph, 1, state)
         results.append((new, corrections(state)))
     (average, c_average), (other, c_other) = results
@@ -186,29 +189,31 @@ def test_corrections_are_carried_into_the_frame_of_the_factors(options):
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_split_over_processes_changes_nothing(name, n):
     """The contract's test with a state that is not empty, over a period of two rounds."""
-    algorithm = tracked(name).paced(2)
+    algorithm = tracked(name)
     adapter, graph = make_adapter(n), graphs.ring(n)
-    state = algorithm.init(adapter)
-    alone = [(adapter.select([i]), algorithm.init(adapter.select([i]))) for i in range(n)]
-    for round_ in (1, 2, 3):
-        gradients = random_gradients(adapter, algorithm.trains(1), round_)
+    state = algorithm.init(adapter, setting(adapter, period=2))
+    singles = [adapter.select([i]) for i in range(n)]
+    alone = [(own, algorithm.init(own, setting(own, period=2))) for own in singles]
+    for number in (1, 2, 3):
+        round_ = Round(number, 2)
+        gradients = random_gradients(adapter, algorithm.trains(Round(1)), number)
         _, state = algorithm.steer(state, gradients, round_)
         alone = [
             (own, algorithm.steer(its, {k: g[[i]] for k, g in gradients.items()}, round_)[1])
             for i, (own, its) in enumerate(alone)
         ]
-        sent = [algorithm.message(own, its, round_) for own, its in alone]
-        message = {k: torch.cat([m[k] for m in sent]) for k in sent[0]}
-        adapter, state = one_round(algorithm, adapter, graph, round_, state)
-        for i, (own, its) in enumerate(alone):
+        messages, states = zip(*(algorithm.send(own, its, round_) for own, its in alone), strict=True)
+        message = {k: torch.cat([m[k] for m in messages]) for k in messages[0]}
+        adapter, state = one_round(algorithm, adapter, repeated(graph, 2), number, state)
+        for i, (own, _) in enumerate(alone):
             senders = np.flatnonzero(graph.weights[i]).tolist()
             inbox = Inbox.from_weights({k: t[senders] for k, t in message.items()}, graph.weights, senders, [i])
-            alone[i] = algorithm.combine(own, its, inbox, round_)
+            alone[i] = algorithm.combine(own, states[i], inbox, round_)[:2]
     joined = concatenate([own for own, _ in alone])
     for key, tensor in adapter.tensors().items():
         torch.testing.assert_close(joined.tensors()[key], tensor, rtol=1e-12, atol=1e-12)
-    for key, tensor in state.items():
-        torch.testing.assert_close(torch.cat([its[key] for _, its in alone]), tensor, rtol=1e-12, atol=1e-12)
+    for key, tensor in flattened(state).items():
+        torch.testing.assert_close(torch.cat([flattened(its)[key] for _, its in alone]), tensor, rtol=1e-12, atol=1e-12)
 
 
 def test_what_it_refuses():
@@ -323,17 +328,17 @@ def test_bytes_of_several_exchanges():
     factors, everything = a + b, a + b + head
     cube = graphs.one_peer_hypercube(8)
 
-    def sent(name, graph, steps, n=8, **options):
+    def bytes_of(name, graph, steps, n=8, **options):
         return finished(name, n, graph, rounds=1, gossip_steps=steps, **options)[1][-1].bytes_sent
 
-    assert sent("dlora", cube, "period") == 3 * everything
-    assert sent("decaf", cube, "period") == 7 * factors + 3 * head  # 1, then 2, then 4 agents' factors
-    assert sent("decaf_tracked", cube, "period") == 7 * factors + 3 * head + 3 * everything
-    assert sent("dlora", graphs.ring(8), 2) == 4 * everything
-    assert sent("decaf", graphs.ring(8), 2) == 4 * factors + 4 * head  # four agents are within two hops
+    assert bytes_of("dlora", cube, "period") == 3 * everything
+    assert bytes_of("decaf", cube, "period") == 7 * factors + 3 * head  # 1, then 2, then 4 agents' factors
+    assert bytes_of("decaf_tracked", cube, "period") == 7 * factors + 3 * head + 3 * everything
+    assert bytes_of("dlora", graphs.ring(8), 2) == 4 * everything
+    assert bytes_of("decaf", graphs.ring(8), 2) == 4 * factors + 4 * head  # four agents are within two hops
     # Cut to rank 3 after the first hop, factors are 3/2 as large from then on.
-    assert sent("decaf", cube, "period", relay_rank=3) == factors + 2 * 1.5 * factors + 3 * head
-    assert sent("fedavg", graphs.ring(8), 2) == everything
+    assert bytes_of("decaf", cube, "period", relay_rank=3) == factors + 2 * 1.5 * factors + 3 * head
+    assert bytes_of("fedavg", graphs.ring(8), 2) == everything
 
 
 def test_stacks_cut_to_a_rank_that_holds_everything_lose_nothing():
@@ -353,19 +358,19 @@ def test_recompression_reports_exactly_what_it_cuts():
     adapter, graph, rank = make_adapter(4), graphs.ring(4), 3
     algorithm = algorithms.decaf(relay_rank=rank)
     inbox = Inbox.from_weights(adapter.tensors(), graph.weights, range(4), range(4))
-    sent, cut = algorithm.relay(adapter, inbox, 1)
+    relayed, cut = algorithm.relay(adapter, inbox, Round(1))
     squares = np.zeros(4)
     for layer in LAYERS:
         z = np.einsum("ij,jab->iab", graph.weights, products(adapter, layer).numpy())
         u, s, vh = np.linalg.svd(z)
         kept = (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
-        np.testing.assert_allclose(2 * (sent[f"B/{layer}"] @ sent[f"A/{layer}"]).numpy(), kept, atol=1e-9)
-        assert sent[f"A/{layer}"].shape[1] == rank
+        np.testing.assert_allclose(2 * (relayed[f"B/{layer}"] @ relayed[f"A/{layer}"]).numpy(), kept, atol=1e-9)
+        assert relayed[f"A/{layer}"].shape[1] == rank
         squares += (s[..., rank:] ** 2).sum(-1)
     np.testing.assert_allclose(cut.numpy(), np.sqrt(squares))
     weights = torch.from_numpy(graph.weights.copy())
     head = torch.einsum("ij,jab->iab", weights, adapter.extras["head.weight"])
-    torch.testing.assert_close(sent["extras/head.weight"], head)
+    torch.testing.assert_close(relayed["extras/head.weight"], head)
 
 
 def test_tracking_through_a_relay_mixes_the_corrections_in_full():

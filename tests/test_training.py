@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from decaf_lora import algorithms, optimizers
 from decaf_lora.adapters import attach
+from decaf_lora.algorithms import Round
 from decaf_lora.batches import BatchStream
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError
@@ -25,9 +26,9 @@ def trained(task, config, agents, shards, rounds=1, algorithm=None, seed=0, lora
         trainer = Trainer(task, attached, config, agents, shards, seed)
         adapter = attached.init(agents, seed, common)
         trainer.prepare(adapter)
-        losses = None
-        for round_ in range(1, rounds + 1):
-            adapter, _, losses = trainer.train_round(adapter, algorithm or algorithms.local(), {}, round_, rounds)
+        losses, algorithm = None, algorithm or algorithms.local()
+        for number in range(1, rounds + 1):
+            adapter, _, losses = trainer.train_round(adapter, algorithm, {}, Round(number), rounds)
         return dataclasses.replace(adapter), trainer, losses
     finally:
         attached.detach()
@@ -217,7 +218,7 @@ def test_a_loss_that_is_not_finite_names_agent_and_round():
     adapter = attached.init([4, 7], 0)
     trainer.prepare(adapter)
     with pytest.raises(TrainingError, match=r"loss of agent 7 is not finite in round 2, step \d"):
-        trainer.train_round(adapter, algorithms.local(), {}, 2, 3)
+        trainer.train_round(adapter, algorithms.local(), {}, Round(2), 3)
 
 
 class Kinked(Toy):
@@ -238,7 +239,7 @@ def test_an_adapter_that_is_not_finite_names_agent_and_round():
     adapter = attached.init([4, 7], 0)
     trainer.prepare(adapter)
     with pytest.raises(TrainingError, match=r"the adapter of agent 7 is not finite after round 2; lower"):
-        trainer.train_round(adapter, algorithms.local(), {}, 2, 3)
+        trainer.train_round(adapter, algorithms.local(), {}, Round(2), 3)
 
 
 def test_auto_agents_per_pass_is_calibrated_without_leaving_a_trace():

@@ -17,14 +17,14 @@ _LAZY = {
     "Run": "run",
     "TrainingConfig": "config",
     "Adapter": "adapters.adapter",
-    "Algorithm": "algorithms.contract",
+    "Algorithm": "algorithms",
 }
-_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "tasks")
+_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks")
 
 if TYPE_CHECKING:
-    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, tasks
+    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, runs, tasks
     from decaf_lora.adapters.adapter import Adapter
-    from decaf_lora.algorithms.contract import Algorithm
+    from decaf_lora.algorithms import Algorithm
     from decaf_lora.config import TrainingConfig
     from decaf_lora.run import Run
 
@@ -50,5 +50,6 @@ __all__ = [
     "graphs",
     "lowrank",
     "partition",
+    "runs",
     "tasks",
 ]

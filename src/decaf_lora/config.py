@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -27,10 +26,43 @@ from pydantic import (
 
 from decaf_lora import kinds
 from decaf_lora.errors import UserError, nearest
+from decaf_lora.yaml_file import read_yaml, write_yaml
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, values: Any) -> Any:
+        """Python counts with true as 1; nobody means that."""
+        if isinstance(values, dict):
+            for name, field in cls.model_fields.items():
+                if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                    continue  # it checks itself
+                may = any(word in str(field.annotation) for word in ("bool", "Any"))
+                if not may and any(isinstance(v, bool) for v in _inside(values.get(name))):
+                    raise ValueError(f"{name} must not be true or false; write a number, or a word in quotes")
+        return values
+
+    @model_validator(mode="after")
+    def _no_absurd_numbers(self) -> _Frozen:
+        for name in set(type(self).model_fields) - {OWN}:
+            most = MOST_SEED if "seed" in name else MOST
+            if any(isinstance(v, int | float) and abs(v) > most for v in _inside(getattr(self, name))):
+                raise ValueError(f"{name} must be at most {most}")
+        return self
+
+
+MOST, MOST_SEED = 10**9, 2**63 - 1
+"""No number of a configuration is larger: what cannot be meant is told before a library fails on it."""
+
+
+def _inside(value: Any) -> list[Any]:
+    """A value, or those that a list or mapping of them holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 OWN = "own"
@@ -146,7 +178,7 @@ class TaskConfig(Section):
     """Load the base in 4 bits (NF4); needs a GPU and bitsandbytes."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=1024)
     """Processes that preprocess texts, and threads that preprocess images; 0 uses the main one."""
     pixel_range: tuple[float, float] | None = None
     """Values that are black and white in images of more than 8 bits a channel; 0 65535 for whole numbers, 0 1 for
@@ -260,9 +292,12 @@ class AlgorithmConfig(Section):
     messages: Literal["full", "int8"] | None = None
     """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
 
+    transforms: tuple[str, ...] = ()
+    """More transforms to lay over it, of your own or an installed package: `mine.py:noise:scale=0.1`."""
+
     def options(self) -> dict[str, Any]:
         """The options that were set."""
-        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v not in (None, (), [])}
 
 
 class TrainingConfig(_Frozen):
@@ -318,7 +353,7 @@ class RunConfig(_Frozen):
     lora: LoraOptions = LoraOptions()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     training: TrainingConfig = TrainingConfig()
-    agents: int = Field(10, ge=1)
+    agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"
     """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ... or a file
@@ -338,6 +373,9 @@ class RunConfig(_Frozen):
     """Rounds of local steps and exchange."""
     seed: int = Field(0, ge=0)
     """Seeds the partition, the start, the batches and random graphs."""
+    test: Literal["all", "own", "both"] = "all"
+    """Score each agent on all test examples, on those of its own site, or on both. Own ones need a partition by
+    column or files, and test examples that have this column."""
     evaluate_every: int = Field(5, ge=1)
     """Rounds between evaluations on the test set; the last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -407,14 +445,7 @@ class CompareConfig(RunConfig):
 
 def load(kind: type[RunConfig], path: Path) -> RunConfig:
     """A configuration of `kind` from a YAML file; UserError names the field, and the nearest known one."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"config: cannot read {path} ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config: {path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {path} is not YAML ({' '.join(str(error).split())}).") from error
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(f"config: {path} must hold a mapping of fields to values.")
     return build(kind, values)
@@ -437,7 +468,11 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
         return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+    shown = ""
+    if isinstance(given, str | int | float | bool | None) and abs(given if isinstance(given, int) else 0) < 10**30:
+        shown = f" (got {given!r})" if len(repr(given)) < 80 else f" (got {repr(given)[:80]} ...)"
+    if fault["type"] == "string_type" and isinstance(given, int | float):
+        shown += "; write it in quotes"
     return f"{where}: {message[0].lower()}{message[1:]}{shown}."
 
 
@@ -456,7 +491,7 @@ def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 def dump(config: BaseModel) -> str:
     """The configuration as YAML, every field with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def flat(config: BaseModel) -> dict[str, Any]:

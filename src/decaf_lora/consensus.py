@@ -101,6 +101,30 @@ def largest(adapter: Adapter) -> int:
     return int(torch.stack([adapter.rank_of(k) for k in adapter.layers]).sum(0).argmax())
 
 
+def neighbour_distance(adapter: Adapter, inbox: Inbox) -> float | None:
+    """Root mean square of the distances of the first receiver's product to those that its neighbours sent.
+
+    A distance is over all adapted layers. None where factors of both kinds are not sent, or nobody else sent any.
+    """
+    if not _holds_products(adapter, inbox) or not inbox.own:
+        return None
+    own = inbox.own[0]
+    others = [k for k in range(len(inbox.senders)) if k != own]
+    if not others:
+        return None
+    squares = 0.0
+    for layer in adapter.layers:
+        a, b = inbox.tensors[f"A/{layer}"], inbox.tensors[f"B/{layer}"]
+        scale = inbox.tensors.get(f"scale/{layer}", adapter.scale[layer][:1].expand(len(a)))
+        b = b * scale[:, None, None]
+        squares += float(double(lowrank.product_distance(a[others], b[others], a[own], b[own])).square().sum())
+    return (squares / len(others)) ** 0.5
+
+
+def _holds_products(adapter: Adapter, inbox: Inbox) -> bool:
+    return all(f"A/{k}" in inbox.tensors and f"B/{k}" in inbox.tensors for k in adapter.layers)
+
+
 def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tensor] | None:
     """(n,) consensus interference and (n,) truncation tail of this round's messages, over all layers.
 
@@ -108,7 +132,7 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
     mean product, the tail what truncating the mixed product to rank r (DeCAF) cuts off. They are measured for
     every algorithm that sends both factors; None for others.
     """
-    if not all(f"A/{k}" in inbox.tensors and f"B/{k}" in inbox.tensors for k in adapter.layers):
+    if not _holds_products(adapter, inbox):
         return None
     device = work_device(next(iter(inbox.tensors.values())).device)
     squares = torch.zeros(2, inbox.num_receivers, dtype=torch.float64, device=device)

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in the input that the user can mend; the message says which field and how."""
+    """A mistake in the input that the user can mend; the message says which field and how.
+
+    The message is one line, whatever the names in it hold: other white space becomes a blank, and what cannot be
+    printed a question mark.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        line = " ".join(str(message).split())
+        super().__init__("".join(c if c.isprintable() else "?" for c in line))
 
     quiet = False
     """Whether to end without a line: another process of the same run prints the message."""

@@ -43,15 +43,19 @@ def step(
     gradient: Tensor,
     moments: Moments,
     config: TrainingConfig,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     active: Tensor,
 ) -> None:
-    """One step in place on x (n, P), for the rows where `active` (n,) is true."""
+    """One step in place on x (n, P), for the rows where `active` (n,) is true.
+
+    `learning_rate`: of all rows, or (n, 1) float64 one a row.
+    """
     if not bool(active.all()):
         rows = active.nonzero(as_tuple=True)[0]
         some = Moments(moments.first[rows], moments.second[rows], moments.steps[rows])
         values = x[rows]
-        step(values, gradient[rows], some, config, learning_rate, torch.ones_like(rows, dtype=torch.bool))
+        rates = learning_rate[rows] if isinstance(learning_rate, Tensor) else learning_rate
+        step(values, gradient[rows], some, config, rates, torch.ones_like(rows, dtype=torch.bool))
         x[rows], moments.first[rows], moments.second[rows], moments.steps[rows] = (
             values,
             some.first,
@@ -60,11 +64,16 @@ def step(
         )
         return
     moments.steps += 1
+    # In the precision of x, as a number would be.
+    rate = learning_rate.to(x) if isinstance(learning_rate, Tensor) else learning_rate
     if config.optimizer == "sgd":
         if config.weight_decay:
             gradient = gradient + config.weight_decay * x
         moments.first.mul_(config.momentum).add_(gradient)
-        x.sub_(moments.first, alpha=learning_rate)
+        if isinstance(rate, Tensor):
+            x.sub_(moments.first * rate)
+        else:
+            x.sub_(moments.first, alpha=rate)
         return
     beta1, beta2 = config.betas
     moments.first.lerp_(gradient, 1 - beta1)
@@ -72,8 +81,9 @@ def step(
     count = double(moments.steps)[:, None]
     correction1 = (1 - beta1**count).to(x)
     correction2 = (1 - beta2**count).sqrt().to(x)
-    x.mul_(1 - learning_rate * config.weight_decay)
-    x.sub_(moments.first / (correction1 / learning_rate) / (moments.second.sqrt() / correction2 + config.eps))
+    kept = 1 - learning_rate * config.weight_decay
+    x.mul_(kept.to(x) if isinstance(kept, Tensor) else kept)
+    x.sub_(moments.first / (correction1 / rate) / (moments.second.sqrt() / correction2 + config.eps))
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:

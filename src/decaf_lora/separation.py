@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import Attached, LeadingAxisError
 from decaf_lora.errors import UserError
 from decaf_lora.randomness import torch_generator

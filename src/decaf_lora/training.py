@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from decaf_lora import optimizers, separation
-from decaf_lora.adapters.adapter import Adapter, Factor, Tensors
+from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
-from decaf_lora.algorithms.contract import Algorithm, State
+from decaf_lora.algorithms.contract import Round
+from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError, UserError
@@ -131,17 +133,29 @@ class Trainer:
         adapter: Adapter,
         algorithm: Algorithm,
         state: State,
-        round_: int,
+        round_: Round,
         rounds: int,
         first_step: int = 0,
         losses: Tensor | None = None,
         on_step: Callable[[int, Tensor], bool] | None = None,
     ) -> tuple[Adapter, State, Tensor]:
-        """The local steps of round `round_` (1-based) of `rounds`, from step `first_step` of the round on.
+        """The local steps of a round.
 
-        Returns the adapter, the state and the sums of losses (n,) over the round's steps, which go on from
-        `losses`. `on_step` is called after every step with (steps done, losses); true ends the round early.
-        Raises TrainingError when a loss is not finite, or an adapter at the end of the steps.
+        Args:
+            adapter: of the n agents.
+            algorithm: says what is trained, and steers.
+            state: the algorithm's.
+            round_: the round.
+            rounds: of the whole run: the learning rate's schedule.
+            first_step: the step of the round to go on from.
+            losses: (n,) sums of losses over the steps before; None: 0.
+            on_step: called after every step with (steps done, losses); true ends the round early.
+
+        Returns:
+            The adapter, the state and the sums of losses (n,) over the round's steps.
+
+        Raises:
+            TrainingError: a loss, or at the end of the steps an adapter, is not finite.
         """
         trains = algorithm.trains(round_)
         flats = {g: layout.pack(getattr(adapter, g)) for g, layout in self._layouts.items()}
@@ -152,24 +166,35 @@ class Trainer:
         for step in range(first_step, total):
             active = self.local_steps > step
             batches = [s.batch(int(t)) for s, t in zip(self.streams, self.steps_taken, strict=True)]
-            gradients, step_losses = self._gradients(flats, adapter, trained, batches, active, round_)
-            self._check_finite("loss", step_losses, f"in round {round_}, step {step + 1}")
+            gradients, step_losses = self._gradients(flats, adapter, trained, batches, active)
+            self._check_finite("loss", step_losses, f"in round {round_.number}, step {step + 1}")
             losses = losses + step_losses
             gradients, state = self._steer(algorithm, state, gradients, round_)
             if self.config.clip_norm is not None:
                 optimizers.clip_([gradients[g] for g in trained], self.config.clip_norm)
-            lr = optimizers.learning_rate(self.config, (round_ - 1 + step / total) / rounds)
+            lr = self._learning_rate(round_.number, step, rounds)
             mask = torch.from_numpy(active).to(self.device)
             for group in trained:
                 optimizers.step(flats[group], gradients[group], self.moments[group], self.config, lr, mask)
             self.steps_taken[active] += 1
             if on_step is not None and on_step(step + 1, losses):
                 break
-        for group in trained:  # a finite loss may have had a gradient that is not
+        for group in trained:  # A finite loss can still have a non-finite gradient.
             flat = flats[group].to(work_device(self.device))
-            self._check_finite("adapter", flat.sum(-1, dtype=torch.float64), f"after round {round_}")
+            self._check_finite("adapter", flat.sum(-1, dtype=torch.float64), f"after round {round_.number}")
         parts = {g: self._unpack(g, flats) for g in GROUPS}
         return replace(adapter, A=parts["A"], B=parts["B"], extras=parts["extras"]), state, losses
+
+    def _learning_rate(self, number: int, step: int, rounds: int) -> float | Tensor:
+        """The learning rate in a step of a round; (n, 1) where agents may take unequal numbers of steps.
+
+        The schedule follows the agent's own steps: it needs to know nothing of the others'.
+        """
+        if self.config.epochs is None:
+            return optimizers.learning_rate(self.config, (number - 1 + step / self.steps_in_round) / rounds)
+        done = [(number - 1 + min(1.0, step / own)) / rounds for own in self.local_steps.tolist()]
+        rates = [optimizers.learning_rate(self.config, progress) for progress in done]
+        return torch.tensor(rates, dtype=torch.float64, device=work_device(self.device))[:, None]
 
     def _check_finite(self, what: str, values: Tensor, when: str) -> None:
         """Raises TrainingError unless all values (n,), one an agent, are finite."""
@@ -220,6 +245,24 @@ class Trainer:
             raise UserError("task: the test set is empty; give at least one test example.")
         return self.task.score(totals)
 
+    @torch.no_grad()
+    def evaluate_own(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:
+        """(n,) scores of the adapters, each on test examples of its own, in float64 on the CPU.
+
+        Args:
+            adapter: of n agents.
+            tests: for each of them the indices (m_i,) of test examples, at least one.
+        """
+        totals = []
+        for place, own in enumerate(tests):
+            with self.attached.bind(adapter.select([place])), self._autocast():
+                parts = [
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).cpu().double()
+                    for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
+                ]
+            totals.append(torch.stack(parts).sum(0))
+        return self.task.score(torch.cat(totals))
+
     # One step's gradients
 
     def _unpack(self, group: str, flats: dict[str, Tensor]) -> Tensors:
@@ -232,7 +275,6 @@ class Trainer:
         trained: list[str],
         batches: list[np.ndarray],
         active: np.ndarray,
-        round_: int,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients group -> (n, P) and losses (n,) of one step; zero for agents that are not active."""
         gradients = {g: torch.zeros_like(flats[g]) for g in trained}
@@ -266,7 +308,7 @@ class Trainer:
             yield rows[low : low + self.agents_per_pass]
 
     def _steer(
-        self, algorithm: Algorithm, state: State, gradients: dict[str, Tensor], round_: int
+        self, algorithm: Algorithm, state: State, gradients: dict[str, Tensor], round_: Round
     ) -> tuple[dict[str, Tensor], State]:
         named = {f"{g}/{name}": t for g, flat in gradients.items() for name, t in self._layouts[g].unpack(flat).items()}
         steered, state = algorithm.steer(state, named, round_)
@@ -301,7 +343,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _to_device(self, batch: Batch) -> Batch:
-        return {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
+        return {k: t.to(self.device) for k, t in batch.items()}
 
     def _calibrate(self, adapter: Adapter) -> int:
         """The number of agents a pass with the shortest time for one step of all agents (best of two)."""
@@ -318,7 +360,7 @@ class Trainer:
             seconds = float("inf")
             for repeat in range(3):
                 start = time.perf_counter()
-                self._gradients(flats, adapter, list(flats), batches, active, 0)
+                self._gradients(flats, adapter, list(flats), batches, active)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 if repeat:  # the first call warms up

@@ -12,7 +12,8 @@ import torch
 
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms import make
-from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.engines import Simulate
+from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph, Schedule, as_schedule, ring
 
 LAYER = "w"
@@ -54,26 +55,23 @@ class Quadratic:
         return float((products - self.optimum).flatten(1).norm(dim=1).max())
 
 
-def train(problem, algorithm, graph, rounds, steps=5, learning_rate=0.05, each_round=None, window=1):
-    """`rounds` of `steps` SGD steps, message and combine; `learning_rate` may be a function of the round."""
-    adapter, schedule = problem.start, as_schedule(graph)
-    if algorithm.paced is not None:
-        algorithm = algorithm.paced(schedule.pace)
-    state, n, groups = algorithm.init(adapter), adapter.num_agents, {}
-    for round_ in range(1, rounds + 1):
-        lr = learning_rate(round_) if callable(learning_rate) else learning_rate
+def train(problem, algorithm, graph, rounds, steps=5, learning_rate=0.05, each_round=None):
+    """`rounds` of `steps` SGD steps and an exchange; `learning_rate` may be a function of the round's number."""
+    adapter = problem.start
+    exchange = Exchange(algorithm, as_schedule(graph), Simulate(adapter.num_agents))
+    state = exchange.init(adapter)
+    for number in range(1, rounds + 1):
+        round_ = exchange.round(number)
+        lr = learning_rate(number) if callable(learning_rate) else learning_rate
         for _ in range(steps):
             gradients = problem.gradients(adapter, algorithm.trains(round_))
             gradients, state = algorithm.steer(state, gradients, round_)
             values = adapter.tensors()
             adapter = adapter.with_tensors({k: values[k] - lr * g for k, g in gradients.items()})
-        graph = schedule.at(round_ - 1)
-        if graph not in groups:  # half the time of a round of many agents
-            groups[graph] = Inbox.from_weights({}, graph.weights, range(n), range(n)).groups
-        inbox = Inbox(algorithm.message(adapter, state, round_), groups[graph], n)
-        adapter, state = algorithm.combine(adapter, state, inbox, round_)
+        done = exchange.finish(adapter, exchange.start(adapter, state, number))
+        adapter, state = done.adapter, done.state
         if each_round is not None:
-            each_round(round_, adapter, state)
+            each_round(number, adapter, state)
     return adapter, state
 
 

@@ -126,6 +126,36 @@ def test_a_neighbour_that_sends_its_message_and_never_answers_is_cut_off():
     assert bench.peers[0].edges[2].connection is not None
 
 
+def test_a_neighbour_that_hung_is_heard_again_also_by_one_who_has_nobody_else():
+    bench = Bench([(0, 1)])
+    bench.open(0), bench.open(1)
+    bench.deliver(1, 0)
+    bench.now += LIMITS.answer * LIMITS.patience
+    bench.peers[0].tick()
+    assert bench.processes[0].cut == [(1, "it does not answer")]
+    bench.break_(0, 1)
+    bench.connect(0, 1)
+    assert bench.processes[0].cut[1:] == [(1, "it has not answered")]
+    bench.break_(0, 1)
+    bench.wait(LIMITS.patience)
+    assert bench.peers[0].exchange == 1
+    bench.connect(0, 1)
+    bench.settle()
+    assert bench.take(0).verdicts == {1: Verdict.USED}
+
+
+def test_what_becomes_due_before_it_is_asked_for_is_still_due():
+    """A clock goes on between a look at the state and the question when to look again."""
+    bench = Bench(TRIANGLE)
+    bench.open(0)
+    due = bench.peers[0].deadline()
+    assert due == LIMITS.patience
+    bench.now = due + 1
+    assert bench.peers[0].deadline() == due
+    bench.peers[0].tick()
+    assert bench.peers[0].deadline() > bench.now
+
+
 # Falling behind
 
 

@@ -404,6 +404,7 @@ class World:
             return
         wire.told[agent] = False
         if wire.alive:
+            self.faults["breaks"] += not flush
             wire.alive = False
             wire.cut[agent] = self.now
             wire.cut[peer] = wire.arrives.get(peer, 0.0) if flush else self.now

@@ -156,8 +156,9 @@ def test_a_fresh_process_gives_the_runs_own_scores(place: Path, runs: dict[str, 
     """Adapters and merged models of every task, loaded as their own cards say, to the last test example."""
     expected = {}
     for name, folder in runs.items():
-        last = read_records(folder / "records.jsonl")[-1]
+        first, *_, last = read_records(folder / "records.jsonl")
         assert last.scores is not None
+        assert first.scores != last.scores, "the base alone does not pass for the model"
         for agent, merge in ((1, False), (1, True), ("averaged", False), ("averaged", True)):
             to = place / "out" / name.replace(" ", "-") / f"{agent}-{'merged' if merge else 'adapter'}"
             export(folder, agent, to, merge=merge)
@@ -241,8 +242,11 @@ def test_neither_data_nor_code_of_the_folder_is_needed(
         (place / "b.csv").rename(data_file)
     assert not (tmp_path / "RAN").exists()
     # A model class that is not one of transformers is not looked for elsewhere.
-    for values in folder.glob("checkpoints/*/values.json"):
-        values.write_text(values.read_text().replace("BertForSequenceClassification", "os.system"))
+    found = checkpoint.load_latest(folder / "checkpoints")
+    assert found is not None
+    tensors, values = found
+    values["outline"]["task"]["model_class"] = "os.system"
+    checkpoint.save(folder / "checkpoints", tensors, values)
     assert "merge: " in fails(capsys, "export", folder, "--merge", "--to", tmp_path / "n")
 
 
@@ -336,6 +340,21 @@ def test_the_base_has_gone(
         export(tmp_path / "run", 0, tmp_path / "adapter")
     assert str(base) in fails(capsys, "export", tmp_path / "run", "--merge", "--to", tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir() if "merged" in p.name] == []
+
+
+def test_generation_ends_where_the_training_texts_end(
+    place: Path, model: Callable[[str], Path], tmp_path: Path, datasets_cache: None
+) -> None:
+    """The base's own settings are kept, also where they are at odds, and its tokenizer's end is among the ends."""
+    base = shutil.copytree(model("gpt2"), tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 7, "do_sample": false, "temperature": 0.5}')
+    task = ("--task", "causal-lm", "--task.model", base, "--task.data", place / "a.jsonl", "--task.test_share", 0.3)
+    assert decaf("run", "digits", *SHORT, *task, "--out", tmp_path / "run") == 0
+    for merge in (False, True):
+        [to] = export(tmp_path / "run", 0, tmp_path / f"merge-{merge}", merge=merge)
+        settings = transformers.GenerationConfig.from_pretrained(to)
+        assert settings.eos_token_id == [7, 3]
+        assert settings.temperature == 0.5
 
 
 @pytest.mark.parametrize("agent", ["²", "-1", "1.0", "", "Averaged", "2"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -270,6 +271,7 @@ def test_resume_and_a_folder_are_enough_but_own_code_is_named_again(torn, base, 
     ).replace("; training", ", training")
     assert "holds one run; go on with it by `decaf run --resume" in line_of(capsys, "compare", "--resume", torn)
     assert "holds no run" in line_of(capsys, "run", "--resume", torn / "checkpoints")
+    assert "resume: name the folder of the run" in line_of(capsys, "run", "digits", *SMALL, "--resume")
 
 
 def test_rounds_may_grow_but_not_shrink(torn, tmp_path, capsys):
@@ -326,8 +328,9 @@ def test_another_machine_is_not_taken_over_from_without_a_word(torn, capsys):
 
 def test_a_restart_by_the_launcher_takes_over_by_itself(torn, capsys, monkeypatch):
     """slurm's requeue on another machine: the former start of the same job is gone."""
-    owner(torn, launch=["SLURM_JOB_ID=7", 0])
+    owner(torn, launch={"TORCHELASTIC_RUN_ID=none": 0, "SLURM_JOB_ID=7": 0})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert "--take-over" in line_of(capsys, *resume(torn))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert lines_of(capsys, *resume(torn), code=0) == []
@@ -438,6 +441,8 @@ def test_a_run_from_a_notebook_gets_a_folder_and_goes_on_in_it(tmp_path, capsys)
     equal(cut, whole)
     assert decaf("report", cut) == 0
     assert (cut / "report.html").exists()
+    assert decaf("export", cut, "--agent", 1, "--to", tmp_path / "adapter") == 0
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     other = notebook()
     other.seed = 5
     other.partition = partition.iid(other.task.labels, 3, seed=1)
@@ -497,3 +502,17 @@ def test_a_stop_is_no_finish(tmp_path):
             run.stop()
     assert folder.row is None
     assert str(Interrupted(tmp_path, 2)).startswith("stopped in round 2")
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/folders.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(first.replace("rounds=30", "rounds=2"), "docs/folders.md", "exec"), names)  # to save a minute
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 0.")
+    assert (tmp_path / "runs/notebook/report.html").exists()
+    exec(compile(second, "docs/folders.md", "exec"), names)
+    best = names["Best"]()
+    list(follow(notebook(rounds=2), best))
+    assert 0 < best.score <= 1

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from decaf_lora.adapters.adapter import Adapter, concatenate
 
 if TYPE_CHECKING:
+    from decaf_lora.adapters.merged_files import merge
     from decaf_lora.adapters.peft_io import load_peft, save_peft
     from decaf_lora.adapters.saved import rank_fields, read_adapter, read_config
     from decaf_lora.adapters.stacked import Attached, attach
@@ -14,6 +15,7 @@ _LAZY = {
     "Attached": "stacked",
     "attach": "stacked",
     "load_peft": "peft_io",
+    "merge": "merged_files",
     "rank_fields": "saved",
     "read_adapter": "saved",
     "read_config": "saved",
@@ -34,6 +36,7 @@ __all__ = [
     "attach",
     "concatenate",
     "load_peft",
+    "merge",
     "rank_fields",
     "read_adapter",
     "read_config",

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor]
+from decaf_lora.adapters.names import Tensors, parted
+
 Factor = Literal["A", "B", "extras"]
 ALL_FACTORS: frozenset[Factor] = frozenset({"A", "B", "extras"})
 
@@ -110,8 +111,4 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
 
 def as_adapter(tensors: Tensors) -> Adapter:
     """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
-    parts: dict[str, Tensors] = {"A": {}, "B": {}, "scale": {}, "extras": {}, "ranks": {}}
-    for key, tensor in tensors.items():
-        group, name = key.split("/", 1)
-        parts[group][name] = tensor
-    return Adapter(**parts)
+    return Adapter(**parted(tensors, dict.fromkeys(("A", "B", "scale", "extras", "ranks"))))

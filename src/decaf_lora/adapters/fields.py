@@ -93,7 +93,7 @@ def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
             found.append((name, f"{rank!r} is no rank; give a whole number of at least 1."))
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 < alpha < math.inf:
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             found.append((name, f"{alpha!r} is no scaling; give a number above 0."))
     if not isinstance(values.get("use_rslora", False), bool):
         found.append(("use_rslora", f"{values['use_rslora']!r} is neither true nor false."))

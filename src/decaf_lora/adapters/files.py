@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/"

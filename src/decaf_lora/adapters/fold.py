@@ -14,59 +14,78 @@ from torch import nn
 from decaf_lora.adapters.portable import preprocessing
 from decaf_lora.errors import UserError
 
+AUTO = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+"""Classes of transformers that choose the model's own."""
+ALONE = "export the adapter alone (without --merge)"
 
-def fold(task: Mapping[str, Any], adapter: Path, directory: Path) -> None:
+
+def fold(task: Mapping[str, Any], adapter: Path, directory: Path, otherwise: str = ALONE) -> None:
     """Writes the base model of `task` with the PEFT adapter in `adapter` folded in, to load without PEFT.
+
+    task: a task's description. otherwise: what an error says to do instead.
 
     The sums are taken in float32 and rounded once, to the base's own number format. Raises UserError where the base
     is not of transformers, cannot be loaded, or is in 4 bits.
     """
     from peft import PeftModel
+    from transformers import GenerationConfig
 
-    model = base_model(task)
+    model, dtype = base_model(task, otherwise)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are shared: they were taken apart
         untied = take_apart(model, trained_modules(adapter))
         with _quiet():
-            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    merged = merged.to(getattr(torch, task["dtype"]))
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        try:
+            merged: Any = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"merge: the adapter has values that are not finite ({error}).") from error
+    if merged.can_generate():  # what is written is the base's own, by `write_companions`
+        merged.generation_config = GenerationConfig()
+    merged = merged.to(dtype)
     merged.save_pretrained(directory)
     if untied:
-        _check_apart(merged, untied, directory, task)
+        _check_apart(merged, untied, directory, otherwise)
 
 
-def base_model(task: Mapping[str, Any]) -> Any:
-    """The base model of a task's description, in float32, with its classes and padding; see `fold` for errors."""
+def base_model(task: Mapping[str, Any], otherwise: str = ALONE) -> tuple[Any, torch.dtype]:
+    """The base model of a task's description, in float32, with its classes and padding, and its own number format.
+
+    See `fold` for errors.
+    """
     import transformers
 
     if task.get("quantized"):
         raise UserError(
-            "merge: the run's base is in 4 bits, where a merge would round most of the update away; export the adapter "
-            "alone (without --merge), and merge it into the full base with PEFT if its other scores will do."
+            "merge: the base was in 4 bits, where a merge would round most of the update away, and the full base gives "
+            f"other scores; {otherwise}."
         )
-    kind = getattr(transformers, str(task.get("model_class")), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise UserError(
-            f"merge: the model of task {task.get('name')!r} is not one of transformers; export the adapter alone "
-            "(without --merge)."
-        )
-    options: dict[str, Any] = {"revision": task.get("revision"), "dtype": torch.float32}
+    name = str(task.get("model_class"))
+    kind = getattr(transformers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not (known or name in AUTO):
+        raise UserError(f"merge: the model of {task.get('name')} is not one of transformers; {otherwise}.")
+    where = {"revision": task.get("revision")}
+    options: dict[str, Any] = {**where, "dtype": torch.float32}
     if labels := task.get("labels"):
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    elif "num_labels" in task:
+        options["num_labels"] = task["num_labels"]
     if task.get("use") == "sequence-classification":
         options["ignore_mismatched_sizes"] = True
     try:
+        config = transformers.AutoConfig.from_pretrained(task["model"], trust_remote_code=False, **where)
         with _quiet():
-            model: Any = kind.from_pretrained(task["model"], **options)
+            model: Any = cast(Any, kind).from_pretrained(task["model"], **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"merge: the base model {task['model']} cannot be loaded ({reason}); put it there again, or export the "
-            "adapter alone (without --merge)."
+            f"merge: the base model {task['model']} cannot be loaded ({reason}); put it there again, or {otherwise}."
         ) from error
     if task.get("pad_token"):
         model.config.get_text_config().pad_token_id = preprocessing(task).pad_token_id
-    return model.eval()
+    dtype = getattr(torch, task["dtype"]) if "dtype" in task else config.dtype
+    return model.eval(), dtype or torch.float32
 
 
 def trained_modules(adapter: Path) -> set[str]:
@@ -102,7 +121,7 @@ def take_apart(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, str]
     return untied
 
 
-def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, task: Mapping[str, Any]) -> None:
+def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, otherwise: str) -> None:
     """UserError if the model that was written ties again what was taken apart."""
     with _quiet():
         again = dict(type(merged).from_pretrained(directory).named_parameters(remove_duplicate=False))
@@ -110,8 +129,8 @@ def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, ta
     for names in untied:
         if not all(torch.equal(again[name].to(now[name]), now[name]) for name in names):
             raise UserError(
-                f"merge: {task['model_class']} always shares {' and '.join(names)}, of which the adapter changes one "
-                "only; export the adapter alone (without --merge)."
+                f"merge: {type(merged).__name__} always shares {' and '.join(names)}, of which the adapter changes one "
+                f"only; {otherwise}."
             )
 
 

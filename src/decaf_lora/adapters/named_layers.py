@@ -112,12 +112,12 @@ def _has_number(name: str) -> bool:
     return any(part.isdecimal() for part in name.split("."))
 
 
-def _family_default(model: nn.Module) -> set[str] | str:
+def _family_default(model: nn.Module) -> list[str] | str:
     """PEFT's own targets of the model's family, where it has some."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in PEFT_DEFAULTS:
         targets = PEFT_DEFAULTS[family]
-        return targets if isinstance(targets, str) else set(targets)
+        return targets if isinstance(targets, str) else sorted(targets)
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
     raise UserError(
         f"lora.target_modules: unset, and there is no default for {type(model).__name__}; name some of its linear "

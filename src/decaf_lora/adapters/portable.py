@@ -64,13 +64,13 @@ def name_of(agent: int | str) -> str:
 def write_companions(directory: Path, task: Facts, made: Facts, merged: bool) -> None:
     """Writes what belongs to an adapter or, if `merged`, to a full model of `task`; see `write_adapter`."""
     if task.get("model"):
-        _save_preprocessing(directory, task)
-        if str(task["model_class"]).endswith("ForCausalLM"):
-            _save_generation(directory, task)
+        found = _save_preprocessing(directory, task)
+        if found is not None and hasattr(_class_of(task), "generate"):
+            _save_generation(directory, task, found)
     if labels := task.get("labels"):
         found = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        _write_json(directory / "labels.json", found)
-    _write_json(directory / "decaf_lora.json", {"task": dict(task), "made": dict(made)})
+        write_json(directory / "labels.json", found)
+    write_json(directory / "decaf_lora.json", {"task": dict(task), "made": dict(made)})
     write_card(directory, task, made, merged)
 
 
@@ -125,7 +125,14 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def _save_preprocessing(directory: Path, task: Facts) -> None:
+def _class_of(task: Facts) -> Any:
+    import transformers
+
+    return getattr(transformers, str(task.get("model_class")), None)
+
+
+def _save_preprocessing(directory: Path, task: Facts) -> Any:
+    """Writes and returns the tokenizer or processor; None, with a warning, where the base has gone."""
     try:
         found = preprocessing(task)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -134,11 +141,12 @@ def _save_preprocessing(directory: Path, task: Facts) -> None:
             f"export: without a tokenizer, since that of {task['model']} cannot be loaded ({reason}).",
             stacklevel=2,
         )
-        return
+        return None
     found.save_pretrained(directory)
+    return found
 
 
-def _save_generation(directory: Path, task: Facts) -> None:
+def _save_generation(directory: Path, task: Facts, tokenizer: Any) -> None:
     """The base's generation settings, which end where the training texts end."""
     from transformers import AutoConfig, GenerationConfig
 
@@ -146,13 +154,16 @@ def _save_generation(directory: Path, task: Facts) -> None:
     try:
         settings = GenerationConfig.from_pretrained(task["model"], **where)
     except OSError:
-        try:
-            config = AutoConfig.from_pretrained(task["model"], trust_remote_code=False, **where)
-        except (OSError, ValueError):
-            return  # the missing tokenizer has been told
+        config = AutoConfig.from_pretrained(task["model"], trust_remote_code=False, **where)
         settings = GenerationConfig.from_model_config(config)
-    settings.save_pretrained(directory)
+    ends = settings.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        settings.eos_token_id = [*ends, tokenizer.eos_token_id] if ends else tokenizer.eos_token_id
+    # Not save_pretrained: it refuses settings that the base's authors left at odds with each other.
+    settings.to_json_file(directory / "generation_config.json", use_diff=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON for people: names in their own letters."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from decaf_lora.adapters.adapter import Tensors
 from decaf_lora.adapters.fields import check_saved
 from decaf_lora.adapters.files import read_safetensors, refuse_pointer, tensor_names
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 PREFIX = "base_model.model."
@@ -67,7 +67,7 @@ def rank_fields(directory: Path, field: str = "init_adapters") -> dict[str, Any]
     """
     config = read_config(directory, field)
     layers = layers_of(tensor_names(_weights(Path(directory), field), field))
-    fields = {name: config[name] for name in ("r", "lora_alpha", "use_rslora") if name in config}
+    fields: dict[str, Any] = {name: config[name] for name in ("r", "lora_alpha", "use_rslora") if name in config}
     for name in ("rank_pattern", "alpha_pattern"):
         given = config.get(name) or {}
         fields[name] = {k: v for k, v in given.items() if any(get_pattern_key([k], layer) == k for layer in layers)}

@@ -21,8 +21,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.matching import Site, matched
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 from decaf_lora.randomness import torch_generator
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
 
 
 class Group(NamedTuple):
@@ -38,43 +39,103 @@ class Group(NamedTuple):
             yield value, Group(self.receivers[chosen], self.senders[rows], self.weights[rows], expand)
 
 
+def routes(weights: np.ndarray, senders: Sequence[int], receivers: Sequence[int]) -> tuple[Group, ...]:
+    """Who of `receivers` (agent numbers) listens to whom of `senders` (ascending) under `weights` (N, N).
+
+    The weight of an agent that is missing among the senders goes to the receiver itself: rows keep their sums.
+    """
+    position = {agent: k for k, agent in enumerate(senders)}
+    rows: dict[int, dict[tuple, list[int]]] = {}
+    for local, agent in enumerate(receivers):
+        row = weights[agent]
+        if missing := [j for j in np.flatnonzero(row).tolist() if j not in position]:
+            if agent not in position:
+                raise ValueError(f"agent {agent} does not send to itself, and hears nothing of {missing}")
+            row = row.copy()
+            row[agent] += row[missing].sum()
+            row[missing] = 0
+        heard = np.flatnonzero(row)
+        key = (tuple(heard.tolist()), row[heard].tobytes())
+        rows.setdefault(len(heard), {}).setdefault(key, []).append(local)
+    groups = []
+    for same_degree in rows.values():
+        keys = list(same_degree)
+        pairs = sorted((local, row) for row, key in enumerate(keys) for local in same_degree[key])
+        groups.append(
+            Group(
+                receivers=torch.tensor([local for local, _ in pairs]),
+                senders=torch.tensor([[position[j] for j in heard] for heard, _ in keys]),
+                weights=torch.from_numpy(np.stack([np.frombuffer(raw, dtype=np.float64) for _, raw in keys])),
+                expand=torch.tensor([row for _, row in pairs]),
+            )
+        )
+    return tuple(groups)
+
+
 @dataclass(frozen=True)
 class Inbox:
-    """What arrived in one round for the n agents of this process.
+    """What arrived in one exchange for the n agents of this process.
 
-    `tensors`: name -> (k, ...), the messages of k distinct senders in ascending agent order. `groups` says
-    who listens to whom with which weight; sums run over senders in ascending agent order.
+    Sums run over senders in ascending agent order.
     """
 
     tensors: Tensors
+    """name -> (k, ...), the messages of k distinct senders in ascending agent order."""
     groups: tuple[Group, ...]
+    """Who listens to whom with which weight."""
     num_receivers: int
+    """n."""
+    senders: tuple[int, ...] = ()
+    """(k,) agent numbers of the senders."""
+    own: tuple[int, ...] = ()
+    """(n,) where each receiver's own message lies on the sender axis; empty if not all are there."""
+    exchange: int = 0
+    """Number of the exchange that took place, from 0; it may be later than the one that was started."""
+    forget: frozenset[int] = frozenset()
+    """Neighbours with whom accounts do not agree: what is kept of exchanges with them is to be emptied before this
+    exchange is added."""
+    carried: Tensors = field(default_factory=dict)
+    """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): products that a rule that truncates adds to what it mixes, with
+    weight 1, in units of the receiver's own LoRA scale."""
+    waited: Mapping[int, float] = field(default_factory=dict)
+    """Neighbour -> seconds until it was certain whether it takes part, where that is known."""
+    rejected: tuple[str, ...] = ()
+    """Messages that were refused, one line each: of whom, and why."""
 
     @staticmethod
-    def from_weights(tensors: Tensors, weights: np.ndarray, senders: Sequence[int], receivers: Sequence[int]) -> Inbox:
+    def from_weights(
+        tensors: Tensors,
+        weights: np.ndarray,
+        senders: Sequence[int],
+        receivers: Sequence[int],
+        exchange: int = 0,
+        groups: tuple[Group, ...] | None = None,
+    ) -> Inbox:
         """The inbox of `receivers` (agent numbers) under `weights` (N, N), given the messages of `senders`.
 
-        `senders` are the agents on the leading axis of `tensors`, ascending.
+        Args:
+            tensors: name -> (k, ...), with `senders` on the leading axis.
+            weights: (N, N); the weight of a neighbour that is missing among the senders goes to the receiver itself.
+            senders: agent numbers, ascending; an engine puts the receivers among them.
+            receivers: agent numbers, ascending.
+            exchange: number of the exchange.
+            groups: what `routes` makes of the other arguments, where it is kept.
         """
+        if groups is None:
+            groups = routes(weights, senders, receivers)
         position = {agent: k for k, agent in enumerate(senders)}
-        rows: dict[int, dict[tuple, list[int]]] = {}
-        for local, agent in enumerate(receivers):
-            heard = np.flatnonzero(weights[agent])
-            key = (tuple(heard.tolist()), weights[agent, heard].tobytes())
-            rows.setdefault(len(heard), {}).setdefault(key, []).append(local)
-        groups = []
-        for same_degree in rows.values():
-            keys = list(same_degree)
-            pairs = sorted((local, row) for row, key in enumerate(keys) for local in same_degree[key])
-            groups.append(
-                Group(
-                    receivers=torch.tensor([local for local, _ in pairs]),
-                    senders=torch.tensor([[position[j] for j in heard] for heard, _ in keys]),
-                    weights=torch.from_numpy(np.stack([np.frombuffer(raw, dtype=np.float64) for _, raw in keys])),
-                    expand=torch.tensor([row for _, row in pairs]),
-                )
-            )
-        return Inbox(tensors, tuple(groups), len(receivers))
+        own = tuple(position[agent] for agent in receivers) if position.keys() >= set(receivers) else ()
+        return Inbox(tensors, groups, len(receivers), tuple(senders), own, exchange)
+
+    def weights_of_first(self) -> dict[str, float]:
+        """Number of each neighbour that the first receiver heard -> weight of its message."""
+        if not self.groups:
+            return {}
+        group = next(group for group in self.groups if 0 in group.receivers.tolist())
+        row = int(group.expand[group.receivers.tolist().index(0)])
+        heard = [self.senders[k] for k in group.senders[row].tolist()]
+        own = self.senders[self.own[0]] if self.own else None
+        return {str(j): w for j, w in zip(heard, group.weights[row].tolist(), strict=True) if j != own}
 
     def average(self, name: str) -> Tensor:
         """(n, ...) weighted sum of the senders' tensor `name` for every receiver."""
@@ -112,15 +173,14 @@ def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:
     Between agents of different ranks factors are averaged as if filled with zeros, and cut to the receiver's rank
     (HetLoRA's aggregation, Cho et al., arXiv 2401.06432); B is averaged as s_j B_j and divided by the own s_i.
     """
-    names = [name for name in inbox.tensors if not name.startswith("scale/")]
+    names = [name for name in inbox.tensors if owner(name) != "scale"]
     if not adapter.ranks:
         return average_all(inbox, names)
-    scaled = {k: inbox.tensors[k] for k in names}
-    for name in names:
-        if name.startswith("B/"):
-            scaled[name] = scaled[name] * inbox.tensors[f"scale/{name[2:]}"][:, None, None]
-    mixed = average_all(replace(inbox, tensors=scaled), names)
-    for name in names:
-        if name.startswith("B/"):
-            mixed[name] = mixed[name] / adapter.scale[name[2:]][:, None, None]
+    tensors = {name: inbox.tensors[name] for name in names}
+    layers = {name: layer for name in names for factor, layer in [factor_and_layer(name)] if factor == "B"}
+    for name, layer in layers.items():
+        tensors[name] = tensors[name] * inbox.tensors[f"scale/{layer}"][:, None, None]
+    mixed = average_all(replace(inbox, tensors=tensors), names)
+    for name, layer in layers.items():
+        mixed[name] = mixed[name] / adapter.scale[layer][:, None, None]
     return adapter.trim(mixed)

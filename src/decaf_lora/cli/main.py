@@ -19,7 +19,14 @@ from rich.table import Table
 from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
-from decaf_lora.cli.runs import compare_command, export_command, recipes_command, report_command, run_command
+from decaf_lora.cli.runs import (
+    compare_command,
+    export_command,
+    merge_command,
+    recipes_command,
+    report_command,
+    run_command,
+)
 from decaf_lora.errors import UserError, nearest
 
 
@@ -103,6 +110,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),
     "export": (export_command, "write an agent's adapter as a PEFT directory"),
+    "merge": (merge_command, "average several PEFT adapters, of any ranks, without data"),
     "report": (report_command, "write the report of a run anew"),
     "federation": (federation_command, "organisations train together, each with its own data, without a server"),
 }

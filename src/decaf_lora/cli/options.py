@@ -39,8 +39,8 @@ class Output:
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
     backend: str = "auto"
     """torchrun: what moves messages, gloo or nccl; auto takes nccl where every process has its own GPU."""
-    wire: Literal["exact", "bfloat16", "int8"] = "exact"
-    """torchrun: number format of messages between processes."""
+    wire: str = "exact"
+    """torchrun: number format of messages between processes: exact, or bfloat16."""
     timeout: float = 600.0
     """torchrun: seconds to wait for a process that does not come, or falls silent."""
 

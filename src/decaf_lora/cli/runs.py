@@ -41,6 +41,8 @@ def run_command(args: list[str]) -> int:
 
 def _where(output: Output, name: str) -> dict[str, Any]:
     """The folder, and how to take it, as arguments of `run` and `compare`."""
+    if output.resume and output.out is None:
+        raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
 
@@ -152,12 +154,10 @@ def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -
 
     where = f" in round {stop.round}" if stop.round else ""
     again = "".join(f" --{field.removesuffix('.name')} {value}" for value, field in own_code(config).items())
+    text = f"everything so far is kept. Go on with: {command} --resume {stop.directory}{again}"
+    said = f"stopped{where}; {text}" if stop.directory.exists() else "stopped before anything was written."
     with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-        err.print(
-            f"decaf: stopped{where}; everything so far is kept. Go on with: {command} --resume {stop.directory}{again}",
-            markup=False,
-            soft_wrap=True,
-        )
+        err.print(f"decaf: {said}", markup=False, soft_wrap=True)
     return 130
 
 
@@ -203,6 +203,35 @@ def export_command(args: list[str]) -> int:
     what = "model" if merge else "adapter"
     whose = f"agent {agent}" if agent != "averaged" else agent
     print(f"{what} of {whose} in {to}" if agent != "all" else f"{what}s of {len(written)} agents in {to}/agent-K")
+    return 0
+
+
+def merge_command(args: list[str]) -> int:
+    from decaf_lora.adapters import merge as write_merged
+    from decaf_lora.adapters.merging import describe
+
+    def merge(
+        adapters: Positional[tuple[Path, ...]],
+        to: Path,
+        weights: tuple[float, ...] = (),
+        rank: int | None = None,
+        base: str | None = None,
+    ) -> tuple[Any, ...]:
+        """Averages PEFT adapters of one base model, of any ranks, without data and without the model.
+
+        Args:
+            adapters: folders of the adapters.
+            to: folder to write, new or empty.
+            weights: what each adapter counts, in proportion, such as numbers of examples; equal if unset.
+            rank: rank of the merged adapter; the largest of the adapters' if unset.
+            base: the base model, by name or folder: the full model is written too, to the folder `model` in `to`.
+        """
+        return adapters, to, weights, rank, base
+
+    check_options(args, ["to", "weights", "rank", "base", "help"])
+    adapters, to, weights, rank, base = parsed(merge, "decaf merge", args)
+    merged = write_merged(adapters, to, weights=weights or None, rank=rank, base=base)
+    print(f"{describe(merged, len(adapters))}; in {to}")
     return 0
 
 

@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -99,7 +99,7 @@ def _rows(raw: bytes, encoding: str, dialect: Dialect) -> Iterator[Row]:
     """All rows that are not blank. Raises csv.Error, with the number of the row's first line as its second
     argument, for quotes that do not enclose a field."""
     stream = io.TextIOWrapper(io.BytesIO(raw), encoding=encoding, newline="")
-    quoting = csv.QUOTE_MINIMAL if dialect.quotes else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if dialect.quotes else csv.QUOTE_NONE
     reader = csv.reader(stream, delimiter=dialect.delimiter, quoting=quoting, strict=True)
     while True:
         line = reader.line_num + 1

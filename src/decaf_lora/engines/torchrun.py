@@ -15,21 +15,22 @@ behind messages between GPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Tensors
-from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.engines.base import Pending, Sizes
+from decaf_lora.adapters.names import Tensors
+from decaf_lora.algorithms.inbox import Group, Inbox, routes
+from decaf_lora.engines.base import InStep, Pending, Sizes
 from decaf_lora.engines.launch import Processes
-from decaf_lora.engines.wire import Parcels, Rows, Wire
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.engines.wire import Parcels, Rows, as_wire
+from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph
 
 
@@ -37,46 +38,48 @@ from decaf_lora.graphs import Graph
 class _Plan:
     """One rank's part of an exchange on one graph."""
 
-    weights: np.ndarray
-    send: dict[int, list[int]] = field(default_factory=dict)
+    send: dict[int, list[int]]
     """rank -> those of this rank's agents that it listens to."""
-    receive: dict[int, list[int]] = field(default_factory=dict)
+    receive: dict[int, list[int]]
     """rank -> those of its agents that this rank listens to."""
-    crossings: np.ndarray = field(default_factory=lambda: np.empty(0))
+    senders: list[int]
+    """Whose messages are here in the end, ascending."""
+    groups: tuple[Group, ...]
+    """Who of this rank's agents listens to whom of the senders."""
+    crossings: np.ndarray
     """(N,) to how many other ranks each agent's message goes."""
 
 
-class Torchrun:
+class Torchrun(InStep):
     """The engine of `processes`: this rank's share of `num_agents` agents.
 
-    For `Run(..., engine=functools.partial(Torchrun, processes=processes))`. With a `wire` other than "exact", what
-    crosses between processes is rounded; an agent reads itself, and the agents of its own process, exactly.
+    For `Run(..., engine=functools.partial(Torchrun, processes=processes))`. With the `wire` "bfloat16", what crosses
+    between processes is rounded; an agent reads itself, and the agents of its own process, exactly.
 
     Raises:
-        UserError: more processes than agents.
+        UserError: more processes than agents, or an unknown wire.
     """
 
-    def __init__(self, num_agents: int, processes: Processes, wire: Wire = "exact") -> None:
-        if wire not in get_args(Wire):
-            raise unknown("wire", wire, get_args(Wire))
+    def __init__(self, num_agents: int, processes: Processes, wire: str = "exact") -> None:
         world_size = processes.world_size
         if world_size > num_agents:
             raise UserError(
                 f"engine: {world_size} processes share {num_agents} agent{'s' * (num_agents > 1)}, so some would have "
                 f"none; start at most {num_agents} (torchrun --nproc-per-node) or use more agents."
             )
-        self.num_agents, self.processes, self.wire = num_agents, processes, wire
+        self.num_agents, self.processes, self.wire = num_agents, processes, as_wire(wire)
         self.is_main = processes.is_main
         counts = [num_agents // world_size + (rank < num_agents % world_size) for rank in range(world_size)]
         ends = list(accumulate(counts))
         self.blocks = [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
         """The agents of every rank."""
         self.agents = self.blocks[processes.rank]
+        self.reports = list(range(num_agents))
         self.bytes_sent = 0
         """What this rank has handed to the transport in exchanges, so far."""
-        self._plan = _Plan(np.empty(0))
+        self._plan_for = functools.lru_cache(maxsize=64)(self._plan)
 
-    def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
+    def start(self, message: Tensors, graph: Graph, exchange: int, sizes: Sizes | None = None) -> Pending[Inbox]:
         """Every rank sends each other rank one buffer, with the messages it needs; to this rank's agents' inbox."""
         plan, me = self._plan_for(graph), self.processes.rank
         parcels = Parcels(message, self.wire, sizes)
@@ -95,11 +98,11 @@ class Torchrun:
             known = {rank: parcels.read(buffer, plan.receive[rank], device) for rank, buffer in incoming.items()}
             known[me] = message
             ranks = sorted(known)
-            senders = [agent for rank in ranks for agent in (self.agents if rank == me else plan.receive[rank])]
             tensors = {name: torch.cat([known[rank][name] for rank in ranks]) for name in message}
-            return Inbox.from_weights(tensors, graph.weights, senders, self.agents)
+            return Inbox.from_weights(tensors, graph.weights, plan.senders, self.agents, exchange, plan.groups)
 
-        return Pending(arrive)
+        # What was sent must be received all the same, or the next batch would meet it.
+        return Pending(arrive, transfer.wait)
 
     def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
         """Bytes that an exchange of such messages moves between ranks, mean over all N agents."""
@@ -129,7 +132,7 @@ class Torchrun:
                 sent.wait()
                 return {}
 
-            return Pending(leave)
+            return Pending(leave, sent.wait)
         incoming = {rank: mine.new_empty(len(block), rows.size) for rank, block in enumerate(self.blocks) if rank}
         transfer = self._post({}, incoming)
 
@@ -137,7 +140,7 @@ class Torchrun:
             transfer.wait()
             return rows.read(torch.cat([mine, *incoming.values()]), device)
 
-        return Pending(arrive)
+        return Pending(arrive, transfer.wait)
 
     def scatter(self, tensors: Tensors) -> Tensors:
         """name -> (N, ...) of rank 0 to everybody's own rows; on rank 0's device there, on the CPU elsewhere."""
@@ -153,9 +156,9 @@ class Torchrun:
             self._post({rank: rows.write({k: t[block] for k, t in tensors.items()}, torch.device("cpu"))}, {}).wait()
         return {k: t[self.agents] for k, t in tensors.items()}
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank."""
-        flags = torch.tensor([flag], dtype=torch.int32)
+    def anyone_stops(self, asked: bool) -> bool:
+        """Whether any rank was asked to stop."""
+        flags = torch.tensor([asked], dtype=torch.int32)
         with self.processes.watched():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
@@ -181,20 +184,20 @@ class Torchrun:
 
         return Pending(wait)
 
-    def _plan_for(self, graph: Graph) -> _Plan:
-        if self._plan.weights is not graph.weights:
-            me, heard = self.processes.rank, graph.weights != 0
-            send, receive = {}, {}
-            # (W, N): whether any agent of a rank listens to an agent.
-            needs = np.stack([heard[block].any(axis=0) for block in self.blocks])
-            for rank, block in enumerate(self.blocks):
-                if rank != me:
-                    send[rank] = [agent for agent in self.agents if needs[rank, agent]]
-                    receive[rank] = [agent for agent in block if needs[me, agent]]
-            self._plan = _Plan(
-                graph.weights,
-                {rank: agents for rank, agents in send.items() if agents},
-                {rank: agents for rank, agents in receive.items() if agents},
-                needs.sum(axis=0) - np.concatenate([needs[rank, block] for rank, block in enumerate(self.blocks)]),
-            )
-        return self._plan
+    def _plan(self, graph: Graph) -> _Plan:
+        me, heard = self.processes.rank, graph.weights != 0
+        send, receive = {}, {}
+        # (W, N): whether any agent of a rank listens to an agent.
+        needs = np.stack([heard[block].any(axis=0) for block in self.blocks])
+        for rank, block in enumerate(self.blocks):
+            if rank != me:
+                send[rank] = [agent for agent in self.agents if needs[rank, agent]]
+                receive[rank] = [agent for agent in block if needs[me, agent]]
+        senders = sorted([*self.agents, *(agent for agents in receive.values() for agent in agents)])
+        return _Plan(
+            {rank: agents for rank, agents in send.items() if agents},
+            {rank: agents for rank, agents in receive.items() if agents},
+            senders,
+            routes(graph.weights, senders, self.agents),
+            needs.sum(axis=0) - np.concatenate([needs[rank, block] for rank, block in enumerate(self.blocks)]),
+        )

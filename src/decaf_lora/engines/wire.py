@@ -2,18 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.engines.base import Sizes
+from decaf_lora.errors import UserError, unknown
 
-Wire = Literal["exact", "bfloat16", "int8"]
-"""How floating-point messages cross between processes: as they are, rounded to bfloat16, or as int8 with one float32
-scale an agent and tensor."""
+Wire = Literal["exact", "bfloat16"]
+"""How floating-point messages cross between processes: as they are, or rounded to bfloat16."""
+
+
+def as_wire(name: str) -> Wire:
+    """The wire of that name; UserError if there is none."""
+    if name == "int8":
+        raise UserError(
+            "wire: int8 between processes would have no error feedback; use --algorithm.messages int8, which has."
+        )
+    if name not in get_args(Wire):
+        raise unknown("wire", name, get_args(Wire))
+    return cast(Wire, name)
 
 
 @dataclass(frozen=True)
@@ -24,12 +35,10 @@ class _Column:
     shape: tuple[int, ...]
     dtype: torch.dtype
     written: torch.dtype
-    scaled: bool
-    """Whether a float32 scale stands before the numbers."""
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.written.itemsize + 4 * self.scaled
+        return int(np.prod(self.shape, dtype=np.int64)) * self.written.itemsize
 
 
 class Rows:
@@ -39,35 +48,21 @@ class Rows:
         self.columns = []
         for name, x in tensors.items():
             rounded = wire != "exact" and x.dtype in (torch.float32, torch.float64)
-            written = {"bfloat16": torch.bfloat16, "int8": torch.int8}[wire] if rounded else x.dtype
-            self.columns.append(_Column(name, tuple(x.shape[1:]), x.dtype, written, rounded and wire == "int8"))
+            written = torch.bfloat16 if rounded else x.dtype
+            self.columns.append(_Column(name, tuple(x.shape[1:]), x.dtype, written))
         self.size = sum(column.size for column in self.columns)
 
     def write(self, tensors: Tensors, device: torch.device) -> Tensor:
         """name -> (k, ...) to bytes (k, size) on `device`."""
-        parts = []
-        for column in self.columns:
-            x = tensors[column.name]
-            if column.scaled:
-                # A number that is not finite makes the scale so, and with it the whole tensor: it is not hidden.
-                scale = x.abs().flatten(1).amax(1).float() / 127
-                parts.append(_bytes(scale.unsqueeze(1)))
-                x = (x / scale.clamp_min(1e-38).view(-1, *[1] * (x.dim() - 1))).round()
-            parts.append(_bytes(x.to(column.written)))
+        parts = [_bytes(tensors[column.name].to(column.written)) for column in self.columns]
         return torch.cat(parts, 1).to(device)
 
     def read(self, rows: Tensor, device: torch.device) -> Tensors:
         """Bytes (k, size) to name -> (k, ...) on `device`."""
         rows, tensors, start = rows.to(device), {}, 0
         for column in self.columns:
-            scale = None
             part = rows[:, start : start + column.size]
-            if column.scaled:
-                scale, part = _numbers(part[:, :4], torch.float32), part[:, 4:]
-            x = _numbers(part, column.written).view(len(rows), *column.shape).to(column.dtype)
-            if scale is not None:
-                x = x * scale.view(-1, *[1] * len(column.shape)).to(column.dtype)
-            tensors[column.name] = x
+            tensors[column.name] = _numbers(part, column.written).view(len(rows), *column.shape).to(column.dtype)
             start += column.size
         return tensors
 

@@ -9,14 +9,17 @@ The paper does not publish its non-IID rule. `dirichlet` is the usual label skew
 arXiv 1905.12022: every class is split by proportions of its own); `by_class` is the harshest one.
 """
 
-from .given import Partitioner, as_partition, by_value
+from .given import Given, Partitioner, as_partition, by_value, named_alike
 from .names import KINDS, parse
+from .own import Own
 from .rules import by_class, dirichlet, few_shot, iid, shots
 from .shards import Indices, Partition
 
 __all__ = [
     "KINDS",
+    "Given",
     "Indices",
+    "Own",
     "Partition",
     "Partitioner",
     "as_partition",
@@ -25,6 +28,7 @@ __all__ = [
     "dirichlet",
     "few_shot",
     "iid",
+    "named_alike",
     "parse",
     "shots",
 ]

@@ -1,5 +1,6 @@
 """Which examples does each agent hold, and is that a split?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,23 +49,29 @@ class Partition:
         called = [f"agent {name}" for name in self.names or range(len(self.shards))]
         owner = np.full(len(self.labels), -1)
         for agent, shard in enumerate(self.shards):
-            if shard.size == 0:
-                raise UserError(f"partition: {called[agent]} holds no example; use fewer agents or more data.")
-            if shard[0] < 0 or shard[-1] >= owner.size:
-                stray = shard[0] if shard[0] < 0 else shard[-1]
-                raise UserError(
-                    f"partition: {called[agent]} holds example {stray}; the examples are 0 to {owner.size - 1}."
-                )
-            # Of two equal neighbours in an ascending shard the second is a repetition.
-            taken = (owner[shard] >= 0) | (np.diff(shard, prepend=-1) == 0)
-            if taken.any():
-                example = shard[taken][0]
-                other = owner[example]
-                holders = (
-                    f"{called[other]} and {called[agent]} both hold" if other >= 0 else f"{called[agent]} holds twice"
-                )
-                raise UserError(f"partition: {holders} example {example}; shards must be disjoint.")
-            owner[shard] = agent
+            claim(shard, agent, owner, called)
+
+    @property
+    def num_agents(self) -> int:
+        """N."""
+        return len(self.shards)
+
+    def shard(self, agent: int) -> Indices:
+        """The examples of an agent, ascending."""
+        return self.shards[agent]
+
+    def own_tests(self) -> tuple[Indices, ...]:
+        """`tests`; UserError if it is not known whose the test examples are, or an agent has none."""
+        if not self.tests:
+            raise UserError(
+                "test: nobody knows whose the test examples are; split by a column (column:hospital) that the test "
+                "examples have, too, or score on all."
+            )
+        for agent, own in enumerate(self.tests):
+            if not own.size:
+                name = self.names[agent] if self.names else agent
+                raise UserError(f"test: agent {name} has no test example of its own; give it some, or score on all.")
+        return self.tests
 
     @property
     def sizes(self) -> Indices:
@@ -113,3 +120,23 @@ def frozen(indices: ArrayLike) -> Indices:
     array = np.sort(array).astype(np.int64)
     array.flags.writeable = False
     return array
+
+
+def claim(shard: Indices, agent: int, owner: Indices, called: Sequence[str]) -> None:
+    """Notes in `owner` (M,) that the examples of `shard` are the agent's; UserError for one that it cannot have.
+
+    `called` (N,): what to call the agents.
+    """
+    if shard.size == 0:
+        raise UserError(f"partition: {called[agent]} holds no example; use fewer agents or more data.")
+    if shard[0] < 0 or shard[-1] >= owner.size:
+        stray = shard[0] if shard[0] < 0 else shard[-1]
+        raise UserError(f"partition: {called[agent]} holds example {stray}; the examples are 0 to {owner.size - 1}.")
+    # Of two equal neighbours in an ascending shard the second is a repetition.
+    taken = (owner[shard] >= 0) | (np.diff(shard, prepend=-1) == 0)
+    if taken.any():
+        example = shard[taken][0]
+        other = owner[example]
+        holders = f"{called[other]} and {called[agent]} both hold" if other >= 0 else f"{called[agent]} holds twice"
+        raise UserError(f"partition: {holders} example {example}; shards must be disjoint.")
+    owner[shard] = agent

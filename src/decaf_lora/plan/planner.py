@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from decaf_lora import algorithms, graphs, partition
-from decaf_lora.adapters.adapter import Adapter, Tensors
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors, flattened
+from decaf_lora.algorithms import Round
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.config import RunConfig, TrainingConfig
 from decaf_lora.engines import Simulate
 from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.errors import UserError
+from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph
 from decaf_lora.plan.assumed import Data, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
@@ -55,10 +58,10 @@ def measured(plan: Plan, config: RunConfig) -> Plan:
     run = build_run(config)
     run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
     for _ in range(2):  # the first one warms up
-        run.step_in_round = 0
-        run._seconds = {}
-        run._local_steps(1)
-    seconds = run._seconds["train"]
+        run.timer.seconds = {}
+        with run.timer("train"):
+            run.trainer.train_round(run.adapter, run.algorithm, run.state, run.exchange.round(1), run.rounds)
+    seconds = run.timer.seconds["train"]
     kind = torch.cuda.get_device_name(run.trainer.device) if run.trainer.device.type == "cuda" else "the CPU"
     note = (
         f"measured: a step of {len(run.engine.agents)} agents, {run.trainer.agents_per_pass} in a pass, takes "
@@ -76,11 +79,11 @@ class _Share(Simulate):
         super().__init__(num_agents)
         self.agents = list(range(math.ceil(num_agents / processes)))
 
-    def start(self, message: Tensors, graph: Graph, round_: int, sizes: Sizes | None = None) -> Pending[Inbox]:
+    def start(self, message: Tensors, graph: Graph, exchange: int, sizes: Sizes | None = None) -> Pending[Inbox]:
         heard = (graph.weights[self.agents] != 0).any(0)
         heard[self.agents] = True
         senders = np.flatnonzero(heard).tolist()
-        inbox = Inbox.from_weights(self._filled(message, len(senders)), graph.weights, senders, self.agents)
+        inbox = Inbox.from_weights(self._filled(message, len(senders)), graph.weights, senders, self.agents, exchange)
         return Pending(lambda: inbox)
 
     def gather(self, tensors: Tensors) -> Tensors:
@@ -93,6 +96,16 @@ class _Share(Simulate):
     def _filled(self, tensors: Tensors, count: int) -> Tensors:
         more = count - len(self.agents)
         return {k: torch.cat([t, t.new_empty(more, *t.shape[1:])]) if more else t for k, t in tensors.items()}
+
+
+PHASES = {
+    "train": "train",
+    "exchange": "exchange",
+    "combine": "exchange",
+    "measure": "exchange",
+    "evaluate": "evaluate",
+}
+"""Phase of a run -> what the plan counts it to."""
 
 
 class _Planner:
@@ -117,7 +130,7 @@ class _Planner:
         processes = 1 if pooled else self.processes
         dry.fake_module(task.model)
         weights = dry.live
-        kept = self._watch(task)
+        kept, phases = self._watch(task), dict[str, Phase]()
         # transformers must look into masks that the dry run knows, as it does in a real run.
         with dry, mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
             run = Run(
@@ -134,6 +147,7 @@ class _Planner:
                 evaluate_every=1,
                 eval_batch_size=config.task.eval_batch_size,
                 engine=lambda count: _Share(count, processes),
+                phases=lambda name: self._phase(phases, PHASES[name]),
             )
             gc.collect()
             trainer = run.trainer
@@ -145,12 +159,12 @@ class _Planner:
                     "training.agents_per_pass bounds it"
                 )
             first = self._fill_caches(run)
-            phases = self._one_step_and_pass(run)
-            run._send_ahead()
-            run._one_round()
+            self._one_step_and_pass(run, phases)
+            record = run.advance()
+            assert record is not None
             phases["evaluate"].peak = max(phases["evaluate"].peak, first.peak)
             parts = self._parts(run, weights, max(kept), phases["train"])
-            bytes_per_round = self._bytes_per_round(run)
+            bytes_per_round = self._bytes_per_round(run, record.bytes_sent)
         alike, most = self._end_alike(run), count + (count > 1)
         evaluate = phases["forward"].flops / ((1 if alike else per_pass) * task.num_test)
         start_alike = config.start == "common" and not config.init_adapters
@@ -162,7 +176,7 @@ class _Planner:
             agents_per_pass=per_pass,
             examples_per_pass=per_pass * trainer.config.batch_size,
             parameters=sum(p.numel() for p in task.model.parameters()),
-            trained_per_agent=sum(t[0].numel() for t in run.adapter.tensors(algorithm.trains(1)).values()),
+            trained_per_agent=sum(t[0].numel() for t in run.adapter.tensors(algorithm.trains(Round(1))).values()),
             parts=parts,
             peaks={name: phases[name].peak for name in ("train", "exchange", "evaluate") if name in phases},
             rounds=config.rounds,
@@ -185,12 +199,21 @@ class _Planner:
                 task.num_test = whole
         return phase
 
-    def _one_step_and_pass(self, run: Run) -> dict[str, Phase]:
+    @contextmanager
+    def _phase(self, phases: dict[str, Phase], name: str) -> Iterator[None]:
+        """Notes in `phases` what is done inside: the highest peak and the last FLOPs of those with one name."""
+        with self.dry.phase() as phase:
+            yield
+        if name in phases:
+            phase.peak = max(phase.peak, phases[name].peak)
+        phases[name] = phase
+
+    def _one_step_and_pass(self, run: Run, phases: dict[str, Phase]) -> None:
         """Shortens the round of `run` to what repeats in it, and notes what each of its phases costs.
 
         Steps follow one another and so do passes, each of which frees what it took: one stands for all.
         """
-        trainer, phases = run.trainer, dict[str, Phase]()
+        trainer = run.trainer
         trainer.steps_in_round, trainer.local_steps = 1, np.ones_like(trainer.local_steps)
         passes, evaluate = trainer._passes, trainer.evaluate
         evaluated = 1 if self._end_alike(run) else trainer.agents_per_pass
@@ -202,23 +225,8 @@ class _Planner:
             with self.dry.phase() as phases["forward"]:
                 return evaluate(adapter.select(slice(0, evaluated))).new_zeros(n)
 
-        def during(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                with self.dry.phase() as phase:
-                    out = method(*args, **kwargs)
-                if name in phases:
-                    phase.peak = max(phase.peak, phases[name].peak)
-                phases[name] = phase
-                return out
-
-            return watched
-
         trainer._passes = lambda active: islice(passes(active), 1)  # type: ignore[method-assign]
         trainer.evaluate = evaluate_one_pass  # type: ignore[method-assign]
-        names = {"_local_steps": "train", "_mix": "exchange", "_measure": "exchange", "_survey": "evaluate"}
-        for method, name in names.items():
-            setattr(run, method, during(name, getattr(run, method)))
-        return phases
 
     def _numbers(self, task: Task) -> list[str]:
         base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)
@@ -236,19 +244,17 @@ class _Planner:
         if run.schedule.period != 1 or not run.attached.uniform:
             return False
         graph = run.schedule.window(0, run.gossip_steps)
-        if graph.hops and algorithm.relay is not None:
+        if graph.hops and algorithm.relays:
             return False
         with real_tensors():
             draw, one = torch.Generator().manual_seed(0), torch.ones(n)
             start = torch.randn(1 if self.config.start == "common" else n, 1, 3, generator=draw).expand(n, 1, 3)
             before = Adapter({"x": start}, {"x": torch.zeros(n, 3, 1)}, {"x": one}, {"y": torch.zeros(n, 2)})
-            state, trained = algorithm.init(before), before.tensors(algorithm.trains(1))
+            mixing = Exchange(algorithm, graphs.as_schedule(graph), Simulate(n))
+            state, trained = mixing.init(before), before.tensors(algorithm.trains(Round(1)))
             moved = {k: t + torch.randn(t.shape, generator=draw) for k, t in trained.items()}
             adapter = before.with_tensors(moved)
-            message = algorithm.message(adapter, state, 1)
-            everybody = list(range(n))
-            inbox = Inbox.from_weights(message, graph.weights, everybody, everybody)
-            after = algorithm.combine(adapter, state, inbox, 1)[0]
+            after = mixing.finish(adapter, mixing.start(adapter, state, 1)).adapter
             return all(bool((t == t[:1]).all()) for t in after.tensors().values())
 
     def _training(self, here: int) -> TrainingConfig:
@@ -289,16 +295,19 @@ class _Planner:
         task.losses = watched  # type: ignore[method-assign]
         return kept
 
-    def _bytes_per_round(self, run: Run) -> float:
+    def _bytes_per_round(self, run: Run, first: float) -> float:
         period = run.schedule.period
         if period is None:
             rounds = min(8, run.rounds)
             self.assumptions.append(f"bytes: mean of {rounds} rounds of a random schedule")
         else:
             rounds = min(math.lcm(period, run.gossip_steps) // run.gossip_steps, run.rounds)
-        for number in range(2, rounds + 1):
-            run._mix(number)
-        return run._bytes_sent / rounds
+        bytes_sent = first
+        for number in range(2, rounds + 1) if run.algorithm.topology in ("graph", "server") else ():
+            bytes_sent += run.exchange.finish(
+                run.adapter, run.exchange.start(run.adapter, run.state, number)
+            ).bytes_sent
+        return bytes_sent / rounds
 
     def _parts(self, run: Run, weights: int, kept: int, train: Phase) -> tuple[Part, ...]:
         here = len(run.engine.agents)
@@ -307,9 +316,9 @@ class _Planner:
         own = {
             "adapters": [*adapter.tensors().values(), *adapter.scale.values()],
             "adapters, working copy": list(adapter.tensors().values()),
-            "gradients": list(adapter.tensors(run.algorithm.trains(1)).values()),
+            "gradients": list(adapter.tensors(run.algorithm.trains(Round(1))).values()),
             f"optimizer state ({run.training.optimizer})": moments,
-            f"state of {run.algorithm.name}": list(run.state.values()),
+            f"state of {run.algorithm.name}": list(flattened(run.state).values()),
         }
         parts = [Part("base model", weights)]
         for name, tensors in own.items():

@@ -26,6 +26,7 @@ class Record:
     round: int
     losses: list[float | None] | None = None  # mean over the local steps; round 0 has none
     scores: list[float | None] | None = None  # None when the round was not evaluated
+    own_scores: list[float | None] | None = None  # on the test examples of an agent's own, where asked for
     averaged_score: float | None = None
     consensus_distance: float | None = None
     interference: float | None = None
@@ -35,6 +36,11 @@ class Record:
     wire_bytes: float | None = None  # of them between processes, as written there; None in one process
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
+    # Of an agent that does not see all others:
+    neighbour_distance: float | None = None  # root mean square over the neighbours' messages, like consensus_distance
+    weights: dict[str, float] | None = None  # neighbour's number -> weight that its message had; the rest is the own
+    waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
+    rejected: list[str] | None = None  # messages that were refused: of whom, and why
 
 
 _RECORD = pydantic.TypeAdapter(Record)

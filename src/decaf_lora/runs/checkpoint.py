@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from decaf_lora.adapters.adapter import Tensors
+from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 FORMAT = 1

@@ -100,9 +100,9 @@ def _checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors and values of the newest checkpoint of the run in `directory`."""
     from decaf_lora.runs import checkpoint
 
-    if not (directory / "config.yaml").exists():
-        raise UserError(f"export: {directory} holds no run (no config.yaml); give the folder of one run.")
-    if not (directory / "run.json").exists():
+    if not (directory / "run.json").exists():  # a run made in Python has no config.yaml
+        if not (directory / "config.yaml").exists():
+            raise UserError(f"export: {directory} holds no run (no run.json); give the folder of one run.")
         runs = sorted(p.parent.name for p in directory.glob("*/run.json"))
         some = f" It is a comparison; give one of its runs, e.g. {directory / runs[0]}." if runs else ""
         raise UserError(f"export: {directory} holds no run.{some}")

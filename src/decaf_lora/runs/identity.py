@@ -43,7 +43,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     split, task = run.partition, run.task
     if config is not None and split.names:
         schedule = schedule.arranged(split.names)
-    agents = len(split.shards)
+    agents = split.num_agents
     names = getattr(task, "classes", None)
     return {
         "algorithm": run.algorithm.name,
@@ -76,15 +76,17 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
 def sources(run: Run) -> dict[str, Any]:
     """What a run is made from, as JSON values that are equal for equal runs: hashes of data, model, graph and split."""
     task, schedule = run.task, run.schedule
-    told = getattr(task, "facts", task.describe)()
+    known = [run.partition.agent] if isinstance(run.partition, partition.Own) else range(run.partition.num_agents)
+    told = task.facts()
     found = {
-        **{f"task {name}": value for name, value in told.items()},
-        "training examples": len(task.labels),
-        "test examples": task.num_test,
         "labels (hash)": _hash(np.asarray(task.labels)),
+        "training examples": told["num_train"],
+        "test examples": told["num_test"],
+        "classes": told["classes"],
+        "data (hash)": told["content"][:16],
         "adapted layers": len(run.attached.sites),
         "base model (hash)": _model(run),
-        "partition (hash)": _hash(*run.partition.shards),
+        "partition (hash)": _hash(*(run.partition.shard(agent) for agent in known)),
     }
     if schedule.period is not None:
         found["graph (hash)"] = _hash(*(schedule.at(t).weights for t in range(schedule.period)))

@@ -18,7 +18,6 @@ from decaf_lora.runs.signals import stopping
 
 if TYPE_CHECKING:
     from decaf_lora.engines import Processes
-    from decaf_lora.engines.wire import Wire
     from decaf_lora.run import Run
 
 
@@ -27,7 +26,7 @@ def run_split(
     out: Path,
     processes: Processes,
     *,
-    wire: Wire = "exact",
+    wire: str = "exact",
     resume: bool = False,
     take_over: bool = False,
     unique: bool = False,

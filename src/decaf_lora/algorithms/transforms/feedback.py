@@ -14,38 +14,51 @@ there for compressed gradients. The leak, the low rank of the memory, and its us
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
 from decaf_lora.adapters.adapter import Adapter
-from decaf_lora.adapters.names import put
-from decaf_lora.algorithms.contract import State
+from decaf_lora.adapters.names import Tensors
+from decaf_lora.algorithms.contract import Change, Round, Rule, Setting, Transform
+from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
-PREFIX = "feedback/"
-"""Of the names in the state: feedback/A/LAYER (n, r, d_in) and feedback/B/LAYER (n, d_out, r), R_i."""
 
+def feedback(leak: float = 1.0) -> Transform:
+    """Truncation error feedback. The state has A/LAYER (n, r, d_in) and B/LAYER (n, d_out, r), R_i.
 
-def check(leak: float | None) -> None:
-    """UserError for a leak that is none."""
-    if leak is not None and not 0 < leak <= 1:
+    Args:
+        leak: f in (0, 1], how much of what was cut comes back.
+
+    Raises:
+        UserError: `leak` is out of range, or the rule truncates nothing.
+    """
+    if not 0 < leak <= 1:
         raise UserError(f"algorithm.truncation_feedback: {leak:g} is not above 0 and at most 1.")
 
+    def check(rule: Rule) -> None:
+        if not rule.truncates:
+            raise UserError(
+                f"algorithm.truncation_feedback: {rule.name} truncates nothing; leave it out, or use decaf."
+            )
 
-def init(adapter: Adapter) -> State:
-    """R = 0."""
-    factors = adapter.tensors(frozenset({"A", "B"}))
-    return put(PREFIX, {k: torch.zeros_like(t) for k, t in factors.items()})
+    def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
+        return {name: torch.zeros_like(t) for name, t in adapter.tensors(frozenset({"A", "B"})).items()}
+
+    def receive(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> tuple[Inbox, Tensors]:
+        carried = {name: leak * t if name.startswith("B/") else t for name, t in state.items()}
+        return replace(inbox, carried=carried), state
+
+    def after(state: Tensors, change: Change, round_: Round) -> Tensors:
+        return dict(change.rest)
+
+    return Transform("feedback", init, receive=receive, after=after, check=check)
 
 
-def carried(state: State, layers: list[str], receivers: Tensor, leak: float) -> tuple[Tensor, Tensor]:
-    """(L, g, r, d_in), (L, g, d_out, r): f R of layers of one shape, for some agents."""
-    a, b = (torch.stack([state[f"{PREFIX}{factor}/{k}"] for k in layers])[:, receivers] for factor in "AB")
-    return a, leak * b
+def _asked(truncation_feedback: float | None = None) -> Transform | None:
+    return None if truncation_feedback is None else feedback(truncation_feedback)
 
 
-def kept(layers: list[str], a: Tensor, b: Tensor) -> State:
-    """The state of new R, (L, n, r, d_in) and (L, n, d_out, r)."""
-    return {f"{PREFIX}A/{k}": t for k, t in zip(layers, a, strict=True)} | {
-        f"{PREFIX}B/{k}": t for k, t in zip(layers, b, strict=True)
-    }
+KINDS = {"feedback": TransformKind(feedback, "truncation error feedback", "feedback:1", place=10, asked=_asked)}

@@ -11,7 +11,7 @@ themselves are sent (and corrections, with tracking), not gradients.
 - The sender reads itself as all others do. Pi is doubly stochastic, so a mean of plainly averaged tensors is kept with
   what is still to be sent: sum_i (x_i + e_i) does not change by an exchange. (Were its own share exact, every
   round's error would stay in the sum.) Through the same sum, tracking's corrections and their e add up to 0.
-- e has the frame of the factors and is turned with them (`Algorithm.turn`).
+- e has the frame of the factors and is turned with them (`Rule.turn`).
 - Vectors and numbers (biases, LoRA scales) are sent as they are.
 - With several exchanges in a round codes are forwarded whole to everybody within reach, not averaged on the way:
   what is averaged would have to be rounded again in every hop. A `relay` would have to, too, and is refused.
@@ -20,61 +20,56 @@ themselves are sent (and corrections, with tracking), not gradients.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
-from decaf_lora.adapters.names import leave, put, take
-from decaf_lora.algorithms.contract import Algorithm, State, turned
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors, leave, take
+from decaf_lora.algorithms.contract import Change, Round, Rule, Setting, Transform, turned
 from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.errors import UserError
+from decaf_lora.algorithms.transforms.kind import TransformKind
+from decaf_lora.errors import UserError, unknown
 
 PREFIX = "int8/"
-"""Of the names here: int8/NAME is a code in a message and e in the state, int8/NAME/scale is s."""
+"""Of the names in a message: int8/code/NAME is q, int8/scale/NAME is s. The state has e by NAME."""
 
 
-def quantized(algorithm: Algorithm) -> Algorithm:
-    """`algorithm` with int8 messages and error feedback."""
-    if algorithm.relay is not None:
-        raise UserError(
-            "algorithm.messages: int8 cannot be combined with algorithm.relay_rank, whose stacks are cut and would be "
-            "rounded again at every exchange; leave relay_rank unset."
-        )
+def int8() -> Transform:
+    """int8 messages with error feedback."""
 
-    def init(adapter: Adapter) -> State:
-        state = algorithm.init(adapter)
-        sent = algorithm.message(adapter, state, 1)
-        return state | put(PREFIX, {k: torch.zeros_like(t) for k, t in sent.items() if _is_coded(t)})
+    def check(rule: Rule) -> None:
+        if rule.relay is not None:
+            raise UserError(
+                "algorithm.messages: int8 cannot be combined with algorithm.relay_rank, whose stacks are cut and would "
+                "be rounded again at every exchange; leave relay_rank unset."
+            )
 
-    def message(adapter: Adapter, state: State, round_: int) -> Tensors:
-        return _code(algorithm.message(adapter, leave(PREFIX, state), round_), take(PREFIX, state))[0]
+    def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
+        return {name: torch.zeros_like(t) for name, t in message.items() if _is_coded(t)}
 
-    def combine(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
-        # A message is a function of adapter and state, which are still those of the sending.
-        _, errors = _code(algorithm.message(adapter, leave(PREFIX, state), round_), take(PREFIX, state))
-        inbox = _decode(inbox)
-        new, inner = algorithm.combine(adapter, leave(PREFIX, state), inbox, round_)
-        frames = algorithm.turn(adapter, inbox, new) if algorithm.turn is not None else {}
-        return new, inner | put(PREFIX, turned(errors, frames))
+    def send(adapter: Adapter, state: Tensors, message: Tensors, round_: Round) -> tuple[Tensors, Tensors]:
+        coded: Tensors = {}
+        left: Tensors = {}
+        for name, tensor in message.items():
+            if _is_coded(tensor):
+                code, scale, left[name] = _code(tensor + state[name] if name in state else tensor)
+                coded[f"{PREFIX}code/{name}"], coded[f"{PREFIX}scale/{name}"] = code, scale
+            else:
+                coded[name] = tensor
+        return coded, state | left
 
-    def steer(state: State, gradients: Tensors, round_: int) -> tuple[Tensors, State]:
-        gradients, inner = algorithm.steer(leave(PREFIX, state), gradients, round_)
-        return gradients, state | inner
+    def receive(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> tuple[Inbox, Tensors]:
+        codes, scales = take(f"{PREFIX}code/", inbox.tensors), take(f"{PREFIX}scale/", inbox.tensors)
+        read = {name: code.to(scales[name].dtype) * _along(scales[name], code) for name, code in codes.items()}
+        return replace(inbox, tensors=leave(PREFIX, inbox.tensors) | read), state
 
-    def moments(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-        return algorithm.moments(leave(PREFIX, state), first, second)
+    def after(state: Tensors, change: Change, round_: Round) -> Tensors:
+        return turned(state, change.frames)
 
-    paced = algorithm.paced
-    return algorithm._replace(
-        init=init,
-        message=message,
-        combine=combine,
-        steer=steer,
-        moments=moments,
-        decode=lambda inbox: algorithm.decode(_decode(inbox)),
-        stacks=algorithm.stacks | {PREFIX.rstrip("/")},
-        paced=None if paced is None else lambda rounds: quantized(paced(rounds)),
+    return Transform(
+        "int8", init, send=send, receive=receive, after=after, check=check, stacks=frozenset({PREFIX.rstrip("/")})
     )
 
 
@@ -82,31 +77,24 @@ def _is_coded(tensor: Tensor) -> bool:
     return tensor.dim() > 2 and tensor.is_floating_point()
 
 
-def _code(sent: Tensors, errors: Tensors) -> tuple[Tensors, Tensors]:
-    """The message of codes and scales, and the errors that are left, by the names in `sent`."""
-    coded, left = {}, {}
-    for name, tensor in sent.items():
-        if not _is_coded(tensor):
-            coded[name] = tensor
-            continue
-        y = tensor + errors[name]
-        # What is not finite makes the scale so, and with it the whole tensor: it is not hidden.
-        scale = y.abs().flatten(1).amax(1) / 127
-        code = (y / _along(scale.clamp_min(torch.finfo(y.dtype).tiny), y)).round().to(torch.int8)
-        coded[PREFIX + name], coded[f"{PREFIX}{name}/scale"] = code, scale
-        left[name] = y - code.to(y.dtype) * _along(scale, y)
-    return coded, left
-
-
-def _decode(inbox: Inbox) -> Inbox:
-    tensors = leave(PREFIX, inbox.tensors)
-    received = take(PREFIX, inbox.tensors)
-    for name, code in received.items():
-        if (scale := received.get(f"{name}/scale")) is not None:
-            tensors[name] = code.to(scale.dtype) * _along(scale, code)
-    return replace(inbox, tensors=tensors)
+def _code(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of y (n, ...) the codes q, the scales s (n,), and what is left, y - s q."""
+    # What is not finite makes the scale so, and with it the whole tensor: it is not hidden.
+    scale = y.abs().flatten(1).amax(1) / 127
+    code = (y / _along(scale.clamp_min(torch.finfo(y.dtype).tiny), y)).round().to(torch.int8)
+    return code, scale, y - code.to(y.dtype) * _along(scale, y)
 
 
 def _along(scale: Tensor, tensor: Tensor) -> Tensor:
     """(n,) to the shape that multiplies a tensor (n, ...)."""
     return scale.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _asked(messages: Literal["full", "int8"] = "full") -> Transform | None:
+    if messages not in ("full", "int8"):
+        raise unknown("algorithm.messages", messages, ("full", "int8"))
+    return int8() if messages == "int8" else None
+
+
+# Last, so that what other transforms add to a message is coded, too.
+KINDS = {"int8": TransformKind(int8, "messages as int8 with error feedback", place=90, asked=_asked)}

@@ -11,7 +11,7 @@ rounds, which holds the neighbours' progress and is smoother than local gradient
 from the paper: a round has several local steps, in which the optimizer's own momentum goes on from the new buffer. A
 step of AdamW is -lr m / sqrt(v), so sqrt(v) q is the first moment that would step along q; its norm is taken from m,
 since a difference of factors has the scale of the learning rate and not of gradients. The second moment stays the
-agent's own. x_i(t - 1) and q_i are turned with the factors where their frame changes (`Algorithm.turn`).
+agent's own. x_i(t - 1) and q_i are turned with the factors where their frame changes (`Rule.turn`).
 """
 
 from __future__ import annotations
@@ -19,62 +19,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
-from decaf_lora.adapters.names import leave, put, take
-from decaf_lora.algorithms.contract import Algorithm, State, reset_moments, turned
-from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors, put, take
+from decaf_lora.algorithms.contract import (
+    Change,
+    Round,
+    Rule,
+    Setting,
+    Transform,
+    check_factors,
+    reset_moments,
+    turned,
+)
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
-PREFIX = "quasi/"
-"""Of the names in the state: quasi/last/NAME is x_i(t - 1), quasi/q/NAME is q_i."""
 
+def quasi_global(mu: float = 0.9) -> Transform:
+    """Quasi-global momentum.
 
-def quasi_global_momentum(algorithm: Algorithm, mu: float = 0.9) -> Algorithm:
-    """`algorithm` with quasi-global momentum; mu in [0, 1) is how much of the buffer a round keeps.
+    The state has last/NAME, x_i(t - 1), and q/NAME, q_i.
 
-    The algorithm must train the same factors in every round.
+    Args:
+        mu: in [0, 1), how much of the buffer a round keeps: 0 uses the last round only, 0.9 a long average.
+
+    Raises:
+        UserError: `mu` is out of range, or the rule resets the moments or trains other factors in other rounds.
     """
     if not 0 <= mu < 1:
         raise UserError(f"algorithm.quasi_global: {mu:g} is not at least 0 and below 1.")
-    if algorithm.moments is reset_moments:
-        raise UserError(
-            "algorithm.quasi_global: it needs the moments that algorithm.moments = reset empties; choose another."
-        )
 
-    def init(adapter: Adapter) -> State:
-        trained = adapter.tensors(algorithm.trains(1))
-        q = {k: torch.zeros_like(t) for k, t in trained.items()}
-        return algorithm.init(adapter) | put(PREFIX + "last/", trained) | put(PREFIX + "q/", q)
+    def check(rule: Rule) -> None:
+        if rule.moments is reset_moments:
+            raise UserError(
+                "algorithm.quasi_global: it needs the moments that algorithm.moments = reset empties; choose another."
+            )
+        check_factors(rule, "algorithm.quasi_global")
 
-    def combine(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
-        new, inner = algorithm.combine(adapter, leave(PREFIX, state), inbox, round_)
-        frames = algorithm.turn(adapter, inbox, new) if algorithm.turn is not None else {}
-        last, q = (turned(take(f"{PREFIX}{kind}/", state), frames) for kind in ("last", "q"))
-        now = new.tensors(algorithm.trains(1))
-        q = {k: mu * t + (1 - mu) * (last[k] - now[k]) for k, t in q.items()}
-        return new, inner | put(PREFIX + "last/", now) | put(PREFIX + "q/", q)
+    def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
+        return put("last/", trained) | {f"q/{name}": torch.zeros_like(t) for name, t in trained.items()}
 
-    def message(adapter: Adapter, state: State, round_: int) -> Tensors:
-        return algorithm.message(adapter, leave(PREFIX, state), round_)
+    def after(state: Tensors, change: Change, round_: Round) -> Tensors:
+        state, now = turned(state, change.frames), change.new.tensors()
+        last, q = take("last/", state), take("q/", state)
+        q = {name: mu * t + (1 - mu) * (last[name] - now[name]) for name, t in q.items()}
+        return {f"last/{name}": now[name] for name in q} | put("q/", q)
 
-    def steer(state: State, gradients: Tensors, round_: int) -> tuple[Tensors, State]:
-        gradients, inner = algorithm.steer(leave(PREFIX, state), gradients, round_)
-        return gradients, state | inner
-
-    def moments(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-        first, second = algorithm.moments(leave(PREFIX, state), first, second)
-        q = take(PREFIX + "q/", state)
+    def moments(state: Tensors, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
+        q = take("q/", state)
         return {k: _along(q[k], m, second.get(k)) if k in q else m for k, m in first.items()}, second
 
-    paced = algorithm.paced
-    return algorithm._replace(
-        init=init,
-        combine=combine,
-        message=message,
-        steer=steer,
-        moments=moments,
-        paced=None if paced is None else lambda rounds: quasi_global_momentum(paced(rounds), mu),
-    )
+    return Transform("quasi_global", init, after=after, moments=moments, check=check)
 
 
 def _along(q: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
@@ -82,3 +77,15 @@ def _along(q: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
     p = q if second is None else q * second.sqrt()
     size, norm = (x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1)) for x in (first, p))
     return torch.where(norm > 0, p * (size / torch.where(norm > 0, norm, 1.0)), first)
+
+
+_quasi_global = quasi_global
+
+
+def _asked(quasi_global: float | None = None) -> Transform | None:
+    return None if quasi_global is None else _quasi_global(quasi_global)
+
+
+KINDS = {
+    "quasi_global": TransformKind(quasi_global, "quasi-global momentum", "quasi_global:0.9", place=20, asked=_asked)
+}

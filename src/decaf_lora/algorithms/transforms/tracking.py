@@ -22,9 +22,16 @@ optimizer such as AdamW follows, and
   c_i is lost.
 - frames. A product can be split in many ways, so factors, and gradients with them, have a frame (A' = P A,
   B' = B P^T). Messages are mixed as the plain factor average is mixed, that is in the frames they were sent
-  in, which the sums above take for one. Where a rule moves on from the average's frame (`Algorithm.turn`) c
+  in, which the sums above take for one. Where a rule moves on from the average's frame (`Rule.turn`) c
   and what is in transit are turned by the same P. Frames of neighbours that differ cost accuracy of c; the
   sum over agents stays 0 as long as no P differs from another.
+- misses. Where agents may miss each other (in a mesh) an end may add an exchange that the other has not added, and
+  sum_i c_i would stay off 0 for ever. So c is also kept by edge,
+
+      c_i = sum_j f_ij,    f_ij <- f_ij + gamma Pi_ij (d_j - d_i) = -f_ji,
+
+  and where the ends of an edge find that they did not add the same exchanges (`Inbox.forget`), both take f out of c
+  and begin anew. Memory: one adapter for each neighbour.
 """
 
 from __future__ import annotations
@@ -32,95 +39,111 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Tensors
-from decaf_lora.adapters.names import leave, put, take
-from decaf_lora.algorithms.contract import Algorithm, State, turned
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors, leave, put, take
+from decaf_lora.algorithms.contract import (
+    Change,
+    Round,
+    Rule,
+    Setting,
+    Transform,
+    check_factors,
+    turned,
+)
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
-PREFIX = "track/"
-"""Of the names of state and messages here: track/c/NAME, track/sum/NAME, track/steps; d travels as track/NAME."""
+PREFIX = "tracking/"
+"""Of the names in a message: d travels as tracking/NAME. The state has c/NAME, sum/NAME (of gradients) and steps; over
+a period also own/NAME (G) and mixing/NAME (d on its way), in a mesh f/NEIGHBOUR/NAME."""
 
 
-def tracked(algorithm: Algorithm, gamma: float = 1.0, period: int = 1) -> Algorithm:
-    """`algorithm` with gradient tracking.
+def tracking(gamma: float = 1.0) -> Transform:
+    """Gradient tracking.
 
-    gamma in (0, 1]: how far c moves at an update. period: T, the rounds from one update to the next; a run sets
-    it to what its schedule takes. The algorithm must train the same factors in every round.
+    Args:
+        gamma: in (0, 1], how far c moves at an update.
+
+    Raises:
+        UserError: `gamma` is out of range, or the rule trains other factors in other rounds.
     """
     if not 0 < gamma <= 1:
         raise UserError(f"algorithm.tracking_gamma: {gamma:g} is not above 0 and at most 1.")
 
-    def init(adapter: Adapter) -> State:
-        trained = adapter.tensors(algorithm.trains(1))
-        kinds = ("c", "sum") if period == 1 else ("c", "sum", "own", "mixing")
+    def check(rule: Rule) -> None:
+        check_factors(rule, "algorithm.tracking")
+
+    def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
+        kinds = ("c", "sum") if setting.period == 1 else ("c", "sum", "own", "mixing")
         zeros = {f"{kind}/{name}": torch.zeros_like(t) for kind in kinds for name, t in trained.items()}
-        steps = next(iter(trained.values())).new_zeros(adapter.num_agents)
-        return algorithm.init(adapter) | put(PREFIX, zeros | {"steps": steps})
+        zeros |= {f"f/{j}/{name}": torch.zeros_like(t) for j in setting.neighbours for name, t in trained.items()}
+        return zeros | {"steps": next(iter(trained.values())).new_zeros(adapter.num_agents)}
 
-    def steer(state: State, gradients: Tensors, round_: int) -> tuple[Tensors, State]:
-        gradients, inner = algorithm.steer(leave(PREFIX, state), gradients, round_)
+    def steer(state: Tensors, gradients: Tensors, round_: Round) -> tuple[Tensors, Tensors]:
+        correction, sums = take("c/", state), take("sum/", state)
         works = torch.stack([g.flatten(1).any(1) for g in gradients.values()]).any(0)
-        sums = {f"sum/{name}": state[f"{PREFIX}sum/{name}"] + g for name, g in gradients.items()}
-        steered = {name: g + state[f"{PREFIX}c/{name}"] for name, g in gradients.items()}
-        steps = state[PREFIX + "steps"]
-        return steered, state | inner | put(PREFIX, sums | {"steps": steps + works.to(steps)})
+        sums = {name: sums[name] + g for name, g in gradients.items()}
+        steered = {name: g + correction[name] for name, g in gradients.items()}
+        return steered, state | put("sum/", sums) | {"steps": state["steps"] + works.to(state["steps"])}
 
-    def message(adapter: Adapter, state: State, round_: int) -> Tensors:
-        if _first(round_):
-            correction = take(PREFIX + "c/", state)
-            d = {name: g + correction[name] for name, g in _means(state).items()}
-            d = _over_scale(adapter, d, -1)
-        else:
-            d = take(PREFIX + "mixing/", state)
-        return algorithm.message(adapter, leave(PREFIX, state), round_) | put(PREFIX, d)
+    def send(adapter: Adapter, state: Tensors, message: Tensors, round_: Round) -> tuple[Tensors, Tensors]:
+        if not round_.opens:
+            return message | put(PREFIX, take("mixing/", state)), state
+        correction, own = take("c/", state), _means(state)
+        d = _over_scale(adapter, {name: g + correction[name] for name, g in own.items()}, -1)
+        since = {name: torch.zeros_like(t) for name, t in state.items() if name == "steps" or name.startswith("sum/")}
+        return message | put(PREFIX, d), state | since | put("own/", own)
 
-    def combine(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
-        rest = replace(inbox, tensors=leave(PREFIX, inbox.tensors))
-        new, inner = algorithm.combine(adapter, leave(PREFIX, state), rest, round_)
-        frames = algorithm.turn(adapter, rest, new) if algorithm.turn is not None else {}
-        c, own = take(PREFIX + "c/", state), _means(state) if _first(round_) else take(PREFIX + "own/", state)
-        mixed = {name: inbox.average(PREFIX + name) for name in c}
-        if round_ % period == 0:
-            news = _over_scale(adapter, mixed, 1)
+    def receive(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> tuple[Inbox, Tensors]:
+        mixed = {name: inbox.average(PREFIX + name) for name in take("c/", state)}
+        state = relayed(adapter, state, inbox, round_)
+        return replace(inbox, tensors=leave(PREFIX, inbox.tensors)), state | put("mixing/", mixed)
+
+    def relayed(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> Tensors:
+        return _booked(adapter, state, inbox, gamma) if any(name.startswith("f/") for name in state) else state
+
+    def after(state: Tensors, change: Change, round_: Round) -> Tensors:
+        if round_.closes:
+            c, own = take("c/", state), take("own/", state)
+            news = _over_scale(change.old, take("mixing/", state), 1)
             c = {name: (1 - gamma) * t + gamma * (news[name] - own[name]) for name, t in c.items()}
-            c = adapter.trim(c)
-        sums, steps = take(PREFIX + "sum/", state), state[PREFIX + "steps"]
-        if _first(round_):  # they have just been sent
-            sums, steps = {name: torch.zeros_like(t) for name, t in sums.items()}, torch.zeros_like(steps)
-        parts = {"c": c, "sum": sums} | ({"own": own, "mixing": mixed} if period > 1 else {})
-        named = {f"{kind}/{k}": t for kind, part in parts.items() for k, t in part.items()}
-        return new, inner | put(PREFIX, turned(named, frames) | {"steps": steps})
+            state = state | put("c/", change.old.trim(c))
+        if round_.period == 1:  # nothing is on its way between rounds
+            state = leave("own/", leave("mixing/", state))
+        return turned(state, change.frames)
 
-    def relay(adapter: Adapter, inbox: Inbox, round_: int) -> tuple[Tensors, Tensor]:
-        assert algorithm.relay is not None
-        sent, cut = algorithm.relay(adapter, replace(inbox, tensors=leave(PREFIX, inbox.tensors)), round_)
-        return sent | {k: inbox.average(k) for k in inbox.tensors if k.startswith(PREFIX)}, cut
-
-    def moments(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-        return algorithm.moments(leave(PREFIX, state), first, second)
-
-    def _first(round_: int) -> bool:
-        return (round_ - 1) % period == 0
-
-    return algorithm._replace(
-        name=f"{algorithm.name}_tracked",
-        init=init,
-        steer=steer,
-        message=message,
-        combine=combine,
-        relay=None if algorithm.relay is None else relay,
-        moments=moments,
-        paced=lambda rounds: tracked(algorithm, gamma, rounds),
+    return Transform(
+        "tracking", init, steer, send, receive, relayed, after, check=check, periodic=True, suffix="_tracked"
     )
 
 
-def _means(state: State) -> Tensors:
+def _booked(adapter: Adapter, state: Tensors, inbox: Inbox, gamma: float) -> Tensors:
+    """The accounts f of the edges of one agent after an exchange.
+
+    An account that is emptied leaves c, too: c_i of after the exchange is c_i - gamma G_i and what does not depend on
+    G_i, so that f / gamma is added to G_i.
+    """
+    state = dict(state)
+    for j in sorted(inbox.forget):
+        for name, f in take(f"f/{j}/", state).items():
+            state[f"own/{name}"] = state[f"own/{name}"] + f / gamma
+            state[f"f/{j}/{name}"] = torch.zeros_like(f)
+    position, own = {j: k for k, j in enumerate(inbox.senders)}, inbox.own[0]
+    for neighbour, weight in inbox.weights_of_first().items():
+        j, k = int(neighbour), position[int(neighbour)]
+        sent = {name: inbox.tensors[PREFIX + name] for name in take(f"f/{j}/", state)}
+        news = {name: gamma * weight * (d[k : k + 1] - d[own : own + 1]) for name, d in sent.items()}
+        for name, added in adapter.trim(_over_scale(adapter, news, 1)).items():
+            state[f"f/{j}/{name}"] = state[f"f/{j}/{name}"] + added
+    return state
+
+
+def _means(state: Tensors) -> Tensors:
     """name -> (n, ...) G, the mean gradient since it was last sent; 0 before the first step."""
-    steps = state[PREFIX + "steps"].clamp_min(1)
-    return {name: t / steps.view(-1, *[1] * (t.dim() - 1)) for name, t in take(PREFIX + "sum/", state).items()}
+    steps = state["steps"].clamp_min(1)
+    return {name: t / steps.view(-1, *[1] * (t.dim() - 1)) for name, t in take("sum/", state).items()}
 
 
 def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
@@ -129,3 +152,13 @@ def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
         return gradients
     scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
     return {name: g * scales[name] if name in scales else g for name, g in gradients.items()}
+
+
+_tracking = tracking
+
+
+def _asked(tracking: bool = False, tracking_gamma: float = 1.0) -> Transform | None:
+    return _tracking(tracking_gamma) if tracking else None
+
+
+KINDS = {"tracking": TransformKind(tracking, "gradient tracking", "tracking:0.5", place=30, asked=_asked)}

@@ -46,6 +46,18 @@ _OPTIONS = [
 ]
 
 
+def check_free(address: str) -> None:
+    """Raises UserError if host:port cannot be listened on: taken, or not this machine's. gRPC says it in many lines."""
+    host, _, port = address.rpartition(":")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"listen: cannot listen on {address} ({error.strerror}); name an address of this machine and a free port."
+        ) from None
+
+
 class Links:
     """The connections of an agent to its neighbours; `engines.mesh.link.Link` for the protocol over it.
 
@@ -163,17 +175,11 @@ class Links:
             service, _, method = _METHOD[1:].partition("/")
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
             dialled_by = [neighbour for neighbour in self._neighbours.values() if neighbour.dials]
-            host, _, port = self._listen.rpartition(":")
-            try:  # the standard library says in one line what gRPC says in several
-                socket.create_server(
-                    (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-                ).close()
+            check_free(self._listen)
+            try:
                 self.port = self._server.add_secure_port(self._listen, tls.listening(self._own, dialled_by))
-            except (OSError, RuntimeError) as error:
-                why = getattr(error, "strerror", None) or "the port is taken"
-                raise UserError(
-                    f"listen: cannot listen on {self._listen} ({why}); name an address of this machine and a free port."
-                ) from None
+            except RuntimeError:
+                raise UserError(f"listen: cannot listen on {self._listen}; name a free port.") from None
             await self._server.start()
         for neighbour in self._neighbours.values():
             if not neighbour.dials:

@@ -120,7 +120,7 @@ class Edge:
     """When it was certain whether its message of the open exchange is used."""
     mute: bool = False
     """Whether it has left this agent's message of the open exchange unanswered for so long that its connections are
-    refused until the exchange is over."""
+    refused until its patience has ended, as if the link were down."""
     rejected: int = 0
     """Bad messages since the last sound one."""
     served: tuple[int | None, int] = (None, -1)

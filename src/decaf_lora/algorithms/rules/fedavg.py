@@ -7,10 +7,15 @@ with weights n_j / n, and with equal sample sizes exactly that; the same code se
 adapter once a round, to the server.
 """
 
-from decaf_lora.algorithms.contract import Algorithm
-from decaf_lora.algorithms.dlora import average_factors, send_factors
+from decaf_lora.algorithms.contract import Rule
+from decaf_lora.algorithms.rules.dlora import average_factors, send_factors
+from decaf_lora.algorithms.transforms.chain import Algorithm, chain
+from decaf_lora.kinds import Kind
 
 
 def fedavg() -> Algorithm:
     """Server averaging of both factors, weighted by sample size; every agent takes part in every round."""
-    return Algorithm(name="fedavg", topology="server", message=send_factors, combine=average_factors)
+    return chain(Rule("fedavg", topology="server", message=send_factors, combine=average_factors))
+
+
+KINDS = {"fedavg": Kind(fedavg, "a server averages both factors by sample size")}

@@ -6,9 +6,14 @@ It takes as many optimizer steps as an agent and sees in every step as many exam
 together (batch N b), so it is what the agents could reach if they pooled their data.
 """
 
-from decaf_lora.algorithms.contract import Algorithm
+from decaf_lora.algorithms.contract import Rule
+from decaf_lora.algorithms.transforms.chain import Algorithm, chain
+from decaf_lora.kinds import Kind
 
 
 def centralized() -> Algorithm:
     """One agent trains on the union of all shards."""
-    return Algorithm(name="centralized", topology="pooled")
+    return chain(Rule("centralized", topology="pooled"))
+
+
+KINDS = {"centralized": Kind(centralized, "one agent that holds all the data")}

@@ -29,13 +29,15 @@ import torch
 from torch import Tensor
 
 from decaf_lora import lowrank
-from decaf_lora.adapters.adapter import Adapter, Tensors
-from decaf_lora.algorithms.contract import Algorithm, State, reset_moments
-from decaf_lora.algorithms.dlora import send_factors
+from decaf_lora.adapters.adapter import Adapter
+from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
+from decaf_lora.algorithms.contract import Combined, Order, Round, Rule, Setting, reset_moments
 from decaf_lora.algorithms.inbox import Group, Inbox, average_all
-from decaf_lora.algorithms.transforms import feedback
-from decaf_lora.algorithms.transforms.options import Messages, with_options
+from decaf_lora.algorithms.rules.dlora import send_factors
+from decaf_lora.algorithms.transforms.chain import Algorithm
+from decaf_lora.algorithms.transforms.table import Messages, with_options
 from decaf_lora.errors import UserError, unknown
+from decaf_lora.kinds import Kind
 
 GAUGES: tuple[str, ...] = (
     "balanced",
@@ -49,7 +51,7 @@ DEFAULT_GAUGE = "balanced-rotated"
 
 def decaf(
     gauge: str = "rotated",
-    order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
+    order: Order = "adapt-combine",
     moments: Literal["keep", "reset", "transport"] = "keep",
     reference: Literal["average", "own"] = "average",
     relay_rank: int | None = None,
@@ -61,12 +63,22 @@ def decaf(
 ) -> Algorithm:
     """Product gossip with truncation.
 
-    gauge: one of `GAUGES`, or "rotated", the default rotated one. order: train then mix, or mix then train.
-    moments: what becomes of Adam's moments after the factors changed frame. reference: the frame that rotated
-    gauges turn to, the neighbourhood's plain factor average or the agent's own factors before mixing.
-    relay_rank: with several exchanges in a round, the rank (at least r) to which stacks are cut between them;
-    None forwards them whole. tracking: see tracking.py; truncation_feedback (f): feedback.py; quasi_global (mu):
-    quasi_global.py; messages: int8.py.
+    Args:
+        gauge: one of `GAUGES`, or "rotated", the default rotated one.
+        order: train then mix, or mix then train.
+        moments: what becomes of Adam's moments after the factors changed frame.
+        reference: the frame that rotated gauges turn to, the neighbourhood's plain factor average or the agent's own
+            factors before mixing.
+        relay_rank: with several exchanges in a round, the rank (at least r) to which stacks are cut between them; None
+            forwards them whole.
+        tracking: lay gradient tracking over it (transforms/tracking.py), with `tracking_gamma`.
+        tracking_gamma: in (0, 1], how far a correction moves at an update.
+        truncation_feedback: how much of what was cut comes back, in (0, 1] (transforms/feedback.py); None: off.
+        quasi_global: the decay of quasi-global momentum (transforms/quasi_global.py); None: off.
+        messages: "full" as they are, or "int8" (transforms/int8.py).
+
+    Raises:
+        UserError: an option is unknown or out of range, or two do not go together; names the fields.
     """
     if gauge == "rotated":
         gauge = DEFAULT_GAUGE
@@ -74,78 +86,83 @@ def decaf(
         raise unknown("algorithm.gauge", gauge, (*GAUGES, "rotated"))
     if moments not in ("keep", "reset", "transport"):
         raise unknown("algorithm.moments", moments, ("keep", "reset", "transport"))
-    feedback.check(truncation_feedback)
     if relay_rank is not None and relay_rank < 1:
         raise UserError(f"algorithm.relay_rank: {relay_rank} is below 1; give a rank, or leave it unset.")
 
-    def init(adapter: Adapter) -> State:
+    def init(adapter: Adapter, setting: Setting) -> Tensors:
         # A's scale is a constant of the run: averages of unrelated frames shrink, and a scale taken from
         # them collapses the adapter when agents start independently.
         state = {
             f"a_scale/{k}": (a.square().sum(-1).sum(-1) / adapter.rank_of(k).to(a)).sqrt() for k, a in adapter.A.items()
         }
-        if truncation_feedback is not None:
-            state |= feedback.init(adapter)
         if moments == "transport":
             for k, a in adapter.A.items():
                 state[f"frame/{k}"] = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).repeat(len(a), 1, 1)
         return state
 
-    def combine(adapter: Adapter, state: State, inbox: Inbox, round_: int) -> tuple[Adapter, State]:
-        new_a, new_b, state = dict(adapter.A), dict(adapter.B), dict(state)
+    def combine(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> Combined:
+        new_a, new_b, state, rest = dict(adapter.A), dict(adapter.B), dict(state), Tensors()
         for layers in adapter.shape_groups():
             old_a = torch.stack([adapter.A[k] for k in layers])
             old_b = torch.stack([adapter.B[k] for k in layers])
             a_scale = torch.stack([state[f"a_scale/{k}"] for k in layers])
             scale = torch.stack([adapter.scale[k] for k in layers])
-            mixed_a, mixed_b, rest_a, rest_b = (torch.zeros_like(x) for x in (old_a, old_b, old_a, old_b))
+            mixed_a, mixed_b = torch.zeros_like(old_a), torch.zeros_like(old_b)
+            added = _stacked_products(inbox.carried, layers) if inbox.carried else None
+            left = None if added is None else tuple(torch.zeros_like(x) for x in added)
             for whole in inbox.groups:
                 for rank, group in whole.split(adapter.rank_of(layers[0])):
                     to = group.receivers
                     own = (old_a[:, to, :rank], old_b[:, to, :, :rank]) if reference == "own" else None
-                    carried = None
-                    if truncation_feedback is not None:
-                        carried = feedback.carried(state, layers, to, truncation_feedback)
-                    mixed_a[:, to, :rank], mixed_b[:, to, :, :rank], *rest = _mix(
+                    carried = None if added is None else (added[0][:, to], added[1][:, to])
+                    mixed_a[:, to, :rank], mixed_b[:, to, :, :rank], *cut = _mix(
                         inbox, group, layers, gauge, rank, own, a_scale[:, to], scale[:, to], carried
                     )
-                    if carried is not None:
-                        rest_a[:, to], rest_b[:, to] = rest
-            if truncation_feedback is not None:
-                state |= feedback.kept(layers, rest_a, rest_b)
+                    if left is not None:
+                        left[0][:, to], left[1][:, to] = cut
+            if left is not None:
+                rest |= {f"A/{k}": t for k, t in zip(layers, left[0], strict=True)}
+                rest |= {f"B/{k}": t for k, t in zip(layers, left[1], strict=True)}
             for index, layer in enumerate(layers):
                 new_a[layer], new_b[layer] = mixed_a[index], mixed_b[index]
             if moments == "transport":
                 frames = lowrank.frame_change(old_a, old_b, mixed_a, mixed_b)
                 state.update({f"frame/{k}": _within(adapter, k, frames[i]) for i, k in enumerate(layers)})
-        extras = average_all(inbox, [name for name in inbox.tensors if name.startswith("extras/")])
-        return replace(adapter, A=new_a, B=new_b).with_tensors(extras), state
+        extras = average_all(inbox, [name for name in inbox.tensors if owner(name) == "extras"])
+        return Combined(replace(adapter, A=new_a, B=new_b).with_tensors(extras), state, rest)
 
-    def transport(state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
+    def transport(state: Tensors, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
         return _rotate(state, first, power=1), _rotate(state, second, power=2)
 
-    def relay(adapter: Adapter, inbox: Inbox, round_: int) -> tuple[Tensors, Tensor]:
+    def relay(adapter: Adapter, inbox: Inbox, round_: Round) -> tuple[Tensors, Tensor]:
         return _recompress(adapter, inbox, relay_rank or 1)
 
-    algorithm = Algorithm(
-        name="decaf",
+    rule = Rule(
+        "decaf",
         order=order,
         init=init,
         message=send_factors,
         combine=combine,
-        stacks=frozenset({"A", "B"}),
         relay=None if relay_rank is None else relay,
         # The other gauges are turned onto the plain factor average already.
         turn=_turn if reference == "own" or gauge in ("balanced", "orthonormal") else None,
+        stacks=frozenset({"A", "B"}),
+        truncates=True,
     )
-    rules = {"keep": algorithm.moments, "reset": reset_moments, "transport": transport}
-    algorithm = algorithm._replace(moments=rules[moments])
-    return with_options(algorithm, tracking, tracking_gamma, quasi_global, messages)
+    rules = {"keep": rule.moments, "reset": reset_moments, "transport": transport}
+    return with_options(
+        rule._replace(moments=rules[moments]),
+        tracking=tracking,
+        tracking_gamma=tracking_gamma,
+        quasi_global=quasi_global,
+        messages=messages,
+        truncation_feedback=truncation_feedback,
+    )
 
 
 def decaf_tracked(
     gauge: str = "rotated",
-    order: Literal["adapt-combine", "combine-adapt"] = "adapt-combine",
+    order: Order = "adapt-combine",
     moments: Literal["keep", "reset", "transport"] = "keep",
     reference: Literal["average", "own"] = "average",
     relay_rank: int | None = None,
@@ -154,19 +171,24 @@ def decaf_tracked(
     quasi_global: float | None = None,
     messages: Messages = "full",
 ) -> Algorithm:
-    """DeCAF with gradient tracking (tracking.py)."""
+    """DeCAF with gradient tracking; arguments and errors as those of `decaf`."""
     return decaf(
         gauge,
         order,
         moments,
         reference,
         relay_rank,
-        True,
-        tracking_gamma,
-        truncation_feedback,
-        quasi_global,
-        messages,
+        tracking=True,
+        tracking_gamma=tracking_gamma,
+        truncation_feedback=truncation_feedback,
+        quasi_global=quasi_global,
+        messages=messages,
     )
+
+
+def _stacked_products(tensors: Tensors, layers: list[str]) -> tuple[Tensor, Tensor]:
+    """(L, n, q, d_in), (L, n, d_out, q): factors of layers of one shape."""
+    return torch.stack([tensors[f"A/{k}"] for k in layers]), torch.stack([tensors[f"B/{k}"] for k in layers])
 
 
 def _mix(
@@ -217,7 +239,7 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
     """The mixed products cut to `rank` (between the adapters' own and the layers' full one), all else averaged;
     (n,) Frobenius norm of what was cut, over all layers."""
     stacked = {f"{factor}/{k}" for factor in "AB" for k in adapter.layers}
-    message = average_all(inbox, [k for k in inbox.tensors if k not in stacked and not k.startswith("scale/")])
+    message = average_all(inbox, [k for k in inbox.tensors if k not in stacked and owner(k) != "scale"])
     cut = torch.zeros(inbox.num_receivers, dtype=torch.float64)
     for layers in adapter.shape_groups():
         a, b = adapter.A[layers[0]], adapter.B[layers[0]]
@@ -262,14 +284,20 @@ def _within(adapter: Adapter, layer: str, frames: Tensor) -> Tensor:
     return torch.where(both, frames, torch.eye(frames.shape[-1], dtype=frames.dtype, device=frames.device))
 
 
-def _rotate(state: State, moments: Tensors, power: int) -> Tensors:
+def _rotate(state: Tensors, moments: Tensors, power: int) -> Tensors:
     """Carries moments (n, ...) into the new frame: A' = P A, B' = B P^T, elementwise squares for the second."""
     turned = {}
     for key, tensor in moments.items():
-        group, name = key.split("/", 1)
-        if group == "A":
-            tensor = state[f"frame/{name}"].pow(power) @ tensor
-        elif group == "B":
-            tensor = tensor @ state[f"frame/{name}"].pow(power).mT
+        factor, layer = factor_and_layer(key)
+        if factor == "A":
+            tensor = state[f"frame/{layer}"].pow(power) @ tensor
+        elif factor == "B":
+            tensor = tensor @ state[f"frame/{layer}"].pow(power).mT
         turned[key] = tensor
     return turned
+
+
+KINDS = {
+    "decaf": Kind(decaf, "mix the products, and truncate them to the rank"),
+    "decaf_tracked": Kind(decaf_tracked, "decaf with gradient tracking"),
+}

@@ -1,0 +1,1 @@
+"""The rules: one file each, its formula on top. `decaf_lora.algorithms` hands their functions on."""

@@ -1,0 +1,305 @@
+"""One agent's side of a round's exchange: message, neighbours, combination, and what was sent for it.
+
+No task, no model and no trainer: a run, a plan and a test of theory all make their exchanges here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
+from decaf_lora.algorithms.contract import Round, Setting
+from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.chain import Algorithm, State
+from decaf_lora.engines.base import Engine, Pending, Sizes
+from decaf_lora.errors import UserError
+from decaf_lora.graphs import Graph, Schedule
+from decaf_lora.timing import Phases, unwatched
+
+
+def exchanges_of_round(schedule: Schedule, gossip_steps: int | Literal["period"]) -> int:
+    """How many exchanges a round has: as many as given, or as the schedule has graphs.
+
+    Raises:
+        UserError: "period" of a schedule that has none.
+    """
+    if gossip_steps != "period":
+        return gossip_steps
+    if schedule.period is None:
+        raise UserError(f"gossip_steps: {schedule.name} never starts again, so it has no period; give a number.")
+    return schedule.period
+
+
+def rounds_to_reach_all(schedule: Schedule, gossip_steps: int) -> int:
+    """Rounds until everybody has heard of everybody; of a periodic schedule, until it starts again with a round."""
+    if schedule.period is not None:
+        return math.lcm(schedule.period, gossip_steps) // gossip_steps
+    return math.ceil(schedule.pace / gossip_steps)
+
+
+def refuse_alone(algorithm: Algorithm, schedule: Schedule, steps: int) -> None:
+    """UserError for what an agent cannot do that talks to its neighbours alone, each on a machine of its own.
+
+    Args:
+        algorithm: what it is to do.
+        schedule: the graph of every exchange.
+        steps: exchanges in a round.
+    """
+    if algorithm.topology == "server":
+        raise UserError(f"algorithm: {algorithm.name} needs a server; use decaf on the complete graph.")
+    if algorithm.topology == "pooled":
+        raise UserError(f"algorithm: {algorithm.name} needs all data in one place; use decaf on the complete graph.")
+    if algorithm.topology == "none":
+        return
+    if schedule.period is None:
+        raise UserError(
+            f"graph: {schedule.name} never starts again, so an agent cannot know whom to connect to; give one graph, "
+            "or a schedule that repeats."
+        )
+    if steps > 1 and not algorithm.relays:
+        coded = any(transform.name == "int8" for transform in algorithm.transforms)
+        raise UserError(
+            f"gossip_steps: {steps} exchanges a round need algorithm.relay_rank here, as messages go to neighbours only"
+            + (", and algorithm.messages int8 cannot be combined with it; use full messages, or 1." if coded else ".")
+        )
+    if algorithm.periodic and (rounds := rounds_to_reach_all(schedule, steps)) > 1:
+        raise UserError(
+            f"algorithm.tracking: over the {rounds} rounds of {schedule.name} it needs agents that never miss one; use "
+            "a graph that stays the same, or leave tracking out."
+        )
+
+
+def _neighbours(schedule: Schedule, agent: int) -> tuple[int, ...]:
+    """All agents with which an agent ever exchanges on a schedule that repeats."""
+    return tuple(sorted({j for round_ in range(schedule.period or 1) for j in schedule.at(round_).neighbours(agent)}))
+
+
+class Templates(NamedTuple):
+    """What the messages of a run look like; the values mean nothing."""
+
+    hops: list[tuple[Tensors, Sizes]]
+    """For each exchange of a round a message, name -> (n, ...), and what of it travels."""
+    held: Tensors
+    """What `Engine.hold` gets."""
+
+
+class Started(NamedTuple):
+    """The first exchange of a round, on its way."""
+
+    round: Round
+    message: Tensors
+    sizes: Sizes
+    state: State
+    """The state to go on with once the exchange has been made; until then the old one holds."""
+    pending: Pending[Inbox]
+
+
+class Exchanged(NamedTuple):
+    """What an exchange has come to."""
+
+    round: Round
+    """The round that it belongs to: the one that was started, or a later one where the neighbours were ahead."""
+    adapter: Adapter
+    state: State
+    inbox: Inbox
+    """What arrived last, as the rule saw it."""
+    cut: Tensor | None
+    """(n,) norm of what was left out between the exchanges of a round; None where nothing is."""
+    bytes_sent: float
+    """By an agent, mean over the agents reported."""
+    wire_bytes: float | None
+    """Of them between processes, as the engine counts them."""
+
+
+class _Costs(NamedTuple):
+    """Bytes: as `Exchanged` tells them."""
+
+    bytes_sent: float = 0.0
+    wire_bytes: float | None = None
+
+
+class Exchange:
+    """Makes the exchanges of an algorithm on a schedule of graphs.
+
+    Args:
+        algorithm: one whose topology is "graph" or "server".
+        schedule: the graph of every exchange.
+        engine: where the agents live.
+        gossip_steps: exchanges in a round.
+        seed: of the run.
+        ranks: layer -> rank of each of the N agents, where agents differ: they send no more than their own.
+        phase: what to be in during "exchange" and "combine".
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        schedule: Schedule,
+        engine: Engine,
+        *,
+        gossip_steps: int = 1,
+        seed: int = 0,
+        ranks: Mapping[str, Sequence[int]] | None = None,
+        phase: Phases = unwatched,
+    ) -> None:
+        self.algorithm, self.schedule, self.engine = algorithm, schedule, engine
+        self.gossip_steps, self.phase = gossip_steps, phase
+        self._ranks = ranks or {}
+        # Of a random schedule it takes long to find, and not every one ever reaches all.
+        known = schedule.period is not None or algorithm.periodic
+        period = rounds_to_reach_all(schedule, gossip_steps) if known else 1
+        self.setting = Setting(
+            tuple(engine.agents),
+            engine.num_agents,
+            seed,
+            period,
+            () if len(engine.reports) == engine.num_agents else _neighbours(schedule, engine.agents[0]),
+            lambda: schedule.sigma_2_per_round**gossip_steps,
+        )
+        rounds = (Round(number, period) for number in range(1, 100))
+        self._trained = frozenset[Factor]().union(*map(algorithm.trains, rounds))
+        self._windows = functools.lru_cache(maxsize=64)(schedule.window)
+
+    def round(self, number: int) -> Round:
+        """Round `number`, from 1."""
+        return Round(number, self.setting.period)
+
+    def init(self, adapter: Adapter) -> State:
+        """The algorithm's state before the first round."""
+        return self.algorithm.init(adapter, self.setting)
+
+    def templates(self, adapter: Adapter) -> Templates:
+        """What an engine must know of messages before the first arrives."""
+        message, _ = self.algorithm.send(adapter, self.init(adapter), self.round(1))
+        hops, everybody = [(message, self._own_sizes(message))], list(self.setting.agents)
+        for _ in self._hops(1)[1:]:
+            inbox = Inbox.from_weights(hops[-1][0], np.eye(self.setting.num_agents), everybody, everybody)
+            hops.append((self.algorithm.relay(adapter, inbox, self.round(1))[0], {}))
+        return Templates(hops, self._held(adapter))
+
+    def start(self, adapter: Adapter, state: State, number: int) -> Started:
+        """Sends the message of round `number`; `adapter` and `state` must stay until `finish`."""
+        round_ = self.round(number)
+        with self.phase("exchange"):
+            message, state = self.algorithm.send(adapter, state, round_)
+            sizes = self._own_sizes(message)
+            pending = self._start(message, number, 0, sizes)
+        return Started(round_, message, sizes, state, pending)
+
+    def finish(self, adapter: Adapter, started: Started) -> Exchanged:
+        """Waits for what was started, makes the further exchanges of the round, and combines."""
+        with self.phase("exchange"):
+            round_, state, inbox, cut, costs = self._make(adapter, started)
+        if not inbox.senders:  # the run was over before this agent's message arrived
+            return Exchanged(round_, adapter, state, inbox, None, *costs)
+        with self.phase("combine"):
+            new, state, read = self.algorithm.combine(adapter, state, inbox, round_)
+        self.hold(new)
+        return Exchanged(round_, new, state, read, cut, *costs)
+
+    def meet(self, adapter: Adapter, state: State, number: int) -> tuple[int, Adapter, State]:
+        """The round to take part in next, asked before `start`: `number`, or a later one that the neighbours are at.
+
+        Agents that are late for it, or come back, get the neighbours' average for an adapter, and a fresh state.
+        """
+        exchange, late = self.engine.current(self._first(number))
+        if late:
+            with self.phase("exchange"):
+                inbox = self.engine.catch_up(self._held(adapter))
+            exchange, round_ = inbox.exchange, self.round(self._number(inbox.exchange))
+            with self.phase("combine"):
+                rule = self.algorithm.rule
+                adapter = rule.combine(adapter, self.init(adapter)["rule"], inbox, round_).adapter
+                state = self.init(adapter)
+        return self._number(exchange), adapter, state
+
+    def hold(self, adapter: Adapter) -> None:
+        """Lets the engine give the agents as they are to neighbours that catch up."""
+        self.engine.hold(self._held(adapter))
+
+    def _held(self, adapter: Adapter) -> Tensors:
+        """What of the agents the rule ever trains, and so may combine."""
+        return adapter.message(self._trained)
+
+    def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
+        """All exchanges of a round; where the neighbours have left it behind meanwhile, those of their round."""
+        pending, costs = started.pending, _Costs()
+        while True:
+            inbox, cut, state = pending.wait(), None, started.state
+            number = self._number(inbox.exchange)
+            if not inbox.senders:
+                return self.round(number), state, inbox, cut, costs
+            first, *others = self._hops(number)
+            costs = self._plus(costs, started.message, first, started.sizes)
+            for hop, graph in enumerate(others, start=1):
+                state = self.algorithm.relayed(adapter, state, inbox, self.round(number))
+                message, left_out = self.algorithm.relay(adapter, inbox, self.round(number))
+                cut = torch.zeros(()).hypot(left_out) if cut is None else cut.hypot(left_out)
+                # What is forwarded is a mixture, and has no agent's own size.
+                inbox = self._start(message, number, hop, {}).wait()
+                costs = self._plus(costs, message, graph, {})
+                if inbox.exchange != self._first(number) + hop:
+                    pending = self._start(started.message, self._number(inbox.exchange), 0, started.sizes)
+                    break
+            else:
+                return self.round(number), state, inbox, cut, costs
+
+    def _start(self, message: Tensors, number: int, hop: int, sizes: Sizes) -> Pending[Inbox]:
+        return self.engine.start(message, self._hops(number)[hop], self._first(number) + hop, sizes)
+
+    def _first(self, number: int) -> int:
+        """The first exchange of a round."""
+        return (number - 1) * self.gossip_steps
+
+    def _number(self, exchange: int) -> int:
+        """The round that begins with `exchange`, or with the next one that begins a round."""
+        return math.ceil(exchange / self.gossip_steps) + 1
+
+    def _hops(self, number: int) -> tuple[Graph, ...]:
+        """The graphs of a round's exchanges; one that stands for all where nothing is left out between them."""
+        first = self._first(number)
+        graph = self._windows(first % self.schedule.period if self.schedule.period else first, self.gossip_steps)
+        return graph.hops if graph.hops and self.algorithm.relays else (graph,)
+
+    def _plus(self, costs: _Costs, message: Tensors, graph: Graph, sizes: Sizes) -> _Costs:
+        """`costs` and those of one more exchange."""
+        told = self.engine.wire_bytes(message, graph, sizes)
+        wire_bytes = costs.wire_bytes if told is None else (costs.wire_bytes or 0.0) + told
+        return _Costs(costs.bytes_sent + self._bytes_of(message, graph, sizes), wire_bytes)
+
+    def _own_sizes(self, message: Tensors) -> Sizes:
+        """Where agents differ in rank: of their factors they send as many rows or columns as their own."""
+        sizes = {}
+        for name, tensor in message.items():
+            factor, layer = factor_and_layer(name)
+            if factor in ("A", "B") and tensor.dim() == 3 and layer in self._ranks:
+                sizes[name] = (1 if factor == "A" else 2, self._ranks[layer])
+        return sizes
+
+    def _bytes_of(self, message: Tensors, graph: Graph, sizes: Sizes) -> float:
+        """Bytes that an agent sends in an exchange, mean over the agents reported; to a server a message goes once.
+
+        Of a composed exchange: what is averaged goes to all receivers in each hop; what is stacked is forwarded
+        whole, and since all know the schedule everybody's reaches each agent once.
+        """
+        whole = averaged = np.zeros(self.engine.num_agents)
+        for name, tensor in message.items():
+            axis, own = sizes.get(name, (0, [1]))
+            size = tensor[0].numel() * tensor.element_size() * np.asarray(own) / (tensor.shape[axis] if axis else 1)
+            if owner(name) in self.algorithm.stacks:
+                whole = whole + size
+            else:
+                averaged = averaged + size
+        if graph.is_server:
+            return float(np.mean((whole + averaged)[self.engine.reports]))
+        receivers = np.asarray(graph.degrees)
+        hops = sum(np.asarray(hop.degrees) for hop in graph.hops) if graph.hops else receivers
+        return float(np.mean((whole * receivers + averaged * hops)[self.engine.reports]))

@@ -1,0 +1,93 @@
+"""How is a YAML file read, so that every word means what it says?
+
+As YAML 1.2 does: `no`, `on` and `1:30` are words, `010` is ten and `1e-3` a number, where YAML 1.1 (PyYAML's default)
+has a truth value, another truth value, ninety, eight and a word. A key that is there twice is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from decaf_lora.errors import UserError
+
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "tag:yaml.org,2002:null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    "tag:yaml.org,2002:merge": (r"<<", "<"),
+}
+"""Tag -> the plain words that have it (YAML 1.2, core schema), and the characters that they begin with."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's way: a copy of one's own
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, Any] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool | None) and key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{key} is there twice (lines {seen[key]} and {line}); leave one out.")
+            if isinstance(key, str | int | float | bool | None):
+                seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what this module, or a reader of YAML 1.1, would take for something else than a word."""
+
+    yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
+
+
+def _integer(loader: Any, node: Any) -> int:
+    text = loader.construct_scalar(node)
+    return int(text[2:], 8) if text.startswith("0o") else int(text, 16) if text.startswith("0x") else int(text)
+
+
+for _tag, (_words, _first) in _SCALARS.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_tag, re.compile(rf"^(?:{_words})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def read_yaml(path: Path, field: str) -> Any:
+    """What a YAML file holds. `field` is named in errors.
+
+    Raises UserError if the file cannot be read, is not UTF-8 (or UTF-16 with its mark), is no YAML, or has a key twice.
+    """
+    try:
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: cannot read {path} ({getattr(error, 'strerror', None) or error}).") from error
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{field}: {path} is not UTF-8 (byte 0x{raw[error.start]:02x} in line {line}); save it as UTF-8."
+        ) from error
+    try:
+        return yaml.load(text, _Loader)
+    except UserError as error:
+        raise UserError(f"{field}: {path}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{field}: {path} is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # a broken tag raises the last three
+        raise UserError(f"{field}: {path} is not YAML ({str(error)[:300]}).") from error
+
+
+def write_yaml(values: Any) -> str:
+    """Plain values as YAML that `read_yaml` gives back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
