@@ -47,7 +47,7 @@ def check(task: Task, attached: Attached, adapter: Adapter, batch: Batch, togeth
     use.refuse_unused(task.model)
     if any(not bool(torch.isfinite(result.loss).all()) for result in alone):
         _refuse_start(task, attached, adapter, batch)
-        return True
+        return not together  # nothing to compare
     if not together:
         return True
     with _exact(), _forked(attached):
