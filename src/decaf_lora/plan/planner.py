@@ -153,6 +153,11 @@ class _Planner:
             trainer = run.trainer
             steps, here, count = trainer.steps_in_round, len(run.engine.agents), run.engine.num_agents
             per_pass = min(trainer.agents_per_pass, here)
+            if self._is_auto and 1 < per_pass == here:
+                self.assumptions.append(
+                    f"agents per pass: auto tries up to all {here} agents at once, which is what is planned; "
+                    "training.agents_per_pass bounds it"
+                )
             first = self._fill_caches(run)
             self._one_step_and_pass(run, phases)
             record = run.advance()
@@ -254,14 +259,11 @@ class _Planner:
 
     def _training(self, here: int) -> TrainingConfig:
         training = self.config.training
-        if training.agents_per_pass != "auto":
-            return training
-        if here > 1:
-            self.assumptions.append(
-                f"agents per pass: auto tries up to all {here} agents at once, which is what is planned; "
-                "training.agents_per_pass bounds it"
-            )
-        return training.model_copy(update={"agents_per_pass": here})
+        return training.model_copy(update={"agents_per_pass": here}) if self._is_auto else training
+
+    @property
+    def _is_auto(self) -> bool:
+        return self.config.training.agents_per_pass == "auto"
 
     def _shards(self, task: Task, data: Data) -> partition.Partition:
         config = self.config
