@@ -77,6 +77,20 @@ def refuse_alone(algorithm: Algorithm, schedule: Schedule, steps: int) -> None:
         )
 
 
+def _neighbours(schedule: Schedule, agent: int) -> tuple[int, ...]:
+    """All agents with which an agent ever exchanges on a schedule that repeats."""
+    return tuple(sorted({j for round_ in range(schedule.period or 1) for j in schedule.at(round_).neighbours(agent)}))
+
+
+class Templates(NamedTuple):
+    """What the messages of a run look like; the values mean nothing."""
+
+    hops: list[tuple[Tensors, Sizes]]
+    """For each exchange of a round a message, name -> (n, ...), and what of it travels."""
+    held: Tensors
+    """What `Engine.hold` gets."""
+
+
 class Started(NamedTuple):
     """The first exchange of a round, on its way."""
 
@@ -147,6 +161,7 @@ class Exchange:
             engine.num_agents,
             seed,
             period,
+            () if len(engine.reports) == engine.num_agents else _neighbours(schedule, engine.agents[0]),
             lambda: schedule.sigma_2_per_round**gossip_steps,
         )
         rounds = (Round(number, period) for number in range(1, 100))
@@ -161,6 +176,15 @@ class Exchange:
         """The algorithm's state before the first round."""
         return self.algorithm.init(adapter, self.setting)
 
+    def templates(self, adapter: Adapter) -> Templates:
+        """What an engine must know of messages before the first arrives."""
+        message, _ = self.algorithm.send(adapter, self.init(adapter), self.round(1))
+        hops, everybody = [(message, self._own_sizes(message))], list(self.setting.agents)
+        for _ in self._hops(1)[1:]:
+            inbox = Inbox.from_weights(hops[-1][0], np.eye(self.setting.num_agents), everybody, everybody)
+            hops.append((self.algorithm.relay(adapter, inbox, self.round(1))[0], {}))
+        return Templates(hops, self._held(adapter))
+
     def start(self, adapter: Adapter, state: State, number: int) -> Started:
         """Sends the message of round `number`; `adapter` and `state` must stay until `finish`."""
         round_ = self.round(number)
@@ -173,11 +197,11 @@ class Exchange:
     def finish(self, adapter: Adapter, started: Started) -> Exchanged:
         """Waits for what was started, makes the further exchanges of the round, and combines."""
         with self.phase("exchange"):
-            round_, inbox, cut, costs = self._make(adapter, started)
+            round_, state, inbox, cut, costs = self._make(adapter, started)
         if not inbox.senders:  # the run was over before this agent's message arrived
-            return Exchanged(round_, adapter, started.state, inbox, None, *costs)
+            return Exchanged(round_, adapter, state, inbox, None, *costs)
         with self.phase("combine"):
-            new, state, read = self.algorithm.combine(adapter, started.state, inbox, round_)
+            new, state, read = self.algorithm.combine(adapter, state, inbox, round_)
         self.hold(new)
         return Exchanged(round_, new, state, read, cut, *costs)
 
@@ -205,17 +229,18 @@ class Exchange:
         """What of the agents the rule ever trains, and so may combine."""
         return adapter.message(self._trained)
 
-    def _make(self, adapter: Adapter, started: Started) -> tuple[Round, Inbox, Tensor | None, _Costs]:
+    def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
         """All exchanges of a round; where the neighbours have left it behind meanwhile, those of their round."""
         pending, costs = started.pending, _Costs()
         while True:
-            inbox, cut = pending.wait(), None
+            inbox, cut, state = pending.wait(), None, started.state
             number = self._number(inbox.exchange)
             if not inbox.senders:
-                return self.round(number), inbox, cut, costs
+                return self.round(number), state, inbox, cut, costs
             first, *others = self._hops(number)
             costs = self._plus(costs, started.message, first, started.sizes)
             for hop, graph in enumerate(others, start=1):
+                state = self.algorithm.relayed(adapter, state, inbox, self.round(number))
                 message, left_out = self.algorithm.relay(adapter, inbox, self.round(number))
                 cut = torch.zeros(()).hypot(left_out) if cut is None else cut.hypot(left_out)
                 # What is forwarded is a mixture, and has no agent's own size.
@@ -225,7 +250,7 @@ class Exchange:
                     pending = self._start(started.message, self._number(inbox.exchange), 0, started.sizes)
                     break
             else:
-                return self.round(number), inbox, cut, costs
+                return self.round(number), state, inbox, cut, costs
 
     def _start(self, message: Tensors, number: int, hop: int, sizes: Sizes) -> Pending[Inbox]:
         return self.engine.start(message, self._hops(number)[hop], self._first(number) + hop, sizes)

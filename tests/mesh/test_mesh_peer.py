@@ -144,6 +144,18 @@ def test_a_neighbour_that_hung_is_heard_again_also_by_one_who_has_nobody_else():
     assert bench.take(0).verdicts == {1: Verdict.USED}
 
 
+def test_what_becomes_due_before_it_is_asked_for_is_still_due():
+    """A clock goes on between a look at the state and the question when to look again."""
+    bench = Bench(TRIANGLE)
+    bench.open(0)
+    due = bench.peers[0].deadline()
+    assert due == LIMITS.patience
+    bench.now = due + 1
+    assert bench.peers[0].deadline() == due
+    bench.peers[0].tick()
+    assert bench.peers[0].deadline() > bench.now
+
+
 # Falling behind
 
 

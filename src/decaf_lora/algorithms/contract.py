@@ -59,6 +59,9 @@ class Setting:
     """For noise that is drawn by name (`randomness.py`), the same whoever draws it."""
     period: int = 1
     """`Round.period`."""
+    neighbours: Sequence[int] = ()
+    """Numbers of the agents with which the one agent of this process ever exchanges, where it may miss some of them:
+    what must be the same at both ends of an edge is kept for each. Empty where agents keep step."""
     measure_sigma_2: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     """Computes `sigma_2`, which takes long for many agents and which few rules need."""
 
@@ -185,6 +188,8 @@ class Transform(NamedTuple):
     """(adapter, state, message, round) -> (message, state). Called once an exchange."""
     receive: Callable[[Adapter, Tensors, Inbox, Round], tuple[Inbox, Tensors]] | None = None
     """(adapter, state, inbox, round) -> (inbox, state): takes its own part out and undoes what `send` did."""
+    relayed: Callable[[Adapter, Tensors, Inbox, Round], Tensors] | None = None
+    """(adapter, state, inbox, round) -> state, after each exchange of a round but the last."""
     after: Callable[[Tensors, Change, Round], Tensors] | None = None
     """(state, change, round) -> state, after the rule has combined."""
     moments: Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]] | None = None

@@ -49,7 +49,7 @@ def site(path: Path, name: str, *, told: str | None = None, key: Path | None = N
         UserError: the first thing that is wrong.
     """
     steps = _Steps(path, name, told, key)
-    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key):
+    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key, steps.base):
         check()
     return steps.signed, steps.own
 

@@ -7,7 +7,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +15,42 @@ from decaf_lora.errors import UserError
 
 if TYPE_CHECKING:
     from decaf_lora.engines import Engine
+    from decaf_lora.graphs import Graph, Schedule
+    from decaf_lora.partition import Own, Partition
+    from decaf_lora.tasks.base import Task
 
 
-def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, device: str | None = None) -> Any:
-    """The `Run` that a configuration describes; `device` goes before the configuration's."""
+def build_run(
+    config: RunConfig,
+    engine: Callable[[int], Engine] | None = None,
+    device: str | None = None,
+    *,
+    graph: Graph | Schedule | None = None,
+    split: Callable[[Task], Partition | Own] | None = None,
+) -> Any:
+    """The `Run` that a configuration describes.
+
+    Args:
+        config: what to run.
+        engine: number of agents -> where they live; None: all in this process.
+        device: goes before the configuration's.
+        graph: in place of the one that the configuration names.
+        split: task -> who holds what, in place of the partition that the configuration names; its agents and those of
+            the graph are in one order.
+    """
     from decaf_lora import algorithms, graphs, partition
     from decaf_lora.engines import Simulate
     from decaf_lora.run import Run
 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
-    graph = graphs.parse(config.graph, config.agents, config.seed)
+    graph = graph or graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
-    _refuse_moved_rows(config)
-    shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
-    if names := shards.names or graphs.as_schedule(graph).names:
-        graph, shards = graph.arranged(names), replace(shards, names=names)
+    shards: Partition | Own
+    if split is not None:
+        shards = split(task)
+    else:
+        _refuse_moved_rows(config)
+        shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
     run = Run(
         task,
         algorithm,
@@ -43,6 +63,7 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
         common_start=config.start == "common",
         init_adapters=init_adapters(config) or None,
         gossip_steps=config.gossip_steps,
+        test=config.test,
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,

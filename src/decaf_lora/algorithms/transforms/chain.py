@@ -125,6 +125,13 @@ class Algorithm:
         message, cut = self.rule.relay(adapter, replace(inbox, tensors=own), round_)
         return message | {name: inbox.average(name) for name in inbox.tensors if name not in own}, cut
 
+    def relayed(self, adapter: Adapter, state: State, inbox: Inbox, round_: Round) -> State:
+        """The state after an exchange that is not the round's last."""
+        for transform in self.transforms:
+            if transform.relayed is not None:
+                state = {**state, transform.name: transform.relayed(adapter, state[transform.name], inbox, round_)}
+        return state
+
     def combine(self, adapter: Adapter, state: State, inbox: Inbox, round_: Round) -> Mixed:
         """The new adapters and state; `state` is the one that `send` returned."""
         for transform in reversed(self.transforms):

@@ -25,6 +25,13 @@ optimizer such as AdamW follows, and
   in, which the sums above take for one. Where a rule moves on from the average's frame (`Rule.turn`) c
   and what is in transit are turned by the same P. Frames of neighbours that differ cost accuracy of c; the
   sum over agents stays 0 as long as no P differs from another.
+- misses. Where agents may miss each other (in a mesh) an end may add an exchange that the other has not added, and
+  sum_i c_i would stay off 0 for ever. So c is also kept by edge,
+
+      c_i = sum_j f_ij,    f_ij <- f_ij + gamma Pi_ij (d_j - d_i) = -f_ji,
+
+  and where the ends of an edge find that they did not add the same exchanges (`Inbox.forget`), both take f out of c
+  and begin anew. Memory: one adapter for each neighbour.
 """
 
 from __future__ import annotations
@@ -45,11 +52,12 @@ from decaf_lora.algorithms.contract import (
     turned,
 )
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
 PREFIX = "tracking/"
 """Of the names in a message: d travels as tracking/NAME. The state has c/NAME, sum/NAME (of gradients) and steps; over
-a period also own/NAME (G) and mixing/NAME (d on its way)."""
+a period also own/NAME (G) and mixing/NAME (d on its way), in a mesh f/NEIGHBOUR/NAME."""
 
 
 def tracking(gamma: float = 1.0) -> Transform:
@@ -70,6 +78,7 @@ def tracking(gamma: float = 1.0) -> Transform:
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
         kinds = ("c", "sum") if setting.period == 1 else ("c", "sum", "own", "mixing")
         zeros = {f"{kind}/{name}": torch.zeros_like(t) for kind in kinds for name, t in trained.items()}
+        zeros |= {f"f/{j}/{name}": torch.zeros_like(t) for j in setting.neighbours for name, t in trained.items()}
         return zeros | {"steps": next(iter(trained.values())).new_zeros(adapter.num_agents)}
 
     def steer(state: Tensors, gradients: Tensors, round_: Round) -> tuple[Tensors, Tensors]:
@@ -89,7 +98,11 @@ def tracking(gamma: float = 1.0) -> Transform:
 
     def receive(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> tuple[Inbox, Tensors]:
         mixed = {name: inbox.average(PREFIX + name) for name in take("c/", state)}
+        state = relayed(adapter, state, inbox, round_)
         return replace(inbox, tensors=leave(PREFIX, inbox.tensors)), state | put("mixing/", mixed)
+
+    def relayed(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> Tensors:
+        return _booked(adapter, state, inbox, gamma) if any(name.startswith("f/") for name in state) else state
 
     def after(state: Tensors, change: Change, round_: Round) -> Tensors:
         if round_.closes:
@@ -101,7 +114,30 @@ def tracking(gamma: float = 1.0) -> Transform:
             state = leave("own/", leave("mixing/", state))
         return turned(state, change.frames)
 
-    return Transform("tracking", init, steer, send, receive, after, check=check, periodic=True, suffix="_tracked")
+    return Transform(
+        "tracking", init, steer, send, receive, relayed, after, check=check, periodic=True, suffix="_tracked"
+    )
+
+
+def _booked(adapter: Adapter, state: Tensors, inbox: Inbox, gamma: float) -> Tensors:
+    """The accounts f of the edges of one agent after an exchange.
+
+    An account that is emptied leaves c, too: c_i of after the exchange is c_i - gamma G_i and what does not depend on
+    G_i, so that f / gamma is added to G_i.
+    """
+    state = dict(state)
+    for j in sorted(inbox.forget):
+        for name, f in take(f"f/{j}/", state).items():
+            state[f"own/{name}"] = state[f"own/{name}"] + f / gamma
+            state[f"f/{j}/{name}"] = torch.zeros_like(f)
+    position, own = {j: k for k, j in enumerate(inbox.senders)}, inbox.own[0]
+    for neighbour, weight in inbox.weights_of_first().items():
+        j, k = int(neighbour), position[int(neighbour)]
+        sent = {name: inbox.tensors[PREFIX + name] for name in take(f"f/{j}/", state)}
+        news = {name: gamma * weight * (d[k : k + 1] - d[own : own + 1]) for name, d in sent.items()}
+        for name, added in adapter.trim(_over_scale(adapter, news, 1)).items():
+            state[f"f/{j}/{name}"] = state[f"f/{j}/{name}"] + added
+    return state
 
 
 def _means(state: Tensors) -> Tensors:
@@ -116,3 +152,13 @@ def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
         return gradients
     scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
     return {name: g * scales[name] if name in scales else g for name, g in gradients.items()}
+
+
+_tracking = tracking
+
+
+def _asked(tracking: bool = False, tracking_gamma: float = 1.0) -> Transform | None:
+    return _tracking(tracking_gamma) if tracking else None
+
+
+KINDS = {"tracking": TransformKind(tracking, "gradient tracking", "tracking:0.5", place=30, asked=_asked)}

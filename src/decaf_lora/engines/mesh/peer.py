@@ -76,7 +76,7 @@ class Peer:
         self._link, self._owner, self._clock, self.facts = link, owner, clock, facts
         self._restarted = restarted and closed < last
         self._told = self.next
-        self._payload, self._content, self._opened = b"", b"", 0.0
+        self._payload, self._content, self._opened, self._looked = b"", b"", 0.0, clock()
         self._outcome: Outcome | None = None
         self._left: dict[int, dict[int, Verdict]] = {}
         self._asked: dict[int, float] = {}
@@ -149,6 +149,10 @@ class Peer:
             edge.patience = min(edge.patience, seconds)
         self.limits = replace(self.limits, patience=seconds)
 
+    def waits_for(self) -> list[int]:
+        """Neighbours without whom the open exchange does not end yet."""
+        return [edge.peer for edge in self._waited_for()] if self.phase is Phase.OPEN else []
+
     def tick(self) -> None:
         """Time has passed."""
         self._advance()
@@ -167,8 +171,8 @@ class Peer:
             times += [e.changed + self.limits.linger for e in self.edges.values() if not e.heard]
         if self._waits and not self._heard():
             times.append(alone)
-        now = self._clock()
-        return min((t for t in times if t > now), default=math.inf)
+        # What was due at the last look has been dealt with; what has become due since has not.
+        return min((t for t in times if t > self._looked), default=math.inf)
 
     # What the link tells
 
@@ -395,7 +399,7 @@ class Peer:
 
     def _advance(self) -> None:
         """Does what the present state allows."""
-        now = self._clock()
+        now = self._looked = self._clock()
         while self.phase is Phase.OPEN and self._close_or_relabel():
             pass
         if self.phase is Phase.CATCHING_UP:

@@ -1,0 +1,386 @@
+"""The mesh as an engine: one agent in this process, its neighbours anywhere, and no server.
+
+The protocol (peer.py) is told by two threads, that of the run and that of the link, which take turns by a lock.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from decaf_lora.adapters.names import Tensors
+from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.engines.base import Pending, Sizes
+from decaf_lora.engines.mesh.edge import Saved
+from decaf_lora.engines.mesh.frames import PART, Frame
+from decaf_lora.engines.mesh.link import Link
+from decaf_lora.engines.mesh.outcome import Limits, Phase, RejectionError
+from decaf_lora.engines.mesh.payload import Template, norm, own_part, pack
+from decaf_lora.engines.mesh.peer import Peer
+from decaf_lora.errors import UserError
+from decaf_lora.graphs import Graph, Schedule
+
+T = TypeVar("T")
+
+AT_LEAST = 60.0
+"""Seconds of patience at least, where it follows from how long rounds take."""
+
+
+class WaitedOutError(UserError):
+    """This agent has waited for neighbours as long as it may.
+
+    Attributes:
+        exit_code: 3, of a command that ends with it.
+        alone: no neighbour was in reach, rather than none that answered.
+        missing: names of the neighbours that it waited for.
+    """
+
+    exit_code = 3
+
+    def __init__(self, seconds: float, alone: bool, missing: list[str]) -> None:
+        how = "none was in reach" if alone else "none answered"
+        super().__init__(f"neighbours: waited {seconds:.0f} s for {', '.join(missing)}; {how}. Start again to go on.")
+        self.alone, self.missing = alone, missing
+
+
+class StoppedError(Exception):
+    """The agent was asked to stop while it waited for neighbours."""
+
+
+class Mesh:
+    """The engine of one agent. `connect` comes before the first round, `finish` after the last.
+
+    Args:
+        agent: number of this agent.
+        schedule: the graph of every exchange.
+        rounds: of the run.
+        gossip_steps: exchanges in a round.
+        names: of all agents, for what is said to people.
+        limits: how long to wait and how much to accept; None: patience is 3 times the median of the own rounds, and
+            at least `AT_LEAST`.
+        clock: seconds.
+    """
+
+    is_main = True
+
+    def __init__(
+        self,
+        agent: int,
+        schedule: Schedule,
+        rounds: int,
+        *,
+        gossip_steps: int = 1,
+        names: Sequence[str] | None = None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.num_agents, self.agents, self.reports = schedule.num_agents, [agent], [agent]
+        self.agent, self.schedule, self.gossip_steps = agent, schedule, gossip_steps
+        self.last = rounds * gossip_steps
+        self.names = list(names) if names is not None else [f"agent {i}" for i in range(self.num_agents)]
+        self.limits, self.clock = limits, clock
+        self.peer: Peer
+        self._lock = threading.Condition()
+        self._templates: list[Template] = []
+        self._norms: list[float] = []
+        self._held = b""
+        """The adapter after the last exchange: what a late neighbour begins with."""
+        self._held_template: Template
+        self._saved, self._closed = dict[int, Saved](), 0
+        self._open: tuple[int, Tensors] | None = None
+        """Exchange that was started and not yet waited for, from 1, and this agent's message in it."""
+        self._stopped = False
+        self._began, self._durations = clock(), list[float]()
+
+    # Neighbours
+
+    def connect(
+        self, templates: Sequence[tuple[Tensors, Sizes]], held: Tensors, link: Link, facts: bytes = b""
+    ) -> None:
+        """Makes the protocol ready, from the checkpoint if one was restored; the link may then be started.
+
+        Args:
+            templates: for each exchange of a round what this agent's message looks like, and what of it travels.
+            held: what `hold` gets.
+            link: to the neighbours; it tells this engine what happens (`link.Events`).
+            facts: what else both ends of an edge must agree on.
+        """
+        self._templates = [Template(message, sizes) for message, sizes in templates]
+        self._norms = [norm(message) for message, _ in templates]
+        self._held_template = Template(held, {})
+        self.hold(held)
+        largest = max(len(pack(message, {}, self.agent)) for message in (held, *(m for m, _ in templates)))
+        limits = replace(self.limits or Limits(), most_parts=1 + math.ceil(largest / PART))
+        own = facts + b"".join(template.facts() for template in self._templates)
+        rows = [frozenset(self._graph(e).neighbours(self.agent)) for e in range(1, (self.schedule.period or 1) + 1)]
+        self.peer = Peer(
+            self.agent,
+            frozenset().union(*rows),
+            lambda e: rows[(e - 1) % len(rows)],
+            self.last,
+            link=link,
+            owner=self,
+            clock=self.clock,
+            life=secrets.randbits(64),
+            hops=self.gossip_steps,
+            limits=limits,
+            closed=self._closed,
+            saved=self._saved,
+            restarted=True,  # also a first start waits for one neighbour: the run may have begun without this agent
+            facts=own,
+        )
+
+    def template(self, hop: int = 0) -> Template:
+        """What the messages of an exchange of a round look like."""
+        return self._templates[hop]
+
+    def _graph(self, exchange: int) -> Graph:
+        return self.schedule.at(exchange - 1)
+
+    def on_up(self, peer: int, connection: int) -> None:
+        """A connection is up; see `link.Events`."""
+        with self._lock:
+            self.peer.on_up(peer, connection)
+            self._lock.notify_all()
+
+    def on_frame(self, peer: int, connection: int, frame: Frame) -> None:
+        """A frame has arrived."""
+        with self._lock:
+            self.peer.on_frame(peer, connection, frame)
+            self._lock.notify_all()
+
+    def on_down(self, peer: int, connection: int) -> None:
+        """A connection is down."""
+        with self._lock:
+            self.peer.on_down(peer, connection)
+            self._lock.notify_all()
+
+    # What the protocol asks
+
+    def agree(self, peer: int, facts: bytes) -> None:
+        """Both ends send the same kind of messages."""
+        if facts != self.peer.facts:
+            raise RejectionError("its messages have other names, shapes or types, or it runs another federation")
+
+    def check(self, peer: int, exchange: int, payload: bytes) -> Tensors:
+        """A neighbour's message, before it is answered."""
+        hop = (exchange - 1) % self.gossip_steps
+        return self._templates[hop].unpack(payload, peer, self._norms[hop])
+
+    def check_adapter(self, peer: int, payload: bytes) -> Tensors:
+        """A neighbour's adapter, for one who catches up."""
+        return self._held_template.unpack(payload, peer, norm(self._held_template.message))
+
+    def adapter(self) -> bytes:
+        """What a late neighbour begins with."""
+        return self._held
+
+    # The contract
+
+    def start(self, message: Tensors, graph: Graph, exchange: int, sizes: Sizes | None = None) -> Pending[Inbox]:
+        """Sends this agent's message (name -> (1, ...)) to the neighbours of an exchange; see `Engine.start`."""
+        with self._lock:
+            if self._open is not None:
+                return Pending(self._wait)  # it was started before, and given up in between
+            number, hop = exchange + 1, exchange % self.gossip_steps
+            if self.peer.phase is not Phase.IDLE or (hop and number != self.peer.closed + 1):
+                inbox = self._by_itself(message, exchange) if hop else self._over()
+                return Pending(lambda: inbox)
+            payload = pack(message, sizes or {}, self.agent)
+            self._norms[hop] = max(norm(message), self._norms[hop] / 2)
+            self._open = number, message
+            self.peer.open(max(number, self.peer.closed + 1), payload)
+            self._lock.notify_all()
+        return Pending(self._wait)
+
+    def current(self, exchange: int) -> tuple[int, bool]:
+        """The exchange to take part in, and whether to catch up first; at the start of the process waits for one
+        neighbour, since the run may have gone on."""
+        with self._lock:
+            if self._open is not None:
+                return self._open[0] - 1, False
+            if self.peer.phase is not Phase.IDLE:
+                return self.last, False
+            plan = self._until(self.peer.plan)
+            return max(exchange, plan.exchange - 1), plan.catch_up
+
+    def catch_up(self, tensors: Tensors) -> Inbox:
+        """The average of the neighbours that are ahead; the agent's own adapter if nobody is any more."""
+        with self._lock:
+            self.peer.catch_up()
+            caught = self._until(lambda: self.peer.caught_up)
+            self._keep(caught.exchange - 1, self.peer.saved())
+        weights = np.zeros((self.num_agents, self.num_agents))
+        for j in caught.contents:
+            weights[self.agent, j] = 1 / len(caught.contents)
+        weights[self.agent, self.agent] = 0 if caught.contents else 1
+        return self._inbox(tensors, caught.contents, weights, caught.exchange - 1)
+
+    def hold(self, tensors: Tensors) -> None:
+        """Keeps the adapter as it is between two exchanges, for neighbours that catch up."""
+        with self._lock:
+            self._held = pack(tensors, {}, self.agent)
+
+    def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
+        """Bytes of this agent's message, once for each neighbour."""
+        size = sum(t.numel() * t.element_size() for t in own_part(message, sizes or {}, self.agent).values())
+        return float(size * graph.degree(self.agent))
+
+    def gather(self, tensors: Tensors) -> Tensors:
+        """This process reports on its own agent alone."""
+        return tensors
+
+    def collect(self, tensors: Tensors) -> Pending[Tensors]:
+        """This process reports on its own agent alone."""
+        return Pending(lambda: tensors)
+
+    def scatter(self, tensors: Tensors) -> Tensors:
+        """This process reports on its own agent alone."""
+        return tensors
+
+    def anyone_stops(self, asked: bool) -> bool:
+        """Nobody keeps step with this process."""
+        return asked
+
+    def snapshot(self) -> dict[str, Any]:
+        """The last exchange that is part of the run, and the records of the edges after it."""
+        edges = {
+            str(j): {"record": saved.record.hex(), "used": [saved.used[0], saved.used[1].hex()], "misses": saved.misses}
+            for j, saved in self._saved.items()
+        }
+        return {"closed": self._closed, "edges": edges}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Goes back to a snapshot; before `connect`."""
+        self._closed = int(values.get("closed", 0))
+        self._saved = {
+            int(j): Saved(
+                bytes.fromhex(e["record"]), (int(e["used"][0]), bytes.fromhex(e["used"][1])), int(e["misses"])
+            )
+            for j, e in values.get("edges", {}).items()
+        }
+
+    def finish(self) -> None:
+        """The result is on disk: tells the neighbours, and serves those that are late until nobody needs it."""
+        with self._lock:
+            if self.peer.phase is Phase.CLOSED_ALL:
+                self.peer.finish()
+            self._until(lambda: self.peer.phase is Phase.LEFT or None)
+
+    def status(self) -> dict[str, Any]:
+        """What this agent and its neighbours are at, as values for JSON; from any thread."""
+        with self._lock:
+            peer = self.peer
+            neighbours = {
+                self.names[j]: {"up": edge.heard, "round": self._round(edge.next), "missed": edge.saved.misses}
+                for j, edge in peer.edges.items()
+            }
+            waits_for = [self.names[j] for j in peer.waits_for()]
+            return {
+                "phase": peer.phase.value,
+                "round": self._round(peer.closed + 1),
+                "waits_for": waits_for,
+                "neighbours": neighbours,
+            }
+
+    def _round(self, exchange: int) -> int:
+        return max(exchange - 1, 0) // self.gossip_steps + 1
+
+    def stop(self) -> None:
+        """Ends what waits for neighbours with a `StoppedError`; from any thread, or a signal."""
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+
+    # Waiting
+
+    def _until(self, found: Callable[[], T | None]) -> T:
+        """Waits until `found` finds something; the lock is held, and free while nothing happens.
+
+        Raises:
+            WaitedOutError: the protocol has given up.
+            StoppedError: `stop` was called.
+        """
+        began = self.clock()
+        while (it := found()) is None:
+            if self._stopped:
+                raise StoppedError
+            if (failure := self.peer.failure) is not None:
+                raise WaitedOutError(self.clock() - began, failure.alone, [self.names[j] for j in failure.missing])
+            pause = self.peer.deadline() - self.clock()
+            self._lock.wait(max(pause, 0.0) if math.isfinite(pause) else None)
+            self.peer.tick()
+        return it
+
+    def _wait(self) -> Inbox:
+        with self._lock:
+            outcome = self._until(self.peer.take)
+            assert self._open is not None
+            (asked, message), self._open = self._open, None
+            rejected = self._new_rejections()
+            self._keep(outcome.exchange, outcome.edges)
+            self._time_round(asked)
+        if not outcome.took_part:
+            # A round that is left in a later exchange ends there, with all weight on this agent itself: the neighbours
+            # that it heard before have mixed with it, too.
+            return self._over() if (asked - 1) % self.gossip_steps == 0 else self._by_itself(message, asked - 1)
+        weights = self._graph(outcome.exchange).weights
+        return self._inbox(
+            message,
+            outcome.contents,
+            weights,
+            outcome.exchange - 1,
+            forget=outcome.emptied,
+            waited=outcome.waited,
+            rejected=rejected,
+        )
+
+    def _new_rejections(self) -> tuple[str, ...]:
+        new = list(self.peer.rejections)
+        self.peer.rejections.clear()
+        return tuple(f"{self.names[peer]}: {reason}" for peer, reason in new)
+
+    def _keep(self, closed: int, edges: dict[int, Saved]) -> None:
+        self._closed, self._saved = closed, edges
+
+    def _time_round(self, number: int) -> None:
+        """Patience follows from the own rounds, where it is not given."""
+        if self.limits is None and (number - 1) % self.gossip_steps == 0:
+            now = self.clock()
+            self._durations.append(now - self._began)
+            self._began = now
+            self.peer.be_patient(max(AT_LEAST, 3 * median(self._durations[-25:])))
+
+    def _by_itself(self, message: Tensors, exchange: int) -> Inbox:
+        return self._inbox(message, {}, np.eye(self.num_agents), exchange)
+
+    def _over(self) -> Inbox:
+        """Of a message that came after the end of the run."""
+        return Inbox({}, (), 1, exchange=self.last)
+
+    def _inbox(
+        self,
+        message: Tensors,
+        contents: dict[int, Tensors],
+        weights: np.ndarray,
+        exchange: int,
+        *,
+        forget: frozenset[int] = frozenset(),
+        waited: Mapping[int, float] | None = None,
+        rejected: tuple[str, ...] = (),
+    ) -> Inbox:
+        """The own message and those that arrived, in ascending order of agents."""
+        everybody = {**contents, self.agent: message}
+        senders = sorted(everybody)
+        tensors = {name: torch.cat([everybody[j][name].to(t.device) for j in senders]) for name, t in message.items()}
+        inbox = Inbox.from_weights(tensors, weights, senders, [self.agent], exchange)
+        return replace(inbox, forget=forget, waited=waited or {}, rejected=rejected)
