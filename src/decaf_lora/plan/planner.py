@@ -27,7 +27,7 @@ from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph
 from decaf_lora.plan.assumed import Data, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
-from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors
+from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors, replace_methods
 from decaf_lora.run import Run
 from decaf_lora.runs.build import build_run, lora_configs
 from decaf_lora.tasks.base import Batch, Task
@@ -225,8 +225,7 @@ class _Planner:
             with self.dry.phase() as phases["forward"]:
                 return evaluate(adapter.select(slice(0, evaluated))).new_zeros(n)
 
-        trainer._passes = lambda active: islice(passes(active), 1)  # type: ignore[method-assign]
-        trainer.evaluate = evaluate_one_pass  # type: ignore[method-assign]
+        replace_methods(trainer, _passes=lambda active: islice(passes(active), 1), evaluate=evaluate_one_pass)
 
     def _numbers(self, task: Task) -> list[str]:
         base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)
@@ -290,9 +289,7 @@ class _Planner:
             kept.append(dry.live - before)
             return loss
 
-        task.train_batch = outside(train_batch)  # type: ignore[method-assign, assignment]
-        task.test_batch = outside(test_batch)  # type: ignore[method-assign, assignment]
-        task.losses = watched  # type: ignore[method-assign]
+        replace_methods(task, train_batch=outside(train_batch), test_batch=outside(test_batch), losses=watched)
         return kept
 
     def _bytes_per_round(self, run: Run, first: float) -> float:
