@@ -24,7 +24,7 @@ from decaf_lora.engines.mesh.edge import Saved
 from decaf_lora.engines.mesh.frames import PART, Frame
 from decaf_lora.engines.mesh.link import Link
 from decaf_lora.engines.mesh.outcome import Limits, Phase, RejectionError
-from decaf_lora.engines.mesh.payload import Template, norm, own_part, pack
+from decaf_lora.engines.mesh.payload import LARGEST, Template, norm, own_part, pack
 from decaf_lora.engines.mesh.peer import Peer
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, Schedule
@@ -115,7 +115,8 @@ class Mesh:
             facts: what else both ends of an edge must agree on.
         """
         self._templates = [Template(message, sizes) for message, sizes in templates]
-        self._norms = [norm(message) for message, _ in templates]
+        # A neighbour's first message may come before this agent's own, and hold what is 0 in a template: gradients.
+        self._norms = [LARGEST * norm(message) for message, _ in templates]
         self._held_template = Template(held, {})
         self.hold(held)
         largest = max(len(pack(message, {}, self.agent)) for message in (held, *(m for m, _ in templates)))
