@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from endpoints import until
 from safetensors.torch import load_file
-from sites import WAIT, Program, Sites
 
 from decaf_lora.cli import main
-from decaf_lora.config import RunConfig, build
+from decaf_lora.config import AlgorithmConfig, RunConfig, build
 from decaf_lora.federation import commands, demo, file, keys, status
 from decaf_lora.records import read_records
 from decaf_lora.runs.build import build_run
+from endpoints import until
+from sites import WAIT, Program, Sites
 
 TOY = f"{Path(__file__).parents[1] / 'helpers' / 'toy.py'}:make_toy"
 NAMES = ("alice", "bob", "carol")
@@ -115,7 +115,7 @@ def test_an_agent_that_is_stopped_goes_on(tmp_path, sites):
     assert sites.wait("alice", "bob") == {"alice": 0, "bob": 0}, sites.log("alice")
     assert said(tmp_path, "alice").returned == stopped.round + 1
     with build_run(config) as run:
-        *_, last = run.train()
+        assert list(run.train())
         run.save_adapter(tmp_path / "simulated", 0)
     mine, truth = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("alice/adapter", "simulated"))
     assert all(torch.equal(mine[key], truth[key]) for key in truth)
@@ -132,6 +132,23 @@ def test_an_agent_that_is_killed_comes_back(tmp_path, sites):
     assert sites.wait(*NAMES) == dict.fromkeys(NAMES, 0), sites.log("carol")
     assert said(tmp_path, "carol").returned is not None
     assert [said(tmp_path, name).round for name in NAMES] == [60] * 3
+
+
+def test_what_it_would_reach_alone_is_kept(tmp_path, sites):
+    """Trained before round 1, equal to a local run on the same examples, and not again after a stop."""
+    config, options = federation(tmp_path, NAMES[:2], rounds=30)
+    for name in NAMES[:2]:
+        sites("start", name, *[option for option in options[name] if option != "--no-alone"])
+    until(lambda: rounds_done(tmp_path, "bob") >= 3 and said(tmp_path, "bob").state in ("training", "waiting"))
+    sites("term", "bob")
+    assert sites.wait("bob") == {"bob": 130}
+    sites("start", "bob", *options["bob"])
+    assert sites.wait("alice", "bob") == {"alice": 0, "bob": 0}, sites.log("bob")
+    with build_run(config.model_copy(update={"algorithm": AlgorithmConfig(name="local")})) as run:
+        *_, last = run.train()
+    for number, name in enumerate(NAMES[:2]):
+        assert said(tmp_path, name).score_alone == last.scores[number]
+        assert said(tmp_path, name).score_at_start is not None
 
 
 def test_who_is_alone_gives_up_and_names_who_was_missing(tmp_path, sites):

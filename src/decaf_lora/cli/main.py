@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from decaf_lora.cli.federation import agent_command, federation_command
+from decaf_lora.cli.agent import agent_command
+from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
 from decaf_lora.cli.runs import (

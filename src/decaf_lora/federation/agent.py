@@ -9,56 +9,27 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from decaf_lora import graphs, partition
-from decaf_lora.config import AlgorithmConfig, RunConfig
+from decaf_lora.config import RunConfig
 from decaf_lora.engines.links import Links
 from decaf_lora.engines.links.links import check_free
 from decaf_lora.engines.links.tls import Own
 from decaf_lora.engines.mesh.engine import Mesh, StoppedError, WaitedOutError
-from decaf_lora.engines.mesh.outcome import Limits
 from decaf_lora.errors import UserError
 from decaf_lora.federation import checking, file, status
+from decaf_lora.federation.site import Site, make_engine, make_run, train_alone
 from decaf_lora.records import Record, replace_text
 from decaf_lora.run import Run
 from decaf_lora.runs import Folder, follow, identity
-from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Progress, Subscriber
 from decaf_lora.runs.folder import check_folder, disk, started
 from decaf_lora.runs.signals import stopping
-from decaf_lora.tasks.base import Task
 
 DONE, GAVE_UP, STOPPED = 0, 3, 130
 """Exit codes: the run is over; nobody answered for as long as the agent waits; somebody asked it to stop."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a site says when it starts its agent."""
-
-    federation: Path
-    name: str
-    out: Path
-    """Folder of the run."""
-    told: str | None = None
-    """Fingerprint of the organiser's key; needed the first time."""
-    key: Path | None = None
-    """File of the agent's key; NAME.key beside the federation file if unset."""
-    local: Mapping[str, Any] = field(default_factory=dict)
-    """What the site sets for itself, fields of `terms.Local`."""
-    bind: str | None = None
-    """HOST:PORT to listen on; the port of the file on all addresses if unset."""
-    share: bool = False
-    """Whether to hold only this agent's share of the data under `partition`, as where all have the same file."""
-    alone: bool = True
-    """Whether to train on the own data alone first, to compare."""
 
 
 Watch = Callable[[status.AgentStatus], None]
@@ -91,6 +62,9 @@ def run(site: Site, watch: Watch = lambda _: None) -> int:
     with status.Teller(status.file_of(site.federation, site.name), agent.said, agent.refresh):
         try:
             return agent.run(again)
+        except KeyboardInterrupt:
+            agent.enter("stopped")
+            return STOPPED
         except BaseException as error:
             agent.said.said = str(error)
             agent.enter("failed")
@@ -117,12 +91,12 @@ class _Agent(Subscriber):
         """From the start to the end; the exit code."""
         if not again and self.site.alone:
             self.enter("alone")
-            self.said.score_alone = self._alone()
-            self.said.round = 0
+            score = train_alone(self.number, self.config, self.site.share, self._told_alone)
+            self.said.score_alone, self.said.round = score, 0
         self.enter("starting")
         with ExitStack() as leave:
-            engine = self._engine()
-            run = self._build(engine)
+            engine = make_engine(self.signed, self.number, self.config)
+            run = make_run(self.signed, self.number, self.config, self.site.share, engine)
             leave.callback(run.close)
             folder = leave.enter_context(Folder(self.site.out, config=self.config, resume=again))
             folder.restore(run, folder.point(run.rounds))  # before the engine is connected
@@ -138,7 +112,7 @@ class _Agent(Subscriber):
             engine.connect(*run.exchange.templates(run.adapter), links, facts)
             links.start(engine)  # after the model is built, which takes long and holds the interpreter
             leave.callback(links.stop)
-            self.links, self.engine = links, engine
+            self.engine, self.links = engine, links
 
             def stop() -> None:
                 run.stop()
@@ -172,68 +146,10 @@ class _Agent(Subscriber):
                 run.save_adapter(folder.path / "adapter", self.number)
         return code
 
-    # What it is made of
-
-    def _engine(self) -> Mesh:
-        limits, steps = self.signed.limits, self.config.gossip_steps
-        assert isinstance(steps, int)
-        given = Limits(give_up=limits.give_up, linger=limits.give_up)
-        return Mesh(
-            self.number,
-            self.signed.schedule(),
-            self.config.rounds,
-            gossip_steps=steps,
-            names=[member.name for member in self.signed.agents],
-            limits=given if limits.patience is None else replace(given, patience=limits.patience),
-            own_pace=limits.patience is None,
-        )
-
-    def _build(self, engine: Mesh) -> Run:
-        return build_run(self.config, lambda _: engine, graph=self.signed.schedule(), split=self._split)
-
-    def _split(self, task: Task) -> partition.Own:
-        """This agent's examples: all that are here, or its share where all sites have the same."""
-        names = tuple(member.name for member in self.signed.agents)
-        everybody = len(names)
-        if self.site.share:
-            config = self.config
-            shares = partition.parse(config.partition, task.labels, everybody, config.seed, task.column)
-            indices = shares.shard(self.number)
-        else:
-            indices = np.arange(len(task.labels))
-        return partition.Own(self.number, everybody, indices, task.labels, names=names)
-
-    def _alone(self) -> float | None:
-        """The score of as many rounds on the own data alone."""
-        config = self.config.model_copy(
-            update={
-                "agents": 1,
-                "gossip_steps": 1,
-                "algorithm": AlgorithmConfig(name="local"),
-                "evaluate_every": self.config.rounds,
-                "lora": self.config.lora.model_copy(
-                    update={
-                        "ranks": self.config.lora.ranks[self.number : self.number + 1],
-                        "alphas": self.config.lora.alphas[self.number : self.number + 1],
-                    }
-                ),
-            }
-        )
-
-        def split(task: Task) -> partition.Partition:
-            return partition.Partition((self._split(task).indices,), task.labels)
-
-        run = build_run(config, graph=graphs.complete(1), split=split)
-        with run, stopping(run.stop):
-            score = None
-            for record in run.train():
-                self.said.round = record.round
-                score = record.scores[0] if record.scores else score
-            if run.round < run.rounds:
-                raise KeyboardInterrupt
-        return score
-
     # What it says
+
+    def _told_alone(self, round_: int) -> None:
+        self.said.round = round_
 
     def enter(self, state: str) -> None:
         """Another state begins."""

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -24,6 +25,7 @@ from decaf_lora import recipes
 from decaf_lora.config import AlgorithmConfig, RunConfig
 from decaf_lora.errors import UserError
 from decaf_lora.federation import agent, commands, file, keys, status
+from decaf_lora.federation.site import Site
 
 NAMES = ("alice", "bob", "carol", "dave", "erin")
 KILLED = "carol"
@@ -72,11 +74,11 @@ def run(out: Path, *, rounds: int = 30, show: Callable[[RenderableType], None] =
     path = prepare(out, rounds)
     told = keys.fingerprint(file.read_signed(path).organiser)
     # A fork inherits the modules; other systems start anew and import again.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     began, story = time.monotonic(), list[Happened]()
 
     def start(name: str) -> BaseProcess:
-        process = context.Process(target=_agent, args=(path, name, told), name=name)
+        process: BaseProcess = context.Process(target=_agent, args=(path, name, told), name=name)
         process.start()
         return process
 
@@ -85,7 +87,7 @@ def run(out: Path, *, rounds: int = 30, show: Callable[[RenderableType], None] =
 
     with ExitStack() as leave:
         processes: dict[str, BaseProcess] = {}
-        leave.callback(lambda: [process.kill() for process in processes.values()])
+        leave.callback(_kill, processes)
         for name in NAMES:
             processes[name] = start(name)
         happened("five agents started, each a process with its own key and data")
@@ -185,5 +187,10 @@ def _agent(path: Path, name: str, told: str) -> None:
 
     torch.set_num_threads(1)  # five processes share the machine
     address = next(m.address for m in file.read_signed(path).agents if m.name == name)
-    site = agent.Site(path, name, path.with_name(name), told=told, bind=address, share=True, alone=False)
+    site = Site(path, name, path.with_name(name), told=told, bind=address, share=True, alone=False)
     sys.exit(agent.run(site))
+
+
+def _kill(processes: dict[str, BaseProcess]) -> None:
+    for process in processes.values():
+        process.kill()
