@@ -15,7 +15,7 @@ from decaf_lora.errors import UserError
 from rounds import one_round, sent, setting
 
 VARIANTS = {
-    **{name: (name, {}) for name in algorithms.ALGORITHMS},
+    **{name: (name, {}) for name in algorithms.KINDS},
     **{f"{name}-quasi-global": (name, {"quasi_global": 0.9}) for name in ("dlora", "dlora_fa", "decaf_tracked")},
     **{f"{name}-int8": (name, {"messages": "int8"}) for name in ("dlora", "dlora_fa", "decaf_tracked")},
     "decaf-feedback": ("decaf", {"truncation_feedback": 1.0}),

@@ -60,7 +60,7 @@ def test_every_name_in_a_recipe_resolves(name):
     for spec in made.partitions or (made.partition,):
         assert len(partition.parse(spec, labels, made.agents, 0).shards) == made.agents
     assert made.algorithms == ALGORITHMS
-    assert all(name in algorithms.ALGORITHMS for name in made.algorithms)
+    assert all(name in algorithms.KINDS for name in made.algorithms)
     tasks.refuse_unused(made.task, tasks.KINDS[made.task.name].options, made.task.name)
 
 

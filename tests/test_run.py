@@ -43,7 +43,7 @@ def same(a, b):
         assert torch.equal(tensor, b.tensors()[key]), key
 
 
-@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", list(algorithms.KINDS))
 @pytest.mark.parametrize("n", [2, 3])
 def test_every_algorithm_runs_and_records(algorithm, n):
     run = make_run(algorithm, n)
@@ -84,7 +84,7 @@ def test_bytes_are_what_the_messages_hold():
     assert adapter_bytes["local"] == 0
 
 
-@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", list(algorithms.KINDS))
 @pytest.mark.parametrize("stop", ["after a round", "within a round", "between start and round 1"])
 def test_resumed_equals_uninterrupted_bit_for_bit(algorithm, stop, tmp_path):
     options = {"moments": "transport"} if algorithm == "decaf" else {}

@@ -171,7 +171,7 @@ def test_sigterm_to_one_rank_stops_all_in_that_step_and_leaves_a_checkpoint(tmp_
     assert ended.codes == {0: 130, 1: 130}, ended.output
     (line,) = ended.lines
     assert "stopped in round 4" in line
-    assert "Go on with: torchrun ... -m decaf_lora run digits --engine torchrun --out" in line
+    assert "Go on with: torchrun ... -m decaf_lora run --engine torchrun --resume" in line
     values = checkpoint.load_latest(out / "checkpoints")[1]
     assert (values["round"], values["step_in_round"]) == (3, 2)
 

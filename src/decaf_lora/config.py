@@ -292,9 +292,12 @@ class AlgorithmConfig(Section):
     messages: Literal["full", "int8"] | None = None
     """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
 
+    transforms: tuple[str, ...] = ()
+    """More transforms to lay over it, of your own or an installed package: `mine.py:noise:scale=0.1`."""
+
     def options(self) -> dict[str, Any]:
         """The options that were set."""
-        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v not in (None, (), [])}
 
 
 class TrainingConfig(_Frozen):
@@ -370,6 +373,9 @@ class RunConfig(_Frozen):
     """Rounds of local steps and exchange."""
     seed: int = Field(0, ge=0)
     """Seeds the partition, the start, the batches and random graphs."""
+    test: Literal["all", "own", "both"] = "all"
+    """Score each agent on all test examples, on those of its own site, or on both. Own ones need a partition by
+    column or files, and test examples that have this column."""
     evaluate_every: int = Field(5, ge=1)
     """Rounds between evaluations on the test set; the last round is always evaluated."""
     measure_every: int = Field(1, ge=1)

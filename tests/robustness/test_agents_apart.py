@@ -370,6 +370,17 @@ def test_a_model_of_nan_is_refused_before_training():
 # The check itself
 
 
+def test_a_run_that_is_refused_leaves_the_model_as_it_was():
+    task = OwnTask(seeded(ReadsWeights))
+    names = [name for name, _ in task.model.named_modules()]
+    for _ in range(2):
+        with pytest.raises(UserError, match="reads the weight of second"):
+            run_of(task, LoraConfig(r=2, target_modules=["first", "second"]))
+        assert [name for name, _ in task.model.named_modules()] == names
+    with pytest.raises(UserError, match="another run holds this ReadsWeights"):
+        run_of(task, LoraConfig(r=2, target_modules=["first"])), run_of(task, LoraConfig(r=2, target_modules=["first"]))
+
+
 @pytest.mark.parametrize("agents", [1, 2, 3])
 def test_the_check_changes_no_result(monkeypatch, agents):
     lora = dataclasses.replace(Toy().default_lora(), lora_dropout=0.3)

@@ -7,7 +7,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +51,6 @@ def build_run(
     else:
         _refuse_moved_rows(config)
         shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
-        if names := shards.names or graphs.as_schedule(graph).names:
-            graph, shards = graph.arranged(names), replace(shards, names=names)
     run = Run(
         task,
         algorithm,
@@ -66,6 +63,7 @@ def build_run(
         common_start=config.start == "common",
         init_adapters=init_adapters(config) or None,
         gossip_steps=config.gossip_steps,
+        test=config.test,
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,

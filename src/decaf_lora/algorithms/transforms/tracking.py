@@ -52,6 +52,7 @@ from decaf_lora.algorithms.contract import (
     turned,
 )
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
 PREFIX = "tracking/"
@@ -130,8 +131,8 @@ def _booked(adapter: Adapter, state: Tensors, inbox: Inbox, gamma: float) -> Ten
             state[f"own/{name}"] = state[f"own/{name}"] + f / gamma
             state[f"f/{j}/{name}"] = torch.zeros_like(f)
     position, own = {j: k for k, j in enumerate(inbox.senders)}, inbox.own[0]
-    for j, weight in inbox.weights_of_first().items():
-        k = position[int(j)]
+    for neighbour, weight in inbox.weights_of_first().items():
+        j, k = int(neighbour), position[int(neighbour)]
         sent = {name: inbox.tensors[PREFIX + name] for name in take(f"f/{j}/", state)}
         news = {name: gamma * weight * (d[k : k + 1] - d[own : own + 1]) for name, d in sent.items()}
         for name, added in adapter.trim(_over_scale(adapter, news, 1)).items():
@@ -151,3 +152,13 @@ def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
         return gradients
     scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
     return {name: g * scales[name] if name in scales else g for name, g in gradients.items()}
+
+
+_tracking = tracking
+
+
+def _asked(tracking: bool = False, tracking_gamma: float = 1.0) -> Transform | None:
+    return _tracking(tracking_gamma) if tracking else None
+
+
+KINDS = {"tracking": TransformKind(tracking, "gradient tracking", "tracking:0.5", place=30, asked=_asked)}
