@@ -21,7 +21,7 @@ from decaf_lora import consensus
 from decaf_lora.adapters import attach, load_peft
 from decaf_lora.adapters.adapter import Adapter, as_adapter
 from decaf_lora.adapters.names import Tensors, flattened, parted, put, take
-from decaf_lora.adapters.portable import config_values, write_adapter
+from decaf_lora.adapters.portable import outline, write_adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import local_steps
@@ -457,16 +457,10 @@ class Run:
             write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:
-        """What an export needs beside the tensors, in JSON's types.
-
-        task: `Task.describe`. configs: the adapter_config.json of every agent, or one for all. averaged: which of
-        them is the averaged model's.
-        """
-        trained, task = list(self.attached.extras), dict(self.task.describe())
-        pooled = self.algorithm.topology == "pooled"
-        agents = [self._largest] if pooled or self.attached.uniform else range(self.engine.num_agents)
-        configs = [config_values(self.attached.config_of(i), trained, task) for i in agents]
-        return {"task": task, "configs": configs, "averaged": self._largest if len(configs) > 1 else 0}
+        """What an export needs beside the tensors, in JSON's types: `adapters.portable.outline`."""
+        one = self.algorithm.topology == "pooled" or self.attached.uniform
+        agents = [self._largest] if one else range(self.engine.num_agents)
+        return outline(self.attached, self.task.describe(), agents, 0 if one else self._largest)
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
         """All that is needed to go on: named tensors with the agents reported on the leading axis, and plain values.
