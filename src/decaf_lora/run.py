@@ -32,6 +32,7 @@ from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Given, Own, Partition, named_alike
+from decaf_lora.precision import double
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.timing import Phases, Timer
@@ -156,9 +157,13 @@ class Run:
             eval_batch_size,
             steps_in_round=int(local_steps(training, list(shards.values())).max()),
         )
-        self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
-        self.state: State = self.exchange.init(self.adapter)
-        self.trainer.prepare(self.adapter)
+        try:
+            self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
+            self.state: State = self.exchange.init(self.adapter)
+            self.trainer.prepare(self.adapter)
+        except BaseException:
+            self.close()  # so that the task can serve another run
+            raise
         self.round = 0
         """Rounds done."""
         self.step_in_round = 0
@@ -517,4 +522,4 @@ class Run:
 
 
 def _rms(values: Tensor | None) -> float | None:
-    return None if values is None else float(values.double().square().mean().sqrt())
+    return None if values is None else float(double(values).square().mean().sqrt())

@@ -52,7 +52,7 @@ def feedback(leak: float = 1.0) -> Transform:
         return replace(inbox, carried=carried), state
 
     def after(state: Tensors, change: Change, round_: Round) -> Tensors:
-        return change.rest
+        return dict(change.rest)
 
     return Transform("feedback", init, receive=receive, after=after, check=check)
 
