@@ -229,11 +229,16 @@ def _sites(groups: Groups) -> Plot | None:
     records = [record for runs in groups.values() for run in runs for record in run.records]
     num = max((len(record.own_scores or record.scores or []) for record in records), default=0)
     names = called if len(called) == num else [f"agent {agent}" for agent in range(num)]
-    kinds: dict[str, Values] = {"all": lambda record: record.scores, "own": lambda record: record.own_scores}
+    kinds: dict[str, Callable[[Record], Values]] = {
+        "all": lambda record: record.scores,
+        "own": lambda record: record.own_scores,
+    }
     found: dict[tuple[str, str], list[float]] = {}
     for algorithm, runs in groups.items():
         for kind, values in kinds.items():
-            lasts = [next((v for r in reversed(run.records) if (v := values(r))), []) for run in runs]
+            lasts: list[Sequence[float | None]] = [
+                next((v for record in reversed(run.records) if (v := values(record))), []) for run in runs
+            ]
             if all(len(last) == num and None not in last for last in lasts):
                 found[algorithm, kind] = np.mean(np.array(lasts, dtype=float), axis=0).tolist()
     own = any(kind == "own" for _, kind in found)
