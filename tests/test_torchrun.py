@@ -261,6 +261,22 @@ def test_a_rank_that_never_arrives_is_named(tmp_path):
     assert "rank 1 cannot reach rank 0 at 127.0.0.1:" in line
 
 
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        ("int8", "wire: int8 between processes would have no error feedback; use --algorithm.messages int8"),
+        ("bfloat", "wire: 'bfloat' is not known. Did you mean 'bfloat16'"),
+    ],
+)
+def test_a_wire_that_there_is_none_of_is_one_line(tmp_path, wire, message):
+    words = [*SMALL, "--task", TOY, "--engine", "torchrun", "--wire", wire, "--out", tmp_path / "run"]
+    ended = ranks.start(tmp_path, 2, ranks.decaf, *words)
+    assert ended.codes == {0: 2, 1: 2}
+    (line,) = ended.lines
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_a_launcher_and_under_one_by_mistake(tmp_path, capsys, monkeypatch):
     out = ["--out", str(tmp_path / "run")]
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

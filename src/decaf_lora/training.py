@@ -102,8 +102,8 @@ class Trainer:
                 self._layouts[group] = FlatGroup(tensors)
                 flat = self._layouts[group].pack(tensors)
                 self.moments[group] = optimizers.Moments.zeros(flat, self.config)
-        auto, alone = not self.agents_per_pass, len(self.streams) == 1
-        together = self.agents_per_pass != 1 and not (auto and alone)
+        auto = not self.agents_per_pass
+        together = self.agents_per_pass != 1 and len(self.streams) > 1
         if not separation.check(self.task, self.attached, adapter, self._two_examples(), together):
             self._one_by_one, self.agents_per_pass = True, 1
             warnings.warn(
@@ -257,7 +257,7 @@ class Trainer:
         for place, own in enumerate(tests):
             with self.attached.bind(adapter.select([place])), self._autocast():
                 parts = [
-                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).cpu().double()
                     for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
                 ]
             totals.append(torch.stack(parts).sum(0))

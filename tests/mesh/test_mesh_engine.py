@@ -300,6 +300,12 @@ def test_a_sound_message_is_what_was_packed():
     assert all(torch.equal(got[name], tensor) for name, tensor in GOOD.items())
 
 
+def test_a_message_may_be_small_where_the_own_one_is_still_zero():
+    template().unpack(pack(GOOD, {}, 0), 1, 0.0)
+    with pytest.raises(RejectionError, match="its norm is"):
+        template().unpack(pack(GOOD | {"A/x": torch.full((1, 3, 4), 30.0)}, {}, 0), 1, 0.0)
+
+
 def test_only_the_own_rank_travels_and_the_rest_is_zero():
     sizes = {"A/x": (1, [3, 1])}
     message = {**GOOD, "A/x": torch.cat([torch.ones(1, 1, 4), torch.zeros(1, 2, 4)], 1)}
