@@ -280,7 +280,7 @@ def test_stop_ends_an_agent_that_waits():
 
 
 def test_agents_whose_messages_differ_do_not_talk():
-    board, limits = Switchboard(), replace(LIMITS, linger=0.3)
+    board, limits = Switchboard(), replace(LIMITS, linger=2.0)
     agents = [Agent(i, ("decaf", {}, "ring", 1), board, limits) for i in range(3)]
     agents.append(Agent(3, ("decaf_tracked", {}, "ring", 1), board, limits))
     for agent in agents:
