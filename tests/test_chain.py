@@ -9,8 +9,8 @@ from decaf_lora.algorithms import Combined, Round, Rule, Transform, chain
 from decaf_lora.algorithms.inbox import average_tensors
 from decaf_lora.errors import UserError
 from rounds import one_round, setting
-from test_algorithms import LAYERS, make_adapter
-from test_tracking import finished, random_gradients
+from samples import LAYERS, make_adapter, random_gradients
+from toy_runs import finished
 
 SAME = [
     (algorithms.decaf() | algorithms.tracking(0.5), algorithms.decaf(tracking=True, tracking_gamma=0.5)),
