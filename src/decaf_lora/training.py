@@ -265,18 +265,22 @@ class Trainer:
         """(n,) scores of the adapters, each on test examples of its own, in float64 on the CPU.
 
         Args:
-            adapter: of n agents.
-            tests: for each of them the indices (m_i,) of test examples, at least one.
+            adapter: of n agents, or of one for all.
+            tests: n arrays of the indices (m_i,) of test examples, at least one.
         """
         totals = []
         for place, own in enumerate(tests):
-            with self.attached.bind(adapter.select([place])), self._autocast():
+            with self.attached.bind(adapter.select([place if adapter.num_agents > 1 else 0])), self._autocast():
                 parts = [
-                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).cpu().double()
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
                     for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
                 ]
             totals.append(torch.stack(parts).sum(0))
         return self.task.score(torch.cat(totals))
+
+    def score_of(self, adapter: Adapter, tests: Sequence[np.ndarray] | None = None) -> float:
+        """The score of one model on all test examples, or its mean over `tests`."""
+        return float((self.evaluate(adapter) if tests is None else self.evaluate_own(adapter, tests)).mean())
 
     # One step's gradients
 
