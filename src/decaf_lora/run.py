@@ -374,9 +374,8 @@ class Run:
     def _collect(self) -> None:
         """Starts to bring all adapters to the main process."""
         self._collected()
-        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
-        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
-        self._collection = self.engine.collect({**self.adapter.tensors(), **more})
+        more = put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
+        self._collection = self.engine.collect(self.adapter.tensors() | more)
 
     def _collected(self) -> Tensors:
         """Ends the collection that is under way, if one is: all adapters in the main process."""
@@ -469,11 +468,7 @@ class Run:
         """
         tensors = put("adapter/", self.adapter.tensors()) | put("state/", flattened(self.state))
         tensors |= put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
-        for group, moments in self.trainer.moments.items():
-            tensors[f"moments/{group}/first"] = moments.first
-            tensors[f"moments/{group}/second"] = moments.second
-            tensors[f"moments/{group}/steps"] = moments.steps
-        tensors["steps_taken"] = torch.from_numpy(self.trainer.steps_taken.copy())
+        tensors |= self.trainer.snapshot()
         if self.step_in_round and self._losses is not None:
             tensors["losses"] = self._losses
             tensors |= put("measures/", self._measures)
@@ -501,11 +496,7 @@ class Run:
         self.engine.restore(values.get("engine", {}))
         self.adapter = self.adapter.with_tensors(take("adapter/", mine))
         self.state = parted(take("state/", mine), self.state)
-        for group, moments in self.trainer.moments.items():
-            moments.first = mine[f"moments/{group}/first"]
-            moments.second = mine[f"moments/{group}/second"]
-            moments.steps = mine[f"moments/{group}/steps"]
-        self.trainer.steps_taken = mine["steps_taken"].cpu().numpy().copy()
+        self.trainer.restore(mine)
         self._losses = mine.get("losses")
         self._measures = {k: t.cpu() for k, t in take("measures/", mine).items()}
         self.round, self.step_in_round = int(values["round"]), int(values["step_in_round"])

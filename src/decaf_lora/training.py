@@ -20,7 +20,7 @@ from torch import Tensor
 
 from decaf_lora import optimizers, separation
 from decaf_lora.adapters.adapter import Adapter, Factor
-from decaf_lora.adapters.names import Tensors
+from decaf_lora.adapters.names import Tensors, put, take
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
 from decaf_lora.algorithms.contract import Round
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
@@ -222,6 +222,21 @@ class Trainer:
             moments.first = self._layouts[group].pack({k: new_firsts[f"{group}/{k}"] for k in names})
             if moments.second.shape[1]:
                 moments.second = self._layouts[group].pack({k: new_seconds[f"{group}/{k}"] for k in names})
+
+    def snapshot(self) -> Tensors:
+        """What the local steps go on from: the optimizers' moments, and steps taken, with the agents' axis first."""
+        tensors = {"steps_taken": torch.from_numpy(self.steps_taken.copy())}
+        for group, moments in self.moments.items():
+            parts = {"first": moments.first, "second": moments.second, "steps": moments.steps}
+            tensors |= put(f"moments/{group}/", parts)
+        return tensors
+
+    def restore(self, tensors: Tensors) -> None:
+        """Goes back to a snapshot; `tensors` may hold others, too."""
+        for group, moments in self.moments.items():
+            own = take(f"moments/{group}/", tensors)
+            moments.first, moments.second, moments.steps = own["first"], own["second"], own["steps"]
+        self.steps_taken = tensors["steps_taken"].cpu().numpy().copy()
 
     @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> Tensor:
