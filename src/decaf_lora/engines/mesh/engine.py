@@ -24,7 +24,7 @@ from decaf_lora.engines.mesh.edge import Saved
 from decaf_lora.engines.mesh.frames import PART, Frame
 from decaf_lora.engines.mesh.link import Link
 from decaf_lora.engines.mesh.outcome import Limits, Phase, RejectionError
-from decaf_lora.engines.mesh.payload import Template, norm, own_part, pack
+from decaf_lora.engines.mesh.payload import LARGEST, Template, norm, own_part, pack
 from decaf_lora.engines.mesh.peer import Peer
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, Schedule
@@ -57,7 +57,14 @@ class StoppedError(Exception):
 
 
 class Mesh:
-    """The engine of one agent. `connect` comes before the first round, `finish` after the last.
+    """The engine of one agent.
+
+        mesh = Mesh(agent, schedule, rounds)
+        run = Run(..., engine=lambda num_agents: mesh)                          # perhaps run.restore(...)
+        mesh.connect(*run.exchange.templates(run.adapter), links, facts)
+        links.start(mesh)
+        for record in run.train(): ...                                          # with a checkpoint after each
+        mesh.finish()
 
     Args:
         agent: number of this agent.
@@ -65,8 +72,9 @@ class Mesh:
         rounds: of the run.
         gossip_steps: exchanges in a round.
         names: of all agents, for what is said to people.
-        limits: how long to wait and how much to accept; None: patience is 3 times the median of the own rounds, and
-            at least `AT_LEAST`.
+        limits: how long to wait and how much to accept; None: the defaults, with patience from the own rounds.
+        own_pace: whether patience is 3 times the median of the own rounds, and at least `AT_LEAST`; None: if no limits
+            are given.
         clock: seconds.
     """
 
@@ -81,8 +89,10 @@ class Mesh:
         gossip_steps: int = 1,
         names: Sequence[str] | None = None,
         limits: Limits | None = None,
+        own_pace: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._own_pace = limits is None if own_pace is None else own_pace
         self.num_agents, self.agents, self.reports = schedule.num_agents, [agent], [agent]
         self.agent, self.schedule, self.gossip_steps = agent, schedule, gossip_steps
         self.last = rounds * gossip_steps
@@ -115,8 +125,9 @@ class Mesh:
             facts: what else both ends of an edge must agree on.
         """
         self._templates = [Template(message, sizes) for message, sizes in templates]
-        self._norms = [norm(message) for message, _ in templates]
-        self._held_template = Template(held, {})
+        # A neighbour's first message may come before this agent's own, and hold what is 0 in a template: gradients.
+        self._norms = [LARGEST * norm(message) for message, _ in templates]
+        self._held_template, self._began = Template(held, {}), self.clock()
         self.hold(held)
         largest = max(len(pack(message, {}, self.agent)) for message in (held, *(m for m, _ in templates)))
         limits = replace(self.limits or Limits(), most_parts=1 + math.ceil(largest / PART))
@@ -260,7 +271,9 @@ class Mesh:
         return {"closed": self._closed, "edges": edges}
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Goes back to a snapshot; before `connect`."""
+        """Goes back to a snapshot; before `connect`, since neighbours are told at once what is closed."""
+        if self._templates:
+            raise RuntimeError("a mesh is restored before it is connected")
         self._closed = int(values.get("closed", 0))
         self._saved = {
             int(j): Saved(
@@ -354,7 +367,7 @@ class Mesh:
 
     def _time_round(self, number: int) -> None:
         """Patience follows from the own rounds, where it is not given."""
-        if self.limits is None and (number - 1) % self.gossip_steps == 0:
+        if self._own_pace and (number - 1) % self.gossip_steps == 0:
             now = self.clock()
             self._durations.append(now - self._began)
             self._began = now
