@@ -20,7 +20,7 @@ def model(tmp_path_factory):
     return str(write("bert", tmp_path_factory.mktemp("bert")))
 
 
-@pytest.mark.parametrize("page", ["own-graph.md", "own-partition.md"])
+@pytest.mark.parametrize("page", ["own-graph.md", "own-partition.md", "own-algorithm.md"])
 def test_a_page_works_as_written(page, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / page).read_text()

@@ -4,20 +4,25 @@ import contextlib
 import csv
 import json
 
+import networkx as nx
 import numpy as np
 import pytest
+import torch
 
-from decaf_lora import tasks
+from decaf_lora import algorithms, graphs, tasks
 from decaf_lora.cli import main
 from decaf_lora.config import RunConfig, TaskConfig, build
 from decaf_lora.errors import UserError
+from decaf_lora.run import Run
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.export import numbered
 from tiny import WORDS, write
+from toy import Toy
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("datasets_cache")]
 
 SITES = ("mayo", "charite", "kings")
+SITES_IN_ORDER = tuple(sorted(SITES))
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +130,28 @@ def test_the_command_line_from_the_table_to_the_report(model, table, tmp_path, c
     out = tmp_path / "run"
     arguments = ["--agents", 3, "--partition", "column:hospital", "--graph", tmp_path / "sites.edgelist"]
     arguments += ["--task", "sequence-classification", "--model", model, "--data", table, "--task.test_share", 0.2]
-    arguments += ["--rounds", 1, "--training.steps", 1, "--training.batch_size", 2, "--lora.r", 2, "--out", out]
+    arguments += [
+        "--test",
+        "both",
+        "--rounds",
+        1,
+        "--training.steps",
+        1,
+        "--training.batch_size",
+        2,
+        "--lora.r",
+        2,
+        "--out",
+        out,
+    ]
     assert main(["run", "digits", *map(str, arguments)]) == 0, capsys.readouterr().err
     facts = json.loads((out / "run.json").read_text())
     assert facts["names"] == ["charite", "kings", "mayo"]
     weights = np.array(facts["graph"]["weights"])
     assert weights[0, 2] == 0 < weights[0, 1]
-    assert "kings" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Every site" in page
+    assert page.count("kings</text>") >= 3  # a row of the scores, a column of the labels, a node of the graph
     # Export by name is export by number, without the table and without the user's graph.
     (tmp_path / "sites.edgelist").unlink()
     assert main(["export", str(out), "--agent", "kings", "--to", str(tmp_path / "kings")]) == 0
@@ -227,3 +247,70 @@ def test_a_name_with_two_meanings_is_refused():
         numbered("1", ["1", "0"])
     with pytest.raises(UserError, match="agent: 'all' is also the name of an agent; give its number, 1"):
         numbered("all", ["a", "all"])
+
+
+# --- each site's own test set -------------------------------------------------------------------------------
+
+
+def own_accuracy(task, site):
+    """The score of the model as it stands, on the test rows of a site: by hand, one by one."""
+    right = []
+    for row in np.flatnonzero(task.column("hospital", "test") == site):
+        batch = task.test_batch(np.array([row]))
+        right.append(int(task.logits(batch).argmax(-1).item() == batch["labels"].item()))
+    return np.mean(right)
+
+
+@pytest.mark.parametrize("algorithm", ["decaf", "local", "fedavg", "centralized"])
+@pytest.mark.parametrize("test", ["all", "own", "both"])
+def test_agents_are_scored_on_all_on_their_own_or_on_both(model, table, test, algorithm):
+    values = {"test": test, "algorithm": {"name": algorithm}, "training": {"steps": 3, "learning_rate": 0.05}}
+    values["evaluate_every"] = 1
+    with contextlib.closing(build_run(config(model, table, **values))) as run:
+        (*_, last) = run.train()
+        own = []
+        for agent, site in enumerate(SITES_IN_ORDER):
+            one = run.adapter.select([0 if algorithm == "centralized" else agent])
+            with torch.no_grad(), run.attached.bind(one):
+                own.append(own_accuracy(run.task, site))
+        everything = run.trainer.evaluate(run.adapter).tolist()
+    assert last.own_scores == (None if test == "all" else pytest.approx(own))
+    assert last.scores == pytest.approx(own if test == "own" else everything)
+    assert len(set(own)) > 1  # the sites differ, so mixing them up would show
+    assert last.averaged_score is not None
+
+
+def test_averaged_scores_of_own_tests_are_the_mean_over_sites(model, table):
+    values = {"test": "own", "algorithm": {"name": "fedavg"}, "training": {"steps": 3, "learning_rate": 0.05}}
+    with contextlib.closing(build_run(config(model, table, **values))) as run:
+        (*_, last) = run.train()
+    assert last.averaged_score == pytest.approx(np.mean(last.scores))  # after a server all agents are the average
+
+
+def test_own_tests_that_nobody_has(model, table, folder):
+    with pytest.raises(UserError, match=r"test: nobody knows whose the test examples are; split by a column"):
+        build_run(config(model, table, partition="iid", test="own"))
+    task = {"name": "sequence-classification", "model": model}
+    with pytest.raises(UserError, match=r"test: nobody knows whose"):  # the common test file names no site
+        build_run(config(model, "", task=task, partition=f"files:{folder}", test="both"))
+    task = {**task, "data": table, "test_split": "train[:1]"}
+    with pytest.raises(UserError, match=r"test: agent (charite|kings|mayo) has no test example of its own"):
+        build_run(config(model, table, task=task, test="own"))
+
+
+def test_a_run_takes_whatever_gives_the_rows_of_an_agent():
+    class Thirds:
+        def load_partition(self, agent):
+            return range(agent, 60, 3)
+
+    task = Toy()
+    graph = graphs.from_networkx(nx.Graph([("bob", "alice"), ("bob", "carol")]))
+    with Run(task, algorithms.dlora(), graph, Thirds(), rounds=1) as run:
+        assert run.partition.sizes.tolist() == [20, 20, 20]
+        assert run.partition.names == ("alice", "bob", "carol")
+    rows = {"carol": [0, 1, 2, 3], "alice": [4, 5, 6, 7], "bob": [8, 9, 10, 11]}
+    with Run(task, algorithms.dlora(), graph, rows, rounds=1) as run:
+        assert run.schedule.at(0).names == run.partition.names == ("carol", "alice", "bob")
+        assert run.schedule.at(0).edges == [(0, 2), (1, 2)]
+    with pytest.raises(UserError, match="partition: custom is int"):
+        Run(task, algorithms.dlora(), graph, 3, rounds=1)

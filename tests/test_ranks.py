@@ -19,7 +19,7 @@ from decaf_lora.errors import UserError
 from decaf_lora.run import Run
 from decaf_lora.runs import checkpoint
 from rounds import mix, one_round, setting
-from test_algorithms import LAYERS, make_adapter, products
+from samples import LAYERS, make_adapter, products
 from toy import Toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*recommended to pass.*")
@@ -142,7 +142,7 @@ def test_tracked_gradients_are_exchanged_without_their_scales():
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("name", list(algorithms.KINDS))
 def test_training_stays_within_the_ranks(name):
     run = make_run(name, alphas=(1, 8, 2, 9))
     records = list(run.train())

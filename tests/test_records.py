@@ -297,9 +297,10 @@ class TestReferences:
         assert [float(line["start_score"]) for line in found] == [0.1, 0.15, 0.1]
         assert [line["majority_score"] for line in found] == ["0.25", "0.2", ""]
         console = Console(file=io.StringIO(), width=80)
-        console.print(records.table(self.ROWS[:3]))
+        console.print(records.table(self.ROWS[:2]))
         shown = console.file.getvalue()
         assert "majority" in shown
+        assert "start" in shown
         assert "…" not in shown
 
     def test_starts_that_differ_are_told_apart(self) -> None:

@@ -300,7 +300,7 @@ class TestComparison:
 
 
 def test_every_algorithm_has_a_look_of_its_own() -> None:
-    assert set(report.LOOKS) == set(algorithms.ALGORITHMS)
+    assert set(report.LOOKS) == set(algorithms.KINDS)
     assert len({colour for colour, _ in report.LOOKS.values()}) == len(report.LOOKS)
     spare = {colour for colour, _ in style.SPARE_LOOKS}
     assert not spare & {colour for colour, _ in report.LOOKS.values()}

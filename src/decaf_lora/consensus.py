@@ -13,6 +13,7 @@ from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
+from decaf_lora.precision import double, work_device
 
 AVERAGED = "averaged"
 """The name of the averaged model, in place of an agent's number."""
@@ -25,8 +26,8 @@ def distance(adapter: Adapter) -> float:
         if 2 * n * adapter.A[layers[0]].shape[1] > sum(_dimensions(adapter, layers[0])):
             total += sum(_dense_squares(adapter, layer) for layer in layers)
             continue
-        a = torch.stack([adapter.A[k] for k in layers]).double()
-        b = torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]).double()
+        a = double(torch.stack([adapter.A[k] for k in layers]))
+        b = double(torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]))
         # Products are compared to the first agent's: the shift takes the part that all share out of the
         # sums before they cancel.
         inner = _centred_gram(a, b)
@@ -44,7 +45,7 @@ def _dense_squares(adapter: Adapter, layer: str) -> float:
 
     For many agents: the Gram matrix of their factors, (2 n r)^2 numbers, would be larger than the layer.
     """
-    a, b = adapter.A[layer].double(), (adapter.B[layer] * adapter.scale[layer][:, None, None]).double()
+    a, b = double(adapter.A[layer]), double(adapter.B[layer] * adapter.scale[layer][:, None, None])
     mean = torch.einsum("nor,nri->oi", b, a) / len(a)
     return sum(float((b[i] @ a[i] - mean).square().sum()) for i in range(len(a)))
 
@@ -116,7 +117,7 @@ def neighbour_distance(adapter: Adapter, inbox: Inbox) -> float | None:
         a, b = inbox.tensors[f"A/{layer}"], inbox.tensors[f"B/{layer}"]
         scale = inbox.tensors.get(f"scale/{layer}", adapter.scale[layer][:1].expand(len(a)))
         b = b * scale[:, None, None]
-        squares += float(lowrank.product_distance(a[others], b[others], a[own], b[own]).double().square().sum())
+        squares += float(double(lowrank.product_distance(a[others], b[others], a[own], b[own])).square().sum())
     return (squares / len(others)) ** 0.5
 
 
@@ -133,10 +134,10 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
     """
     if not _holds_products(adapter, inbox):
         return None
-    device = next(iter(inbox.tensors.values())).device
+    device = work_device(next(iter(inbox.tensors.values())).device)
     squares = torch.zeros(2, inbox.num_receivers, dtype=torch.float64, device=device)
     for layers in adapter.shape_groups():
-        scale = torch.stack([adapter.scale[k] for k in layers]).double()
+        scale = double(torch.stack([adapter.scale[k] for k in layers]))
         for whole in inbox.groups:
             for rank, group in whole.split(adapter.rank_of(layers[0])):
                 a = inbox.stacked([f"A/{k}" for k in layers], group)
@@ -145,7 +146,7 @@ def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tenso
                 if theirs is not None:
                     b = b * theirs[..., None, None]
                 tail = lowrank.mix_truncate(a, b, weights, rank).tail
-                both = torch.stack([lowrank.interference(a, b, weights), tail]).double()[:, :, group.expand]
+                both = double(torch.stack([lowrank.interference(a, b, weights), tail]))[:, :, group.expand]
                 both = both * scale[:, group.receivers] if theirs is None else both
                 squares[:, group.receivers] += both.square().sum(1)
     interference, tail = squares.sqrt().cpu()

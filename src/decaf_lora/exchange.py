@@ -119,6 +119,13 @@ class Exchanged(NamedTuple):
     """Of them between processes, as the engine counts them."""
 
 
+class _Costs(NamedTuple):
+    """Bytes: as `Exchanged` tells them."""
+
+    bytes_sent: float = 0.0
+    wire_bytes: float | None = None
+
+
 class Exchange:
     """Makes the exchanges of an algorithm on a schedule of graphs.
 
@@ -190,13 +197,13 @@ class Exchange:
     def finish(self, adapter: Adapter, started: Started) -> Exchanged:
         """Waits for what was started, makes the further exchanges of the round, and combines."""
         with self.phase("exchange"):
-            round_, state, inbox, cut, bytes_sent, wire_bytes = self._make(adapter, started)
+            round_, state, inbox, cut, costs = self._make(adapter, started)
         if not inbox.senders:  # the run was over before this agent's message arrived
-            return Exchanged(round_, adapter, state, inbox, None, bytes_sent, wire_bytes)
+            return Exchanged(round_, adapter, state, inbox, None, *costs)
         with self.phase("combine"):
             new, state, read = self.algorithm.combine(adapter, state, inbox, round_)
         self.hold(new)
-        return Exchanged(round_, new, state, read, cut, bytes_sent, wire_bytes)
+        return Exchanged(round_, new, state, read, cut, *costs)
 
     def meet(self, adapter: Adapter, state: State, number: int) -> tuple[int, Adapter, State]:
         """The round to take part in next, asked before `start`: `number`, or a later one that the neighbours are at.
@@ -222,33 +229,28 @@ class Exchange:
         """What of the agents the rule ever trains, and so may combine."""
         return adapter.message(self._trained)
 
-    def _make(
-        self, adapter: Adapter, started: Started
-    ) -> tuple[Round, State, Inbox, Tensor | None, float, float | None]:
+    def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
         """All exchanges of a round; where the neighbours have left it behind meanwhile, those of their round."""
-        pending, bytes_sent, wire_bytes = started.pending, 0.0, None
+        pending, costs = started.pending, _Costs()
         while True:
             inbox, cut, state = pending.wait(), None, started.state
             number = self._number(inbox.exchange)
             if not inbox.senders:
-                return self.round(number), state, inbox, cut, bytes_sent, wire_bytes
+                return self.round(number), state, inbox, cut, costs
             first, *others = self._hops(number)
-            costs = [self._cost(started.message, first, started.sizes)]
+            costs = self._plus(costs, started.message, first, started.sizes)
             for hop, graph in enumerate(others, start=1):
                 state = self.algorithm.relayed(adapter, state, inbox, self.round(number))
                 message, left_out = self.algorithm.relay(adapter, inbox, self.round(number))
                 cut = torch.zeros(()).hypot(left_out) if cut is None else cut.hypot(left_out)
                 # What is forwarded is a mixture, and has no agent's own size.
                 inbox = self._start(message, number, hop, {}).wait()
+                costs = self._plus(costs, message, graph, {})
                 if inbox.exchange != self._first(number) + hop:
+                    pending = self._start(started.message, self._number(inbox.exchange), 0, started.sizes)
                     break
-                costs.append(self._cost(message, graph, {}))
-            bytes_sent += sum(sent for sent, _ in costs)
-            for _, told in costs:
-                wire_bytes = wire_bytes if told is None else (wire_bytes or 0.0) + told
-            if len(costs) == 1 + len(others):
-                return self.round(number), state, inbox, cut, bytes_sent, wire_bytes
-            pending = self._start(started.message, self._number(inbox.exchange), 0, started.sizes)
+            else:
+                return self.round(number), state, inbox, cut, costs
 
     def _start(self, message: Tensors, number: int, hop: int, sizes: Sizes) -> Pending[Inbox]:
         return self.engine.start(message, self._hops(number)[hop], self._first(number) + hop, sizes)
@@ -267,9 +269,11 @@ class Exchange:
         graph = self._windows(first % self.schedule.period if self.schedule.period else first, self.gossip_steps)
         return graph.hops if graph.hops and self.algorithm.relays else (graph,)
 
-    def _cost(self, message: Tensors, graph: Graph, sizes: Sizes) -> tuple[float, float | None]:
-        """Bytes of an exchange: what an agent sends, and what the engine counts."""
-        return self._bytes_of(message, graph, sizes), self.engine.wire_bytes(message, graph, sizes)
+    def _plus(self, costs: _Costs, message: Tensors, graph: Graph, sizes: Sizes) -> _Costs:
+        """`costs` and those of one more exchange."""
+        told = self.engine.wire_bytes(message, graph, sizes)
+        wire_bytes = costs.wire_bytes if told is None else (costs.wire_bytes or 0.0) + told
+        return _Costs(costs.bytes_sent + self._bytes_of(message, graph, sizes), wire_bytes)
 
     def _own_sizes(self, message: Tensors) -> Sizes:
         """Where agents differ in rank: of their factors they send as many rows or columns as their own."""

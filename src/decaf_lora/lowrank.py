@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, unknown
+from .precision import double, work_device
 
 Gauge = Literal["balanced", "balanced_rotated", "orthonormal", "orthonormal_rotated", "anchored"]
 Method = Literal["auto", "qr", "gram"]
@@ -147,7 +148,7 @@ def mix_truncate(
     null = s <= null_tolerance * s[..., :1]
     any_null = bool(null.any())
     if any_null or gauge != "balanced":
-        A_ref = _average(A, weights, rank) if reference is None else _double(reference[0])
+        A_ref = _average(A, weights, rank) if reference is None else double(reference[0])
         c = _scale(a_scale, A_ref)
     if any_null:
         s = s.masked_fill(null, 0)
@@ -158,7 +159,7 @@ def mix_truncate(
         A_new = (torch.where(null, c, root) if any_null else root).unsqueeze(-1) * Vt
         Bt_new = root.unsqueeze(-1) * Ut
         if gauge == "balanced_rotated":
-            Bt_ref = _average(B.mT, weights, rank) if reference is None else _double(reference[1].mT)
+            Bt_ref = _average(B.mT, weights, rank) if reference is None else double(reference[1].mT)
             Rt = _polar(A_ref @ A_new.mT + Bt_ref @ Bt_new.mT)
             A_new, Bt_new = Rt @ A_new, Rt @ Bt_new
     elif gauge == "orthonormal":
@@ -187,7 +188,7 @@ def product_inner(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
         UserError: shapes that do not fit.
     """
     _check_pairs(A1, B1, A2, B2)
-    a1, b1, a2, b2 = map(_double, (A1, B1, A2, B2))
+    a1, b1, a2, b2 = map(double, (A1, B1, A2, B2))
     inner = ((b1.mT @ b2) * (a1 @ a2.mT)).sum((-2, -1))
     return inner.to(A1.device, _result_dtype(A1, B1, A2, B2))
 
@@ -204,7 +205,7 @@ def product_norm(A: Tensor, B: Tensor) -> Tensor:
         UserError: shapes that do not fit.
     """
     _check_factors(A, B)
-    return _norm(_double(A), _double(B.mT)).to(A.device, _result_dtype(A, B))
+    return _norm(double(A), double(B.mT)).to(A.device, _result_dtype(A, B))
 
 
 @torch.no_grad()
@@ -223,7 +224,7 @@ def product_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
     """
     _check_pairs(A1, B1, A2, B2)
     lead = torch.broadcast_shapes(A1.shape[:-2], A2.shape[:-2])
-    a1, b1, a2, b2 = (_double(x).expand(*lead, -1, -1) for x in (A1, B1.mT, A2, B2.mT))
+    a1, b1, a2, b2 = (double(x).expand(*lead, -1, -1) for x in (A1, B1.mT, A2, B2.mT))
     distance = _norm(torch.cat((a1, a2), -2), torch.cat((b1, -b2), -2))
     return distance.to(A1.device, _result_dtype(A1, B1, A2, B2))
 
@@ -244,7 +245,7 @@ def interference(A: Tensor, B: Tensor, weights: Tensor) -> Tensor:
         UserError: shapes that do not fit, weights that do not sum to 1.
     """
     _check_factors(A, B, weights, contributors=True)
-    a, b = _double(A), _double(B.mT)
+    a, b = double(A), double(B.mT)
     w = weights.to(a)[..., None, None]
     if bool(((w.sum(-3) - 1).abs() > 1e-5).any()):
         raise UserError("weights: must sum to 1 over the contributors; otherwise there is no average.")
@@ -262,7 +263,7 @@ def polar(M: Tensor) -> Tensor:
     """
     if M.dim() < 2 or M.shape[-2] != M.shape[-1]:
         raise UserError(f"M: need the shape (..., r, r), got {tuple(M.shape)}.")
-    return _polar(_double(M)).to(M.device, _result_dtype(M))
+    return _polar(double(M)).to(M.device, _result_dtype(M))
 
 
 @torch.no_grad()
@@ -282,7 +283,7 @@ def frame_change(A_old: Tensor, B_old: Tensor, A_new: Tensor, B_new: Tensor) -> 
     _check_pairs(A_old, B_old, A_new, B_new)
     if A_old.shape[-2] != A_new.shape[-2]:
         raise UserError(f"A_new: its rank is {A_new.shape[-2]}, that of A_old {A_old.shape[-2]}; they must agree.")
-    a0, b0, a1, b1 = map(_double, (A_old, B_old, A_new, B_new))
+    a0, b0, a1, b1 = map(double, (A_old, B_old, A_new, B_new))
     return _polar(a1 @ a0.mT + b1.mT @ b0).to(A_old.device, _result_dtype(A_old, B_old, A_new, B_new))
 
 
@@ -387,14 +388,14 @@ def _polar(M: Tensor) -> Tensor:
 
 def _average(X: Tensor, weights: Tensor, rank: int) -> Tensor:
     """The weighted average of X (..., m, r, d) over m, cut or zero-filled to (..., rank, d), in float64."""
-    w = _double(weights)
+    w = double(weights)
     total = w.sum(-1, keepdim=True)
     if bool((total == 0).any()):
         raise UserError("weights: they sum to 0, so the factors have no average to refer to; pass reference=.")
     # Only a frame to turn towards: float32 will do, and spares a float64 copy of all contributors.
     X = X[..., :rank, :].to(_result_dtype(X))
     mean = (w / total).to(X).unsqueeze(-2) @ X.flatten(-2)
-    return _pad(_double(mean.squeeze(-2).unflatten(-1, X.shape[-2:])), -2, rank)
+    return _pad(double(mean.squeeze(-2).unflatten(-1, X.shape[-2:])), -2, rank)
 
 
 def _scale(a_scale: float | Tensor | None, Aref: Tensor) -> Tensor:
@@ -431,23 +432,14 @@ def _revive(Vt: Tensor, null: Tensor, Aref: Tensor) -> Tensor:
 # --- shapes and dtypes ---
 
 
-def _work_device(x: Tensor) -> torch.device:
-    # Apple's GPUs have no float64.
-    return torch.device("cpu") if x.device.type == "mps" else x.device
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.to(_work_device(x), torch.float64, memory_format=torch.contiguous_format)
-
-
 def _rows(x: Tensor) -> Tensor:
     """(..., m, r, d) -> (..., m r, d) in float64."""
-    return _double(x).flatten(-3, -2)
+    return double(x).flatten(-3, -2)
 
 
 def _per_row(weights: Tensor, A: Tensor) -> Tensor:
     """(..., m) -> (..., m r) in float64."""
-    w = weights.to(_work_device(A), torch.float64)
+    w = double(weights).to(work_device(A.device))
     return w.unsqueeze(-1).expand(*w.shape, A.shape[-2]).flatten(-2)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from decaf_lora.config import TrainingConfig
+from decaf_lora.precision import double
 
 
 @dataclass
@@ -64,7 +65,7 @@ def step(
         return
     moments.steps += 1
     # In the precision of x, as a number would be.
-    rate = learning_rate.to(x.dtype) if isinstance(learning_rate, Tensor) else learning_rate
+    rate = learning_rate.to(x) if isinstance(learning_rate, Tensor) else learning_rate
     if config.optimizer == "sgd":
         if config.weight_decay:
             gradient = gradient + config.weight_decay * x
@@ -77,11 +78,11 @@ def step(
     beta1, beta2 = config.betas
     moments.first.lerp_(gradient, 1 - beta1)
     moments.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    count = moments.steps.double()[:, None]
-    correction1 = (1 - beta1**count).to(x.dtype)
-    correction2 = (1 - beta2**count).sqrt().to(x.dtype)
+    count = double(moments.steps)[:, None]
+    correction1 = (1 - beta1**count).to(x)
+    correction2 = (1 - beta2**count).sqrt().to(x)
     kept = 1 - learning_rate * config.weight_decay
-    x.mul_(kept.to(x.dtype) if isinstance(kept, Tensor) else kept)
+    x.mul_(kept.to(x) if isinstance(kept, Tensor) else kept)
     x.sub_(moments.first / (correction1 / rate) / (moments.second.sqrt() / correction2 + config.eps))
 
 

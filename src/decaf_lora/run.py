@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,7 +21,7 @@ from decaf_lora import consensus
 from decaf_lora.adapters import attach, load_peft
 from decaf_lora.adapters.adapter import Adapter, as_adapter
 from decaf_lora.adapters.names import Tensors, flattened, parted, put, take
-from decaf_lora.adapters.portable import config_values, write_adapter
+from decaf_lora.adapters.portable import outline, write_adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import local_steps
@@ -30,7 +31,8 @@ from decaf_lora.errors import UserError
 from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round, refuse_alone
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
-from decaf_lora.partition import Own, Partition
+from decaf_lora.partition import Given, Own, Partition, named_alike
+from decaf_lora.precision import double
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.timing import Phases, Timer
@@ -45,7 +47,8 @@ class Run:
         algorithm: what is sent, and what becomes of what arrives.
         graph: a graph or a schedule of graphs over as many agents as the partition has; algorithms without one
             (local, centralized, fedavg) ignore it.
-        partition: everybody's examples, or `partition.Own` for an agent that knows its own alone.
+        partition: everybody's examples, or what `partition.as_partition` reads as such; `partition.Own` for an agent
+            that knows its own alone. Names of its agents must be those of the graph, in any order.
         training: local steps, optimizer and learning rate; None: the defaults.
         lora: a `peft.LoraConfig`, or one for each agent, which may differ in rank and alpha; None: the task's.
         rounds: of the whole run.
@@ -54,6 +57,7 @@ class Run:
         init_adapters: PEFT directories that agents start from instead, one for each (None: fresh), of any rank.
             Centralized training starts from the average of all, at the largest rank.
         gossip_steps: exchanges in a round, each on the next graph of the schedule, or "period" for a whole period.
+        test: score every agent's model on all test examples, on `Partition.tests`, or on both.
         evaluate_every: rounds from one evaluation of all agents' models and of the averaged model on the test set to
             the next; the last round has one.
         measure_every: the same of consensus distance, interference and truncation tail.
@@ -71,7 +75,7 @@ class Run:
         task: Task,
         algorithm: Algorithm,
         graph: Graph | Schedule,
-        partition: Partition | Own,
+        partition: Partition | Own | Given,
         training: TrainingConfig | None = None,
         *,
         lora: LoraConfig | Sequence[LoraConfig] | None = None,
@@ -80,13 +84,16 @@ class Run:
         common_start: bool = True,
         init_adapters: Sequence[str | Path | None] | None = None,
         gossip_steps: int | Literal["period"] = 1,
+        test: Literal["all", "own", "both"] = "all",
         evaluate_every: int = 5,
         measure_every: int = 1,
         eval_batch_size: int = 256,
         engine: Callable[[int], Engine] = Simulate,
         phases: Phases | None = None,
     ) -> None:
-        training, schedule, agents = training or TrainingConfig(), as_schedule(graph), partition.num_agents
+        training = training or TrainingConfig()
+        schedule, partition = named_alike(as_schedule(graph), partition, task.labels)
+        agents = partition.num_agents
         topology = algorithm.topology
         for field, given in (("lora.ranks", lora), ("init_adapters", init_adapters)):
             if given is not None and not isinstance(given, LoraConfig) and len(given) != agents:
@@ -124,6 +131,7 @@ class Run:
         self.task, self.algorithm, self.schedule, self.partition = task, algorithm, schedule, partition
         self.training, self.rounds, self.seed = training, rounds, seed
         self.evaluate_every, self.measure_every = evaluate_every, measure_every
+        self.test, self._tests = test, partition.own_tests() if test != "all" else ()
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(agents)]
         self._largest = int(np.argmax(ranks))
@@ -149,9 +157,13 @@ class Run:
             eval_batch_size,
             steps_in_round=int(local_steps(training, list(shards.values())).max()),
         )
-        self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
-        self.state: State = self.exchange.init(self.adapter)
-        self.trainer.prepare(self.adapter)
+        try:
+            self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
+            self.state: State = self.exchange.init(self.adapter)
+            self.trainer.prepare(self.adapter)
+        except BaseException:
+            self.close()  # so that the task can serve another run
+            raise
         self.round = 0
         """Rounds done."""
         self.step_in_round = 0
@@ -362,9 +374,8 @@ class Run:
     def _collect(self) -> None:
         """Starts to bring all adapters to the main process."""
         self._collected()
-        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
-        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
-        self._collection = self.engine.collect({**self.adapter.tensors(), **more})
+        more = put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
+        self._collection = self.engine.collect(self.adapter.tensors() | more)
 
     def _collected(self) -> Tensors:
         """Ends the collection that is under way, if one is: all adapters in the main process."""
@@ -377,10 +388,14 @@ class Run:
         Only the main process waits for the collected adapters; the others go on while theirs leave. What is of all
         agents is None for an agent that does not see them.
         """
-        scores = averaged = distance = None
+        scores = owns = averaged = distance = None
         if evaluated:
             with self.phase("evaluate"):
-                scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
+                if self.test != "own":
+                    scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
+                if self.test != "all":
+                    owns = self._own_scores(self.adapter)
+                    scores = owns if scores is None else scores
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
                 adapters = as_adapter(self._collected())
@@ -388,10 +403,22 @@ class Run:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
                 with self.phase("evaluate"):
-                    averaged = scores[0]
-                    if adapters.num_agents > 1:
-                        averaged = float(self.trainer.evaluate(consensus.averaged(adapters))[0])
-        return {"scores": scores, "averaged_score": averaged, "consensus_distance": distance}
+                    several = adapters.num_agents > 1
+                    averaged = self._score(consensus.averaged(adapters)) if several else fmean(scores)
+        return {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
+
+    def _own_scores(self, adapter: Adapter) -> list[float]:
+        """(N,) the score of every agent on test examples of its own; of pooled training, of the one model on each."""
+        if self.algorithm.topology == "pooled":
+            return self.trainer.evaluate_own(adapter.select([0] * len(self._tests)), self._tests).tolist()
+        own = self.trainer.evaluate_own(adapter, [self._tests[i] for i in self.engine.agents])
+        return self.engine.gather({"scores": own})["scores"].tolist()
+
+    def _score(self, adapter: Adapter) -> float:
+        """The score of one model: on all test examples, or the mean over the agents' own."""
+        if self.test != "own":
+            return float(self.trainer.evaluate(adapter)[0])
+        return float(self.trainer.evaluate_own(adapter.select([0] * len(self._tests)), self._tests).mean())
 
     def _land(self) -> None:
         """Waits for what is under way. An exchange that was started ahead is given up, to be repeated."""
@@ -429,16 +456,10 @@ class Run:
             write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:
-        """What an export needs beside the tensors, in JSON's types.
-
-        task: `Task.describe`. configs: the adapter_config.json of every agent, or one for all. averaged: which of
-        them is the averaged model's.
-        """
-        trained, task = list(self.attached.extras), dict(self.task.describe())
-        pooled = self.algorithm.topology == "pooled"
-        agents = [self._largest] if pooled or self.attached.uniform else range(self.engine.num_agents)
-        configs = [config_values(self.attached.config_of(i), trained, task) for i in agents]
-        return {"task": task, "configs": configs, "averaged": self._largest if len(configs) > 1 else 0}
+        """What an export needs beside the tensors, in JSON's types: `adapters.portable.outline`."""
+        one = self.algorithm.topology == "pooled" or self.attached.uniform
+        agents = [self._largest] if one else range(self.engine.num_agents)
+        return outline(self.attached, self.task.describe(), agents, 0 if one else self._largest)
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
         """All that is needed to go on: named tensors with the agents reported on the leading axis, and plain values.
@@ -447,11 +468,7 @@ class Run:
         """
         tensors = put("adapter/", self.adapter.tensors()) | put("state/", flattened(self.state))
         tensors |= put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
-        for group, moments in self.trainer.moments.items():
-            tensors[f"moments/{group}/first"] = moments.first
-            tensors[f"moments/{group}/second"] = moments.second
-            tensors[f"moments/{group}/steps"] = moments.steps
-        tensors["steps_taken"] = torch.from_numpy(self.trainer.steps_taken.copy())
+        tensors |= self.trainer.snapshot()
         if self.step_in_round and self._losses is not None:
             tensors["losses"] = self._losses
             tensors |= put("measures/", self._measures)
@@ -479,11 +496,7 @@ class Run:
         self.engine.restore(values.get("engine", {}))
         self.adapter = self.adapter.with_tensors(take("adapter/", mine))
         self.state = parted(take("state/", mine), self.state)
-        for group, moments in self.trainer.moments.items():
-            moments.first = mine[f"moments/{group}/first"]
-            moments.second = mine[f"moments/{group}/second"]
-            moments.steps = mine[f"moments/{group}/steps"]
-        self.trainer.steps_taken = mine["steps_taken"].cpu().numpy().copy()
+        self.trainer.restore(mine)
         self._losses = mine.get("losses")
         self._measures = {k: t.cpu() for k, t in take("measures/", mine).items()}
         self.round, self.step_in_round = int(values["round"]), int(values["step_in_round"])
@@ -494,4 +507,4 @@ class Run:
 
 
 def _rms(values: Tensor | None) -> float | None:
-    return None if values is None else float(values.double().square().mean().sqrt())
+    return None if values is None else float(double(values).square().mean().sqrt())

@@ -7,10 +7,12 @@ backward into passes; the result does not change.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +20,14 @@ from torch import Tensor
 
 from decaf_lora import optimizers, separation
 from decaf_lora.adapters.adapter import Adapter, Factor
-from decaf_lora.adapters.names import Tensors
+from decaf_lora.adapters.names import Tensors, put, take
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
 from decaf_lora.algorithms.contract import Round
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError, UserError
+from decaf_lora.precision import work_device
 from decaf_lora.randomness import derive_seed
 from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
 
@@ -99,8 +102,8 @@ class Trainer:
                 self._layouts[group] = FlatGroup(tensors)
                 flat = self._layouts[group].pack(tensors)
                 self.moments[group] = optimizers.Moments.zeros(flat, self.config)
-        auto, alone = not self.agents_per_pass, len(self.streams) == 1
-        together = self.agents_per_pass != 1 and not (auto and alone)
+        auto = not self.agents_per_pass
+        together = self.agents_per_pass != 1 and len(self.streams) > 1
         if not separation.check(self.task, self.attached, adapter, self._two_examples(), together):
             self._one_by_one, self.agents_per_pass = True, 1
             warnings.warn(
@@ -177,7 +180,8 @@ class Trainer:
             if on_step is not None and on_step(step + 1, losses):
                 break
         for group in trained:  # A finite loss can still have a non-finite gradient.
-            self._check_finite("adapter", flats[group].sum(-1, dtype=torch.float64), f"after round {round_.number}")
+            flat = flats[group].to(work_device(self.device))
+            self._check_finite("adapter", flat.sum(-1, dtype=torch.float64), f"after round {round_.number}")
         parts = {g: self._unpack(g, flats) for g in GROUPS}
         return replace(adapter, A=parts["A"], B=parts["B"], extras=parts["extras"]), state, losses
 
@@ -190,7 +194,7 @@ class Trainer:
             return optimizers.learning_rate(self.config, (number - 1 + step / self.steps_in_round) / rounds)
         done = [(number - 1 + min(1.0, step / own)) / rounds for own in self.local_steps.tolist()]
         rates = [optimizers.learning_rate(self.config, progress) for progress in done]
-        return torch.tensor(rates, dtype=torch.float64, device=self.device)[:, None]
+        return torch.tensor(rates, dtype=torch.float64, device=work_device(self.device))[:, None]
 
     def _check_finite(self, what: str, values: Tensor, when: str) -> None:
         """Raises TrainingError unless all values (n,), one an agent, are finite."""
@@ -219,6 +223,21 @@ class Trainer:
             if moments.second.shape[1]:
                 moments.second = self._layouts[group].pack({k: new_seconds[f"{group}/{k}"] for k in names})
 
+    def snapshot(self) -> Tensors:
+        """What the local steps go on from: the optimizers' moments, and steps taken, with the agents' axis first."""
+        tensors = {"steps_taken": torch.from_numpy(self.steps_taken.copy())}
+        for group, moments in self.moments.items():
+            parts = {"first": moments.first, "second": moments.second, "steps": moments.steps}
+            tensors |= put(f"moments/{group}/", parts)
+        return tensors
+
+    def restore(self, tensors: Tensors) -> None:
+        """Goes back to a snapshot; `tensors` may hold others, too."""
+        for group, moments in self.moments.items():
+            own = take(f"moments/{group}/", tensors)
+            moments.first, moments.second, moments.steps = own["first"], own["second"], own["steps"]
+        self.steps_taken = tensors["steps_taken"].cpu().numpy().copy()
+
     @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> Tensor:
         """(n,) scores of the adapters on the whole test set, in float64 on the CPU; equal ones are scored once."""
@@ -234,12 +253,30 @@ class Trainer:
                 some = adapter.select(slice(low, min(low + per_pass, n)))
                 with self.attached.bind(some), self._autocast():
                     tiled = repeat_for_agents(batch, some.num_agents)
-                    parts.append(self.task.statistics(tiled, some.num_agents).double().cpu())
+                    parts.append(self.task.statistics(tiled, some.num_agents).cpu().double())
             both = torch.cat(parts)
             totals = both if totals is None else totals + both
         if totals is None:
             raise UserError("task: the test set is empty; give at least one test example.")
         return self.task.score(totals)
+
+    @torch.no_grad()
+    def evaluate_own(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:
+        """(n,) scores of the adapters, each on test examples of its own, in float64 on the CPU.
+
+        Args:
+            adapter: of n agents.
+            tests: for each of them the indices (m_i,) of test examples, at least one.
+        """
+        totals = []
+        for place, own in enumerate(tests):
+            with self.attached.bind(adapter.select([place])), self._autocast():
+                parts = [
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).cpu().double()
+                    for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
+                ]
+            totals.append(torch.stack(parts).sum(0))
+        return self.task.score(torch.cat(totals))
 
     # One step's gradients
 
@@ -315,8 +352,10 @@ class Trainer:
 
         return masks
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()  # not every device has an autocast to switch off
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {k: t.to(self.device) for k, t in batch.items()}

@@ -107,8 +107,8 @@ GRAPHS = ("ring", "complete", "star", "erdos-renyi:0.6")
 def cases(world: int = 1) -> list[tuple[str, str, int]]:
     """(algorithm, graph, N): the graph matters only to algorithms that use it."""
     out = []
-    for name, make in algorithms.ALGORITHMS.items():
-        topology = make().topology
+    for name, kind in algorithms.KINDS.items():
+        topology = kind.build().topology
         for graph in GRAPHS if topology == "graph" else GRAPHS[:1]:
             for n in (2, 3, 5, 8):
                 if (1 if topology == "pooled" else n) >= world:
@@ -192,8 +192,8 @@ VALUES = {
 def option_cases() -> list[tuple[str, dict, str, int | str]]:
     """(algorithm, options, graph, gossip steps): every algorithm with every value of every option, one at a time."""
     out = []
-    for name, factory in algorithms.ALGORITHMS.items():
-        for option, parameter in inspect.signature(factory).parameters.items():
+    for name, kind in algorithms.KINDS.items():
+        for option, parameter in inspect.signature(kind.build).parameters.items():
             values = VALUES.get(option) or _choices(AlgorithmConfig.model_fields[option].annotation)
             assert values, f"ranks.VALUES says no value of {option}"
             gossip_steps = 3 if option == "relay_rank" else 1

@@ -271,6 +271,7 @@ def test_resume_and_a_folder_are_enough_but_own_code_is_named_again(torn, base, 
     ).replace("; training", ", training")
     assert "holds one run; go on with it by `decaf run --resume" in line_of(capsys, "compare", "--resume", torn)
     assert "holds no run" in line_of(capsys, "run", "--resume", torn / "checkpoints")
+    assert "resume: name the folder of the run" in line_of(capsys, "run", "digits", *SMALL, "--resume")
 
 
 def test_rounds_may_grow_but_not_shrink(torn, tmp_path, capsys):
@@ -327,8 +328,9 @@ def test_another_machine_is_not_taken_over_from_without_a_word(torn, capsys):
 
 def test_a_restart_by_the_launcher_takes_over_by_itself(torn, capsys, monkeypatch):
     """slurm's requeue on another machine: the former start of the same job is gone."""
-    owner(torn, launch=["SLURM_JOB_ID=7", 0])
+    owner(torn, launch={"TORCHELASTIC_RUN_ID=none": 0, "SLURM_JOB_ID=7": 0})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert "--take-over" in line_of(capsys, *resume(torn))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert lines_of(capsys, *resume(torn), code=0) == []

@@ -5,10 +5,13 @@ workers of a comparison, whose group it joins as they would a terminal's.
 """
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import signal
+import termios
 import time
 from pathlib import Path
 
@@ -27,6 +30,17 @@ LONG = (
 FOUR = ("--algorithms", "local", "dlora", "--seeds", "0", "1", "--jobs", "2")
 PATIENCE = 120
 """Seconds against a hang; a busy machine may need many."""
+
+
+def _on_terminal(name, arguments):
+    """In a session of its own, on a terminal that will go."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os._exit(decaf(*arguments))
 
 
 def _child(log, arguments):
@@ -118,6 +132,32 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(number, begin):
     whole(command.out)
 
 
+@pytest.mark.parametrize(
+    "command", [("run", "digits", *LONG), ("compare", "digits", *LONG, *FOUR)], ids=["run", "compare"]
+)
+def test_a_terminal_that_goes_costs_no_checkpoint(command, tmp_path):
+    """The window is closed: SIGHUP, and every further word to the live display is an error."""
+    ours, theirs = pty.openpty()
+    out = tmp_path / "out"
+    CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
+    process = CONTEXT.Process(target=_on_terminal, args=(os.ttyname(theirs), (*command, "--out", out)))
+    process.start()
+    os.set_blocking(ours, False)
+
+    def begun():
+        with contextlib.suppress(BlockingIOError):  # a terminal that nobody reads fills up
+            os.read(ours, 65536)
+        return len([p for p in out.glob("**/records.jsonl") if p.read_bytes().count(b"\n") > 2])
+
+    wait(lambda: begun() >= (2 if "compare" in command else 1))
+    os.close(theirs)
+    os.close(ours)
+    process.join(timeout=PATIENCE)
+    assert process.exitcode == 130
+    for path in out.glob("**/records.jsonl"):
+        whole(path.parent)
+
+
 def test_a_run_below_nohup_outlives_its_terminal(begin, tmp_path):
     """SIGHUP is ignored there, and stays so."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -181,7 +221,7 @@ def test_a_worker_that_is_killed_is_one_line_and_the_others_go_on(begin):
     assert len(before) == 2
     assert {p.parent.name for p in command.out.glob("*/summary.json")} == set(command.begun()) - {lost}
     assert len(command.begun()) == 4
-    assert decaf("compare", "digits", *short, *FOUR[:-1], 1, "--out", command.out, "--resume") == 0
+    assert begin("compare", "digits", *short, *FOUR, "--resume").ended() == 0
     assert len(json.loads((command.out / "summary.json").read_text())) == 4
 
 
@@ -195,5 +235,6 @@ def test_a_signal_while_the_workers_load_is_not_lost(begin, tmp_path):
     wait(mark.exists)
     os.kill(command.pid, signal.SIGINT)
     assert command.ended() == 130
+    assert command.said().splitlines()[-1] == "decaf: stopped before anything was written."
     assert "Traceback" not in command.said()
     assert not command.out.exists()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -29,6 +29,10 @@ from decaf_lora.randomness import torch_generator
 
 DropoutMasks = Callable[[str, tuple[int, ...], torch.device], Tensor]
 """(layer, (k, b, d_in), device) -> (k, b, d_in) mask, already divided by the keep probability."""
+
+
+IN_OWN_DTYPE = "_decaf_in_own_dtype"
+"""Attribute of a module, a head for instance, whose results stay in the dtype of the agents' copies."""
 
 
 class LeadingAxisError(RuntimeError):
@@ -104,6 +108,8 @@ class StackedExtra(nn.Module):
         if self.parameters_of_agents is None:
             return self.base(*args, **kwargs)
         k = next(iter(self.parameters_of_agents.values())).shape[0]
+        dtype = next(iter(self.parameters_of_agents.values())).dtype
+        args, kwargs = _cast((args, kwargs), dtype)
         flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
         split = [isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in flat]
         for leaf, by_agent in zip(flat, split, strict=True):
@@ -122,13 +128,24 @@ class StackedExtra(nn.Module):
 
         tensors = [leaf for leaf, by_agent in zip(leaves, split, strict=True) if by_agent]
         if self.vectorized:
-            out = torch.func.vmap(one_agent)(self.parameters_of_agents, tensors)
-            return torch.utils._pytree.tree_map(lambda t: t.flatten(0, 1), out)
-        each = [
-            one_agent({name: t[i] for name, t in self.parameters_of_agents.items()}, [t[i] for t in tensors])
-            for i in range(k)
-        ]
-        return torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each)
+            stacked = torch.func.vmap(one_agent)(self.parameters_of_agents, tensors)
+            out = torch.utils._pytree.tree_map(lambda t: t.flatten(0, 1), stacked)
+        else:
+            each = [
+                one_agent({name: t[i] for name, t in self.parameters_of_agents.items()}, [t[i] for t in tensors])
+                for i in range(k)
+            ]
+            out = torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each)
+        return out if getattr(self.base, IN_OWN_DTYPE, False) else _cast(out, next(self.base.parameters()).dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """`values` with their floating-point tensors in `dtype`: agents' copies are float32 also over a bfloat16 base."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return torch.utils._pytree.tree_map(cast, values)
 
 
 def _of_base(module: nn.Module, name: str) -> tuple[Any, nn.Module | None]:
@@ -248,7 +265,7 @@ class Attached:
     def detach(self) -> nn.Module:
         """Takes the sites out again and returns the plain base model."""
         for name, layer in {**self._lora_layers, **self._extra_layers}.items():
-            self.model.set_submodule(name, layer.base)  # type: ignore[arg-type]
+            self.model.set_submodule(name, cast(nn.Module, layer.base))
         return self.model
 
 
@@ -260,6 +277,8 @@ def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attac
     UserError for options that are not supported, for targets that match nothing (with the nearest module names),
     for layers that are not linear, and for a rank larger than a layer.
     """
+    if any(isinstance(module, StackedLora | StackedExtra) for module in model.modules()):
+        raise UserError(f"task: another run holds this {type(model).__name__}; call close() on it first.")
     configs = [config] if isinstance(config, LoraConfig) else list(config)
     keys = [repr(sorted(one.to_dict().items(), key=lambda item: item[0])) for one in configs]
     # Equal configurations are matched once.

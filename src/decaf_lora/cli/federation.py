@@ -6,14 +6,14 @@ import dataclasses
 import json as json_
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
-from decaf_lora.cli.options import check_options, configured, parsed
+from decaf_lora.cli.agent import demo_command, with_local
+from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError, unknown
 
@@ -69,7 +69,7 @@ def _init(args: list[str]) -> int:
     from decaf_lora.federation.file import Limits
 
     names = [part.strip() for part in agents.split(",")]
-    config = configured(RunConfig, "federation init", [recipe, *rest])[0]
+    config = configured(RunConfig, "federation init", [recipe, *rest], Output)[0]
     if min(give_up, days, 1.0 if patience is None else patience) <= 0:
         raise UserError("patience, give-up, days: must be above 0.")
     limits = Limits(patience=patience, give_up=give_up)
@@ -182,7 +182,7 @@ def _check(args: list[str]) -> int:
         return file, name, trust, key, wait, bind, timeout, json, local
 
     own = ("name", "trust", "key", "wait", "bind", "timeout", "json", "help")
-    values = _with_local(check, "decaf federation check", args, own, Local)
+    values = with_local(check, "decaf federation check", args, own, Local)
     path, name, told, key, wait, bind, timeout, as_json, local = values
     findings = []
     looked = checking.check(path, name, told=told, key=key, local=local, bind=bind, wait=wait, timeout=timeout)
@@ -193,27 +193,6 @@ def _check(args: list[str]) -> int:
     if as_json:
         print(json_.dumps([vars(found) for found in findings], indent=2))
     return 2 if any(found.verdict == "wrong" for found in findings) else 0
-
-
-def _with_local(
-    function: Callable[..., tuple[Any, ...]], prog: str, args: list[str], own: tuple[str, ...], local: type[BaseModel]
-) -> tuple[Any, ...]:
-    """What `function` returns, with the fields of `local` as further options.
-
-    Its last value becomes those that were given, as a dict.
-    """
-    check_options(args, [*own, *local.model_fields])
-    columns: list[tuple[str, Any, Any]] = [
-        (name, Annotated[field.annotation, arg(help=field.description)], dataclasses.field(default=field.default))
-        for name, field in local.model_fields.items()
-    ]
-    site = dataclasses.make_dataclass("Site", columns, frozen=True)
-    function.__annotations__["local"] = Annotated[site, arg(name="")]
-    assert function.__defaults__ is not None
-    function.__defaults__ = (*function.__defaults__[:-1], site())
-    *values, chosen = parsed(function, prog, args)
-    given = {name: value for name, value in vars(chosen).items() if value != local.model_fields[name].default}
-    return *values, given
 
 
 def _status(args: list[str]) -> int:
@@ -266,4 +245,5 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], str]] = {
     "seal": ("organiser", _seal, "sign the file, with all sites in it"),
     "check": ("each site", _check, "look whether this site is ready, and what to do if not"),
     "status": ("each site", _status, "show how this site's agent is doing"),
+    "demo": ("", demo_command, "five agents on this machine, one of which is killed and comes back"),
 }

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from decaf_lora.cli.agent import agent_command
 from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
@@ -112,5 +113,6 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "export": (export_command, "write an agent's adapter as a PEFT directory"),
     "merge": (merge_command, "average several PEFT adapters, of any ranks, without data"),
     "report": (report_command, "write the report of a run anew"),
+    "agent": (agent_command, "a site's agent of a federation"),
     "federation": (federation_command, "organisations train together, each with its own data, without a server"),
 }

@@ -27,7 +27,8 @@ def display(total: int, console: Console) -> Iterator[Watch]:
     try:
         yield lambda name: _Bar(name, live)
     finally:
-        live.bars.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone, and the run goes on to save itself
+            live.bars.stop()
 
 
 class _Watcher(Subscriber):
@@ -75,7 +76,8 @@ class _Line(_Watcher):
             lines = self._lines
             lines.finished += 1
             line = f"[{lines.finished}/{lines.total}] {self.done(error)}  ({time.perf_counter() - lines.started:.0f} s)"
-            lines.console.print(line, highlight=False, markup=False)
+            with contextlib.suppress(OSError):
+                lines.console.print(line, highlight=False, markup=False)
 
 
 class _Live:
@@ -104,7 +106,8 @@ class _Bar(_Watcher):
     def start(self, facts: Mapping[str, Any]) -> None:
         super().start(facts)
         # Not before: a live display swallows the bars of reading and preprocessing, which come first.
-        self._live.bars.start()
+        with contextlib.suppress(OSError):
+            self._live.bars.start()
         self._task = self._live.bars.add_task(self.name, total=self.rounds, facts="")
 
     def step(self, progress: events.Progress) -> None:
@@ -120,9 +123,12 @@ class _Bar(_Watcher):
         if self.ended(error) and live.overall is not None:
             live.bars.update(live.overall, advance=1)
             live.bars.remove_task(self._task)
-            live.bars.console.print(self.done(error), highlight=False, markup=False)
+            with contextlib.suppress(OSError):
+                live.bars.console.print(self.done(error), highlight=False, markup=False)
 
     def _show(self, completed: int) -> None:
         loss = "" if self._loss is None else f"loss {self._loss:.3f}"
         score = "" if self.score is None else f"score {self.score:.3f}"
-        self._live.bars.update(self._task, completed=completed, facts="  ".join(part for part in (loss, score) if part))
+        facts = "  ".join(part for part in (loss, score) if part)
+        with contextlib.suppress(OSError):
+            self._live.bars.update(self._task, completed=completed, facts=facts)

@@ -25,7 +25,7 @@ from decaf_lora.runs.events import Interrupted, nobody
 def run_command(args: list[str]) -> int:
     from decaf_lora.runs.folder import run
 
-    config, output, name = configured(RunConfig, "run", args)
+    config, output, name = configured(RunConfig, "run", args, Output)
     if output.engine == "torchrun":
         return _run_split(config, output, name, args)
     refuse_launcher(output.out is not None)
@@ -41,6 +41,8 @@ def run_command(args: list[str]) -> int:
 
 def _where(output: Output, name: str) -> dict[str, Any]:
     """The folder, and how to take it, as arguments of `run` and `compare`."""
+    if output.resume and output.out is None:
+        raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
 
@@ -100,7 +102,7 @@ def refuse_launcher(has_out: bool) -> None:
 def compare_command(args: list[str]) -> int:
     from decaf_lora.runs.compare import cells, compare, default_jobs
 
-    config, output, name = configured(CompareConfig, "compare", args)
+    config, output, name = configured(CompareConfig, "compare", args, Output)
     assert isinstance(config, CompareConfig)
     if output.engine != "simulate":
         raise UserError(
@@ -152,12 +154,10 @@ def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -
 
     where = f" in round {stop.round}" if stop.round else ""
     again = "".join(f" --{field.removesuffix('.name')} {value}" for value, field in own_code(config).items())
+    text = f"everything so far is kept. Go on with: {command} --resume {stop.directory}{again}"
+    said = f"stopped{where}; {text}" if stop.directory.exists() else "stopped before anything was written."
     with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-        err.print(
-            f"decaf: stopped{where}; everything so far is kept. Go on with: {command} --resume {stop.directory}{again}",
-            markup=False,
-            soft_wrap=True,
-        )
+        err.print(f"decaf: {said}", markup=False, soft_wrap=True)
     return 130
 
 

@@ -49,7 +49,7 @@ def site(path: Path, name: str, *, told: str | None = None, key: Path | None = N
         UserError: the first thing that is wrong.
     """
     steps = _Steps(path, name, told, key)
-    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key):
+    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key, steps.base):
         check()
     return steps.signed, steps.own
 
@@ -179,11 +179,9 @@ def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
     }
     if config.task.data is not None:  # one batch is scored, not the whole test set
         changes["task"] = config.task.model_copy(update={"max_test": config.training.batch_size})
-    run = build_run(config.model_copy(update=changes))
-    try:
+    with build_run(config.model_copy(update=changes)) as run:
         *_, last = run.train()
-    finally:
-        run.close()
+    assert last.losses is not None  # round 0 alone has none
     classes = len(set(run.task.labels.tolist()))
     return (
         f"{len(run.task.labels)} examples to learn from, {classes} labels among them; one batch gives the loss "

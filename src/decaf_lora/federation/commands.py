@@ -7,12 +7,14 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed
 from pathlib import Path
 
+import numpy as np
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
-from decaf_lora import graphs
+from decaf_lora import algorithms, graphs
 from decaf_lora.config import RunConfig, explain
 from decaf_lora.errors import UserError, unknown
+from decaf_lora.exchange import refuse_alone
 from decaf_lora.federation import base_model, dialling, file, keys, terms
 
 
@@ -208,12 +210,14 @@ def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Sch
         schedule = graphs.as_schedule(graphs.from_networkx(drawn, graph))
     else:
         schedule = graphs.as_schedule(graphs.parse(graph, len(names), config.seed))
+    steps = config.gossip_steps
+    assert isinstance(steps, int)
+    refuse_alone(algorithms.make(config.algorithm.name, **config.algorithm.options()), schedule, steps)
     if schedule.period is None:
         raise UserError(f"graph: {graph} is drawn anew in every round and has no period; use one that repeats.")
-    if any(schedule.at(k).is_server for k in range(schedule.period)):
-        raise UserError(f"graph: {graph} has a server; use {terms.GOOD}.")
-    if schedule.period > 1 and (config.algorithm.tracking or config.algorithm.name == "decaf_tracked"):
-        raise UserError(f"graph: {graph} changes over time, and gradient tracking needs one that stays, such as ring.")
+    for k in range(schedule.period):
+        if not np.array_equal(schedule.at(k).weights, schedule.at(k).weights.T):
+            raise UserError(f"graph: {graph} has edges in one direction; a connection has two ends that both send.")
     return schedule
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -142,10 +143,8 @@ class Teller:
 
     def _run(self) -> None:
         while not self._over.wait(self._pause):
-            try:
+            with contextlib.suppress(OSError):  # a full disk must not end the telling; the checkpoints say so
                 self.write()
-            except OSError:  # a full disk must not end the training; its checkpoints say so
-                continue
 
 
 def shown(status: AgentStatus) -> RenderableType:

@@ -138,24 +138,8 @@ def refuse(config: RunConfig) -> None:
     algorithm = config.algorithm
     if algorithm.name in ("fedavg", "centralized"):
         raise UserError(f"algorithm.name: {algorithm.name} needs a server, and a federation has none; use {GOOD}.")
-    if config.training.epochs is not None:
-        raise UserError(
-            "training.epochs: it makes the number of steps depend on the size of everybody's data, which no agent "
-            "knows; set training.steps."
-        )
     if config.gossip_steps == "period":
         raise UserError("gossip_steps: write the number of exchanges in a round instead of period.")
-    if config.gossip_steps > 1 and algorithm.name != "local":
-        if algorithm.messages == "int8":
-            raise UserError(
-                "algorithm.messages: int8 goes to neighbours only, and several exchanges in a round (gossip_steps) "
-                "hand messages on; use one exchange, or full messages with algorithm.relay_rank."
-            )
-        if algorithm.relay_rank is None:
-            raise UserError(
-                "algorithm.relay_rank: several exchanges in a round (gossip_steps) need it in a federation, where an "
-                "agent receives its neighbours' messages alone; set the rank that they are cut to, or one exchange."
-            )
     if config.init_adapters:
         raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
     task = config.task

@@ -9,7 +9,7 @@ The paper does not publish its non-IID rule. `dirichlet` is the usual label skew
 arXiv 1905.12022: every class is split by proportions of its own); `by_class` is the harshest one.
 """
 
-from .given import Partitioner, as_partition, by_value
+from .given import Given, Partitioner, as_partition, by_value, named_alike
 from .names import KINDS, parse
 from .own import Own
 from .rules import by_class, dirichlet, few_shot, iid, shots
@@ -17,6 +17,7 @@ from .shards import Indices, Partition
 
 __all__ = [
     "KINDS",
+    "Given",
     "Indices",
     "Own",
     "Partition",
@@ -27,6 +28,7 @@ __all__ = [
     "dirichlet",
     "few_shot",
     "iid",
+    "named_alike",
     "parse",
     "shots",
 ]

@@ -4,14 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from decaf_lora.errors import UserError
+from decaf_lora.graphs import Schedule
 
+from .own import Own
 from .shards import Indices, Partition, check_labels, frozen
 
 
@@ -21,6 +23,10 @@ class Partitioner(Protocol):
 
     def load_partition(self, agent: int) -> ArrayLike:
         """(n,) indices of the training examples of `agent`, which counts from 0."""
+
+
+Given: TypeAlias = Partitioner | Sequence[ArrayLike] | Mapping[str, ArrayLike]
+"""What `as_partition` takes beside a partition."""
 
 
 def by_value(labels: ArrayLike, values: ArrayLike, name: str = "by-value") -> Partition:
@@ -90,6 +96,25 @@ def as_partition(
     if examples is None:
         return made
     return replace(made, shards=tuple(np.intersect1d(shard, examples) for shard in made.shards))
+
+
+def named_alike(
+    schedule: Schedule, given: Partition | Own | Given, labels: ArrayLike
+) -> tuple[Schedule, Partition | Own]:
+    """A schedule, and what is given as the partition, with the same names in the same order.
+
+    Names of one alone are the other's, too; where both have some the partition's order holds.
+
+    Raises:
+        UserError: they name different agents, or `given` is no partition.
+    """
+    if isinstance(given, Own):
+        return schedule, given
+    made = given if isinstance(given, Partition) else as_partition(given, labels, schedule.num_agents)
+    names = made.names or schedule.names
+    if not names or schedule.num_agents != made.num_agents:
+        return schedule, made
+    return schedule.arranged(names), replace(made, names=names)
 
 
 def _indices(given: Any) -> Indices:

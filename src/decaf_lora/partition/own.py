@@ -51,6 +51,11 @@ class Own:
         return self.indices
 
     @property
+    def shards(self) -> tuple[Indices]:
+        """The examples that are known: the agent's own."""
+        return (self.indices,)
+
+    @property
     def sizes(self) -> Indices:
         """(1,) how many examples the agent holds."""
         return np.array([self.indices.size])
@@ -63,3 +68,7 @@ class Own:
     def label_table(self, labels: ArrayLike | None = None) -> Indices:
         """(1, C) how many examples of each class the agent holds; `labels` as for `Partition.label_table`."""
         return Partition((self.indices,), self.labels).label_table(labels)
+
+    def own_tests(self) -> tuple[Indices, ...]:
+        """Raises UserError: the whole test set is the agent's own."""
+        raise UserError("test: an agent alone has no other test set than its own; leave it at all.")

@@ -60,6 +60,19 @@ class Partition:
         """The examples of an agent, ascending."""
         return self.shards[agent]
 
+    def own_tests(self) -> tuple[Indices, ...]:
+        """`tests`; UserError if it is not known whose the test examples are, or an agent has none."""
+        if not self.tests:
+            raise UserError(
+                "test: nobody knows whose the test examples are; split by a column (column:hospital) that the test "
+                "examples have, too, or score on all."
+            )
+        for agent, own in enumerate(self.tests):
+            if not own.size:
+                name = self.names[agent] if self.names else agent
+                raise UserError(f"test: agent {name} has no test example of its own; give it some, or score on all.")
+        return self.tests
+
     @property
     def sizes(self) -> Indices:
         """(N,) how many examples each agent holds."""

@@ -26,6 +26,7 @@ class Record:
     round: int
     losses: list[float | None] | None = None  # mean over the local steps; round 0 has none
     scores: list[float | None] | None = None  # None when the round was not evaluated
+    own_scores: list[float | None] | None = None  # on the test examples of an agent's own, where asked for
     averaged_score: float | None = None
     consensus_distance: float | None = None
     interference: float | None = None

@@ -7,7 +7,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +14,47 @@ from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
     from decaf_lora.engines import Engine
+    from decaf_lora.graphs import Graph, Schedule
+    from decaf_lora.partition import Own, Partition
+    from decaf_lora.run import Run
+    from decaf_lora.tasks.base import Task
 
 
-def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, device: str | None = None) -> Any:
-    """The `Run` that a configuration describes; `device` goes before the configuration's."""
+def build_run(
+    config: RunConfig,
+    engine: Callable[[int], Engine] | None = None,
+    device: str | None = None,
+    *,
+    graph: Graph | Schedule | None = None,
+    split: Callable[[Task], Partition | Own] | None = None,
+) -> Run:
+    """The `Run` that a configuration describes.
+
+    Args:
+        config: what to run.
+        engine: number of agents -> where they live; None: all in this process.
+        device: goes before the configuration's.
+        graph: in place of the one that the configuration names.
+        split: task -> who holds what, in place of the partition that the configuration names; its agents and those of
+            the graph are in one order.
+    """
     from decaf_lora import algorithms, graphs, partition
     from decaf_lora.engines import Simulate
     from decaf_lora.run import Run
 
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
-    graph = graphs.parse(config.graph, config.agents, config.seed)
+    graph = graph or graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
-    _refuse_moved_rows(config)
-    shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
-    if names := shards.names or graphs.as_schedule(graph).names:
-        graph, shards = graph.arranged(names), replace(shards, names=names)
+    shards: Partition | Own
+    if split is not None:
+        shards = split(task)
+    else:
+        _refuse_moved_rows(config)
+        shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
     run = Run(
         task,
         algorithm,
@@ -43,6 +67,7 @@ def build_run(config: RunConfig, engine: Callable[[int], Engine] | None = None, 
         common_start=config.start == "common",
         init_adapters=init_adapters(config) or None,
         gossip_steps=config.gossip_steps,
+        test=config.test,
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,
@@ -67,7 +92,7 @@ def _refuse_moved_rows(config: RunConfig) -> None:
         raise UserError(f"task.packing: it joins rows, so the numbers in {config.partition} mean none; leave it out.")
 
 
-def lora_configs(config: RunConfig, default: Any) -> Any:
+def lora_configs(config: RunConfig, default: LoraConfig) -> LoraConfig | list[LoraConfig]:
     """The `peft.LoraConfig` of the options, or a list of one for each agent where they differ in rank or alpha."""
     options, own = config.lora, lora_config(config, default)
     for field, values in (("ranks", options.ranks), ("alphas", options.alphas)):
@@ -78,23 +103,25 @@ def lora_configs(config: RunConfig, default: Any) -> Any:
         return own
     configs = []
     for agent in range(config.agents):
-        one = copy.deepcopy(own)
-        if directories and directories[agent] is not None and not options.ranks:
+        one, fields = copy.deepcopy(own), dict[str, Any]()
+        directory = directories[agent] if directories else None
+        if directory is not None and not options.ranks:
             from decaf_lora.adapters import rank_fields
 
-            for field, value in rank_fields(Path(directories[agent])).items():
-                setattr(one, field, value)
+            fields = rank_fields(Path(directory))
         elif options.ranks:
-            one.r = options.ranks[agent]
-            ratio = one.r / own.r
-            one.lora_alpha = own.lora_alpha * (ratio**0.5 if own.use_rslora else ratio)
+            ratio = options.ranks[agent] / own.r
+            alpha = own.lora_alpha * (ratio**0.5 if own.use_rslora else ratio)
+            fields = {"r": options.ranks[agent], "lora_alpha": alpha}
         if options.alphas:
-            one.lora_alpha = options.alphas[agent]
+            fields["lora_alpha"] = options.alphas[agent]
+        for field, value in fields.items():
+            setattr(one, field, value)
         configs.append(one)
     return configs
 
 
-def init_adapters(config: RunConfig) -> list[Any]:
+def init_adapters(config: RunConfig) -> list[str | None]:
     """The PEFT directory that each agent starts from, None for a fresh start; empty if nobody has one."""
     given = config.init_adapters
     if not given:
@@ -109,7 +136,7 @@ def init_adapters(config: RunConfig) -> list[Any]:
     return [None if path == "fresh" else str(Path(path).expanduser()) for path in given]
 
 
-def lora_config(config: RunConfig, default: Any) -> Any:
+def lora_config(config: RunConfig, default: LoraConfig) -> LoraConfig:
     """The `peft.LoraConfig` of the options; unset targets are the task's own, and its new layers always train."""
     from peft import LoraConfig
 
@@ -132,12 +159,12 @@ def lora_config(config: RunConfig, default: Any) -> Any:
         raise UserError(f"lora: {' '.join(str(error).split())}") from error
 
 
-_tasks: dict[tuple[str, str, str], Any] = {}
+_tasks: dict[tuple[str, str, str], Task] = {}
 _loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 """Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
 
 
-def _task(config: TaskConfig, device: str) -> Any:
+def _task(config: TaskConfig, device: str) -> Task:
     """The task, loaded once per process: the runs of a comparison share the model and the data.
 
     It is loaded again if a file of it has changed.
@@ -154,7 +181,7 @@ def _task(config: TaskConfig, device: str) -> Any:
     return _tasks[key]
 
 
-def _device(name: str) -> Any:
+def _device(name: str) -> torch.device:
     import torch
 
     if name == "auto":

@@ -66,7 +66,8 @@ def cells(config: CompareConfig) -> list[Cell]:
     out: list[Cell] = []
     graphs = _once("graphs", config.graphs or (config.graph,))
     partitions = _once("partitions", config.partitions or (config.partition,))
-    keys = _once("algorithms", [n if ":" in n else n.replace("-", "_") for n in config.algorithms])
+    keys = _once("algorithms", map(algorithms.spelled, config.algorithms))
+    algorithms.check_together(keys)
     for graph, partition, seed, key in itertools.product(graphs, partitions, _once("seeds", config.seeds), keys):
         options = algorithms.accepted(key, config.algorithm.options())
         shared = len(graphs) > 1 and algorithms.make(key, **options).topology != "graph"

@@ -105,11 +105,11 @@ def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None =
 
 
 def _close(subscribers: tuple[Subscriber, ...], error: BaseException | None) -> None:
-    """Closes all, the last first, even if some fail; the first failure is raised if nothing else is."""
+    """Closes all, the last first, even if some fail: a display whose terminal is gone must not cost a checkpoint."""
     failed: BaseException | None = None
     for subscriber in reversed(subscribers):
         try:
-            subscriber.close(error or failed)
+            subscriber.close(error)
         except BaseException as caught:
             failed = failed or caught
     if failed is not None and error is None:

@@ -142,16 +142,17 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _launch() -> list[Any] | None:
-    """Name and number of this start, under a launcher that starts a run again once its processes are gone."""
+def _launch() -> dict[str, int]:
+    """Name -> number of this start, of launchers that start a run again once its former processes are gone."""
+    found = {}
     for name, restarts in (
         ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
         ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
     ):
         count = os.environ.get(restarts, "0")
         if name in os.environ and count.isdigit():
-            return [f"{name}={os.environ[name]}", int(count)]
-    return None
+            found[f"{name}={os.environ[name]}"] = int(count)
+    return found
 
 
 def _is_here(owner: dict[str, Any]) -> bool:
@@ -160,8 +161,8 @@ def _is_here(owner: dict[str, Any]) -> bool:
 
 def _is_gone(owner: dict[str, Any], locks: bool) -> bool:
     """Whether the owner that a folder names has ended for sure; with `locks` the folder's lock is ours by now."""
-    launch, before = _launch(), owner.get("launch")
-    if launch and isinstance(before, list) and len(before) == 2 and before[0] == launch[0] and before[1] < launch[1]:
+    before = owner.get("launch")
+    if isinstance(before, dict) and any(before.get(name, count) < count for name, count in _launch().items()):
         return True
     if not owner:  # nobody knows who it was
         return locks

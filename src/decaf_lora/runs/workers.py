@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -185,7 +186,7 @@ def _serve(connection: Connection, lock: str, threads: int) -> None:
             signal.signal(number, signals.ask)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPPING)
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(lock,), daemon=True).start()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live display may be on by then
     build._loading = FileLock(lock)
     speaking = threading.Lock()
@@ -225,12 +226,13 @@ def _outcome(work: Work, piece: Any, tell: Callable[[Any], None], arguments: tup
         return error
 
 
-def _outlive_nobody() -> None:
+def _outlive_nobody(lock: str) -> None:
     """Ends this process soon after its parent."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     wait([parent.sentinel])
+    shutil.rmtree(os.path.dirname(lock), ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)  # the run stops, with a checkpoint
     time.sleep(GRACE)
     os._exit(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from decaf_lora.errors import UserError, unknown
+from decaf_lora.precision import double
 from decaf_lora.tasks.base import accuracy_statistics
 
 
@@ -50,7 +51,7 @@ class ClassScore:
         """(agents, q) -> (agents,). The mean F1 is over the classes that occur as a label or a prediction."""
         if self.metric == "accuracy":
             return statistics[:, 0] / statistics[:, 1].clamp_min(1)
-        right, false_positive, false_negative = statistics.double().chunk(3, 1)
+        right, false_positive, false_negative = double(statistics).chunk(3, 1)
         wrong = false_positive + false_negative
         f1 = 2 * right / (2 * right + wrong).clamp_min(1)
         if self.metric == "f1":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from decaf_lora import data
+from decaf_lora.adapters.stacked import IN_OWN_DTYPE
 from decaf_lora.config import TaskConfig
 from decaf_lora.data import Ragged
 from decaf_lora.errors import UserError
@@ -71,7 +72,7 @@ class SequenceClassification(Task):
         # A decoder's cache would only cost memory, and be filled twice where activations are computed again.
         self._arguments = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         for head in self.heads:
-            model.get_submodule(head).register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
+            setattr(model.get_submodule(head), IN_OWN_DTYPE, True)
 
     def default_lora(self) -> LoraConfig:
         """Rank 8 on the attention layers that PEFT adapts in this family, and the heads."""
@@ -258,13 +259,3 @@ def heads(model: nn.Module, new: Sequence[str]) -> list[str]:
                 "choose a checkpoint that has it."
             )
     return list(dict.fromkeys([*heads, *own]))
-
-
-def _in_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Casts a head's input to its parameters' dtype: agents' heads are float32 also over a bfloat16 base."""
-    dtype = next(module.parameters()).dtype
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return torch.utils._pytree.tree_map(cast, (args, kwargs))

@@ -8,8 +8,12 @@ together (batch N b), so it is what the agents could reach if they pooled their 
 
 from decaf_lora.algorithms.contract import Rule
 from decaf_lora.algorithms.transforms.chain import Algorithm, chain
+from decaf_lora.kinds import Kind
 
 
 def centralized() -> Algorithm:
     """One agent trains on the union of all shards."""
     return chain(Rule("centralized", topology="pooled"))
+
+
+KINDS = {"centralized": Kind(centralized, "one agent that holds all the data")}

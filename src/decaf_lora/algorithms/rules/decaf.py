@@ -35,8 +35,9 @@ from decaf_lora.algorithms.contract import Combined, Order, Round, Rule, Setting
 from decaf_lora.algorithms.inbox import Group, Inbox, average_all
 from decaf_lora.algorithms.rules.dlora import send_factors
 from decaf_lora.algorithms.transforms.chain import Algorithm
-from decaf_lora.algorithms.transforms.options import Messages, with_options
+from decaf_lora.algorithms.transforms.table import Messages, with_options
 from decaf_lora.errors import UserError, unknown
+from decaf_lora.kinds import Kind
 
 GAUGES: tuple[str, ...] = (
     "balanced",
@@ -245,7 +246,7 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
         kept = min(max(rank, a.shape[1]), a.shape[2], b.shape[1])
         new_a = a.new_empty(len(layers), inbox.num_receivers, kept, a.shape[2])
         new_b = b.new_empty(len(layers), inbox.num_receivers, b.shape[1], kept)
-        scale = torch.stack([adapter.scale[k] for k in layers]).double().cpu()
+        scale = torch.stack([adapter.scale[k] for k in layers]).cpu().double()
         for group in inbox.groups:
             sent_a, sent_b = (inbox.stacked([f"{factor}/{k}" for k in layers], group) for factor in "AB")
             weights, theirs = group.weights.to(sent_a), inbox.scales(layers, group)
@@ -253,7 +254,7 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
                 weights, scale = weights * theirs.to(weights), torch.ones_like(scale)
             out = lowrank.mix_truncate(sent_a, sent_b, weights, kept, gauge="balanced_rotated")
             new_a[:, group.receivers], new_b[:, group.receivers] = out.A[:, group.expand], out.B[:, group.expand]
-            tail = out.tail[:, group.expand].double().cpu() * scale[:, group.receivers]
+            tail = out.tail[:, group.expand].cpu().double() * scale[:, group.receivers]
             cut[group.receivers] += tail.square().sum(0)
         message |= {f"A/{k}": t for k, t in zip(layers, new_a, strict=True)}
         message |= {f"B/{k}": t for k, t in zip(layers, new_b, strict=True)}
@@ -294,3 +295,9 @@ def _rotate(state: Tensors, moments: Tensors, power: int) -> Tensors:
             tensor = tensor @ state[f"frame/{layer}"].pow(power).mT
         turned[key] = tensor
     return turned
+
+
+KINDS = {
+    "decaf": Kind(decaf, "mix the products, and truncate them to the rank"),
+    "decaf_tracked": Kind(decaf_tracked, "decaf with gradient tracking"),
+}

@@ -13,8 +13,9 @@ from decaf_lora.adapters.names import Tensors
 from decaf_lora.algorithms.contract import Combined, Order, Round, Rule, reset_moments
 from decaf_lora.algorithms.inbox import Inbox, average_tensors
 from decaf_lora.algorithms.transforms.chain import Algorithm
-from decaf_lora.algorithms.transforms.options import Messages, with_options
+from decaf_lora.algorithms.transforms.table import Messages, with_options
 from decaf_lora.errors import UserError
+from decaf_lora.kinds import Kind
 
 
 def send_factors(adapter: Adapter, state: Tensors, round_: Round) -> Tensors:
@@ -59,3 +60,6 @@ def dlora(
     return with_options(
         rule, tracking=tracking, tracking_gamma=tracking_gamma, quasi_global=quasi_global, messages=messages
     )
+
+
+KINDS = {"dlora": Kind(dlora, "mix each factor on its own")}

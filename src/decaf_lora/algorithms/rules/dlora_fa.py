@@ -14,7 +14,8 @@ from decaf_lora.adapters.names import Tensors
 from decaf_lora.algorithms.contract import Order, Round, Rule
 from decaf_lora.algorithms.rules.dlora import average_factors, with_moments
 from decaf_lora.algorithms.transforms.chain import Algorithm
-from decaf_lora.algorithms.transforms.options import Messages, with_options
+from decaf_lora.algorithms.transforms.table import Messages, with_options
+from decaf_lora.kinds import Kind
 
 _TRAINED: frozenset[Factor] = frozenset({"B", "extras"})
 
@@ -37,3 +38,6 @@ def dlora_fa(
     return with_options(
         rule, tracking=tracking, tracking_gamma=tracking_gamma, quasi_global=quasi_global, messages=messages
     )
+
+
+KINDS = {"dlora_fa": Kind(dlora_fa, "A frozen and never sent, B mixed")}

@@ -10,8 +10,12 @@ adapter once a round, to the server.
 from decaf_lora.algorithms.contract import Rule
 from decaf_lora.algorithms.rules.dlora import average_factors, send_factors
 from decaf_lora.algorithms.transforms.chain import Algorithm, chain
+from decaf_lora.kinds import Kind
 
 
 def fedavg() -> Algorithm:
     """Server averaging of both factors, weighted by sample size; every agent takes part in every round."""
     return chain(Rule("fedavg", topology="server", message=send_factors, combine=average_factors))
+
+
+KINDS = {"fedavg": Kind(fedavg, "a server averages both factors by sample size")}

@@ -22,6 +22,7 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.algorithms.contract import Change, Round, Rule, Setting, Transform
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
 
@@ -54,3 +55,10 @@ def feedback(leak: float = 1.0) -> Transform:
         return dict(change.rest)
 
     return Transform("feedback", init, receive=receive, after=after, check=check)
+
+
+def _asked(truncation_feedback: float | None = None) -> Transform | None:
+    return None if truncation_feedback is None else feedback(truncation_feedback)
+
+
+KINDS = {"feedback": TransformKind(feedback, "truncation error feedback", "feedback:1", place=10, asked=_asked)}

@@ -20,6 +20,7 @@ themselves are sent (and corrections, with tracking), not gradients.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, leave, take
 from decaf_lora.algorithms.contract import Change, Round, Rule, Setting, Transform, turned
 from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.errors import UserError
+from decaf_lora.algorithms.transforms.kind import TransformKind
+from decaf_lora.errors import UserError, unknown
 
 PREFIX = "int8/"
 """Of the names in a message: int8/code/NAME is q, int8/scale/NAME is s. The state has e by NAME."""
@@ -86,3 +88,13 @@ def _code(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _along(scale: Tensor, tensor: Tensor) -> Tensor:
     """(n,) to the shape that multiplies a tensor (n, ...)."""
     return scale.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _asked(messages: Literal["full", "int8"] = "full") -> Transform | None:
+    if messages not in ("full", "int8"):
+        raise unknown("algorithm.messages", messages, ("full", "int8"))
+    return int8() if messages == "int8" else None
+
+
+# Last, so that what other transforms add to a message is coded, too.
+KINDS = {"int8": TransformKind(int8, "messages as int8 with error feedback", place=90, asked=_asked)}

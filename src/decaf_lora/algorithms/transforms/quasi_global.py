@@ -31,6 +31,7 @@ from decaf_lora.algorithms.contract import (
     reset_moments,
     turned,
 )
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
 
@@ -76,3 +77,15 @@ def _along(q: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
     p = q if second is None else q * second.sqrt()
     size, norm = (x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1)) for x in (first, p))
     return torch.where(norm > 0, p * (size / torch.where(norm > 0, norm, 1.0)), first)
+
+
+_quasi_global = quasi_global
+
+
+def _asked(quasi_global: float | None = None) -> Transform | None:
+    return None if quasi_global is None else _quasi_global(quasi_global)
+
+
+KINDS = {
+    "quasi_global": TransformKind(quasi_global, "quasi-global momentum", "quasi_global:0.9", place=20, asked=_asked)
+}

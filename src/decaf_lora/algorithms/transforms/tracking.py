@@ -52,6 +52,7 @@ from decaf_lora.algorithms.contract import (
     turned,
 )
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
 PREFIX = "tracking/"
@@ -151,3 +152,13 @@ def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
         return gradients
     scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
     return {name: g * scales[name] if name in scales else g for name, g in gradients.items()}
+
+
+_tracking = tracking
+
+
+def _asked(tracking: bool = False, tracking_gamma: float = 1.0) -> Transform | None:
+    return _tracking(tracking_gamma) if tracking else None
+
+
+KINDS = {"tracking": TransformKind(tracking, "gradient tracking", "tracking:0.5", place=30, asked=_asked)}

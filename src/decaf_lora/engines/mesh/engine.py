@@ -72,8 +72,9 @@ class Mesh:
         rounds: of the run.
         gossip_steps: exchanges in a round.
         names: of all agents, for what is said to people.
-        limits: how long to wait and how much to accept; None: patience is 3 times the median of the own rounds, and
-            at least `AT_LEAST`.
+        limits: how long to wait and how much to accept; None: the defaults, with patience from the own rounds.
+        own_pace: whether patience is 3 times the median of the own rounds, and at least `AT_LEAST`; None: if no limits
+            are given.
         clock: seconds.
     """
 
@@ -88,8 +89,10 @@ class Mesh:
         gossip_steps: int = 1,
         names: Sequence[str] | None = None,
         limits: Limits | None = None,
+        own_pace: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._own_pace = limits is None if own_pace is None else own_pace
         self.num_agents, self.agents, self.reports = schedule.num_agents, [agent], [agent]
         self.agent, self.schedule, self.gossip_steps = agent, schedule, gossip_steps
         self.last = rounds * gossip_steps
@@ -364,7 +367,7 @@ class Mesh:
 
     def _time_round(self, number: int) -> None:
         """Patience follows from the own rounds, where it is not given."""
-        if self.limits is None and (number - 1) % self.gossip_steps == 0:
+        if self._own_pace and (number - 1) % self.gossip_steps == 0:
             now = self.clock()
             self._durations.append(now - self._began)
             self._began = now

@@ -1,0 +1,91 @@
+"""Sites of a federation on this machine: each agent a process, forked from one that has imported everything.
+
+As a program it does what its standard input says, one line each: `start FOLDER NAME OPTION...`, `kill FOLDER NAME`,
+`term FOLDER NAME`, `wait FOLDER NAME`; it answers each line, a wait with the exit code.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+WAIT = 300.0
+"""Seconds until a test stops to wait for a process."""
+
+
+class Program:
+    """The program below, for many federations."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(WAIT)
+
+
+class Sites:
+    """The sites of the federation in a folder."""
+
+    def __init__(self, program, folder):
+        self.program, self.folder = program.process, folder
+
+    def __call__(self, what, name, *options):
+        self.program.stdin.write(" ".join(map(str, (what, self.folder, name, *options))) + "\n")
+        self.program.stdin.flush()
+        return self.program.stdout.readline().strip()
+
+    def wait(self, *names):
+        """Exit codes."""
+        return {name: int(self("wait", name)) for name in names}
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+
+def _child(folder, name, options):
+    log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(0)
+    from decaf_lora.cli import main
+
+    sys.exit(main(["agent", str(folder / "fed.yaml"), "--name", name, "--out", str(folder / name), *options]))
+
+
+def _serve():
+    import torch
+
+    import decaf_lora.federation.agent  # noqa: F401 - once, for all
+
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    running = {}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what, folder, name, *options = line.split()
+        if what == "start":
+            process = context.Process(target=_child, args=(Path(folder), name, options))
+            process.start()
+            running[folder, name] = process
+            print("started", flush=True)
+        elif what in ("kill", "term"):
+            os.kill(running[folder, name].pid, signal.SIGKILL if what == "kill" else signal.SIGTERM)
+            print("sent", flush=True)
+        else:
+            running[folder, name].join(WAIT)
+            code = running[folder, name].exitcode
+            print(-1000 if code is None else code, flush=True)
+    for process in running.values():
+        process.kill()
+
+
+if __name__ == "__main__":
+    _serve()
