@@ -115,7 +115,11 @@ def survives(folder: Path, whole: Path, moment: int, power: bool) -> str | None:
         return f"it ended with exit code {code} instead of being killed"
     if power:
         power_failed(out, ledger)
-    more = ("--resume",) if out.exists() and any(p.name not in (".lock", ".owner.json") for p in out.iterdir()) else ()
+    more = (
+        ("--resume",)
+        if out.exists() and any(not p.name.startswith((".lock", ".owner.json")) for p in out.iterdir())
+        else ()
+    )
     if (code := dying(out, ledger, None, *more)) != 0:
         return f"going on with {more} ended with exit code {code}; {sorted(p.name for p in out.iterdir())}"
     if not same(out, whole):

@@ -347,8 +347,8 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; give a folder.")
     if not started(out):
-        left = [p.name for p in out.iterdir() if p.name not in (LOCK, OWNER)] if out.exists() else []
-        torn = [name for name in left if name.startswith(("config.yaml", OWNER)) and name.endswith(".tmp")]
+        left = [p.name for p in out.iterdir() if not p.name.startswith((LOCK, OWNER))] if out.exists() else []
+        torn = [name for name in left if name.startswith("config.yaml") and name.endswith(".tmp")]
         if resume and (not torn or torn != left):
             raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")
         if torn != left:
