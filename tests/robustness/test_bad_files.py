@@ -236,6 +236,17 @@ def test_a_wrong_encoding_is_refused(encoding, message, tmp_path):
         load(path, encoding=encoding)
 
 
+def test_zeros_in_names_of_columns_are_named(tmp_path):
+    path = table(tmp_path / "a.csv", encoding="utf-16-le")
+    with pytest.raises(
+        UserError, match=r"task\.encoding: a\.csv is not cp1252, or it would hold zero characters; try utf-16"
+    ):
+        load(path, encoding="cp1252")
+    (tmp_path / "b.jsonl").write_text('{"a\\u0000": 1, "text": "x", "label": "a"}\n')
+    with pytest.raises(UserError, match="has a zero character"):
+        load(tmp_path / "b.jsonl")
+
+
 def test_encodings_of_json_lines_and_texts(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         "".join(json.dumps({"text": t, "label": k}, ensure_ascii=False) + "\n" for t, k in FRENCH).encode("cp1252")
