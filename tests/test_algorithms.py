@@ -1,18 +1,17 @@
 """One contract suite over every algorithm, then each rule against a hand-computed truth."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
 from decaf_lora import algorithms, graphs, lowrank
-from decaf_lora.adapters.adapter import Adapter, concatenate
+from decaf_lora.adapters.adapter import concatenate
 from decaf_lora.adapters.names import flattened
 from decaf_lora.algorithms import GAUGES, Round
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
 from rounds import one_round, sent, setting
+from samples import LAYERS, make_adapter, products
 
 VARIANTS = {
     **{name: (name, {}) for name in algorithms.KINDS},
@@ -31,39 +30,11 @@ VARIANTS = {
     ),
 }
 """Every algorithm, and the options that change state, messages or moments."""
-LAYERS = {"x": (2, 6, 5), "y": (2, 6, 5), "z": (3, 4, 8)}  # r, d_in, d_out
-
-
-def make_adapter(n, seed=0, common_a=False, unequal=False):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def draw_a(r, d):
-        return draw(1, r, d).repeat(n, 1, 1) if common_a else draw(n, r, d)
-
-    adapter = Adapter(
-        A={k: draw_a(r, i) for k, (r, i, _) in LAYERS.items()},
-        B={k: draw(n, o, r) for k, (r, _, o) in LAYERS.items()},
-        scale={k: torch.full((n,), 2.0, dtype=torch.float64) for k in LAYERS},
-        extras={"head.weight": draw(n, 3, 4)},
-    )
-    if not unequal:
-        return adapter
-    scales = {k: 0.5 + torch.arange(n, dtype=torch.float64) % 4 for k in LAYERS}
-    ranks = {k: 1 + torch.arange(n) % r for k, (r, _, _) in LAYERS.items()}
-    adapter = dataclasses.replace(adapter, scale=scales, ranks=ranks)
-    return adapter.with_tensors(adapter.trim(adapter.tensors()))
 
 
 def make(variant):
     name, options = VARIANTS[variant]
     return algorithms.make(name, **options)
-
-
-def products(adapter, layer):
-    return adapter.scale[layer][:, None, None] * (adapter.B[layer] @ adapter.A[layer])
 
 
 def graph_for(algorithm, n):

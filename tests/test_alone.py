@@ -11,6 +11,7 @@ from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Simulate
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
+from samples import LAYERS, make_adapter, products
 from threads import OwnToy, Peer, Room, train_alone
 from toy import Toy
 
@@ -116,8 +117,6 @@ def test_what_an_agent_records_of_its_neighbours():
 
 
 def test_the_distance_to_the_neighbours_is_of_the_products():
-    from test_algorithms import LAYERS, make_adapter, products
-
     for unequal in (False, True):
         adapter, graph = make_adapter(5, unequal=unequal), graphs.ring(5)
         inbox = algorithms.Inbox.from_weights(adapter.message(), graph.weights, range(5), range(5))

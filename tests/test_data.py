@@ -156,8 +156,8 @@ def test_a_hub_name_offline_says_what_to_download():
 
 def test_subsets_splits_and_columns_that_do_not_exist_are_named(tmp_path):
     source = folder(tmp_path, "abab")
-    with pytest.raises(UserError, match=r"task\.subset: .* has no file that it is for; leave it out"):
-        load(source, subset="x")
+    with pytest.warns(UserWarning, match=r"task\.subset: .* has no subsets; 'x' is not used"):
+        load(source, subset="x", test_share=0.5)
     with pytest.raises(UserError, match=r"task\.train_split: 'trian' is not known\. Did you mean 'train'"):
         load(source, train_split="trian")
     with pytest.raises(UserError, match=r"task\.test_split: 'test' is not known\..*task\.test_share 0\.2"):

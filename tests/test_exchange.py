@@ -13,7 +13,7 @@ from decaf_lora.engines import Pending, Simulate
 from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import as_schedule
 from decaf_lora.run import Run
-from test_algorithms import make_adapter
+from samples import make_adapter
 from toy import Toy
 
 

@@ -15,8 +15,8 @@ from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
 from decaf_lora.runs import checkpoint
 from rounds import mix, one_round, sent, setting
-from test_algorithms import LAYERS, make_adapter, products
-from test_tracking import SGD, assert_near, corrections, finished, make_run, random_gradients
+from samples import LAYERS, make_adapter, products, random_gradients
+from toy_runs import SGD, assert_near, corrections, finished, make_run
 
 
 def small_adapter(n, unequal, d_in=5, d_out=3, seed=0):

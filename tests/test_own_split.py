@@ -130,13 +130,28 @@ def test_the_command_line_from_the_table_to_the_report(model, table, tmp_path, c
     out = tmp_path / "run"
     arguments = ["--agents", 3, "--partition", "column:hospital", "--graph", tmp_path / "sites.edgelist"]
     arguments += ["--task", "sequence-classification", "--model", model, "--data", table, "--task.test_share", 0.2]
-    arguments += ["--rounds", 1, "--training.steps", 1, "--training.batch_size", 2, "--lora.r", 2, "--out", out]
+    arguments += [
+        "--test",
+        "both",
+        "--rounds",
+        1,
+        "--training.steps",
+        1,
+        "--training.batch_size",
+        2,
+        "--lora.r",
+        2,
+        "--out",
+        out,
+    ]
     assert main(["run", "digits", *map(str, arguments)]) == 0, capsys.readouterr().err
     facts = json.loads((out / "run.json").read_text())
     assert facts["names"] == ["charite", "kings", "mayo"]
     weights = np.array(facts["graph"]["weights"])
     assert weights[0, 2] == 0 < weights[0, 1]
-    assert "kings" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Every site" in page
+    assert page.count("kings</text>") >= 3  # a row of the scores, a column of the labels, a node of the graph
     # Export by name is export by number, without the table and without the user's graph.
     (tmp_path / "sites.edgelist").unlink()
     assert main(["export", str(out), "--agent", "kings", "--to", str(tmp_path / "kings")]) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LongformerConfig
 
 from decaf_lora import algorithms, graphs, partition, plan, recipes
 from decaf_lora.cli import main
@@ -260,6 +260,16 @@ def test_equal_models_are_evaluated_once(monkeypatch, name, values, models):
     monkeypatch.setattr(run.task, "statistics", lambda batch, n: seen.append(n) or statistics(batch, n))
     list(run.train())
     assert sum(seen) == models
+
+
+def test_agents_that_cannot_share_a_pass_are_planned_one_by_one(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    LongformerConfig(vocab_size=50, max_position_embeddings=66, attention_window=4, **shape).save_pretrained(tmp_path)
+    task = TaskConfig(name="sequence-classification", model=str(tmp_path), data="nowhere/to-be-read", eval_batch_size=4)
+    config = small(task=task, training=TrainingConfig(steps=1, batch_size=4, agents_per_pass="auto"))
+    with pytest.warns(UserWarning, match="one by one"):
+        planned = plan.estimate(config, DataSizes(sequence_length=64, num_classes=2))
+    assert (planned.agents, planned.agents_per_pass) == (3, 1)
 
 
 # The command, and bad input

@@ -19,7 +19,7 @@ from decaf_lora.errors import UserError
 from decaf_lora.run import Run
 from decaf_lora.runs import checkpoint
 from rounds import mix, one_round, setting
-from test_algorithms import LAYERS, make_adapter, products
+from samples import LAYERS, make_adapter, products
 from toy import Toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*recommended to pass.*")

@@ -1,5 +1,6 @@
 """The round loop: records, bytes, orders, resume bit for bit at every point, and the methods' order of merit."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -233,6 +234,71 @@ def test_a_run_that_goes_back_gives_up_the_exchange_under_way():
     run.restore(*saved)
     list(run.train())
     same(run.adapter, whole.adapter)
+
+
+@pytest.mark.parametrize("order", ["adapt-combine", "combine-adapt"])
+@pytest.mark.parametrize("stop", [(2, 1), (2, 3)])
+def test_a_run_that_was_stopped_goes_on_where_it_stopped(order, stop):
+    whole, run = (make_run("decaf", order=order) for _ in range(2))
+    expected = list(whole.train())
+    run.on_step = lambda round_, done, steps, losses: run.stop() if (round_, done) == stop else None
+    before = list(run.train())
+    assert before[-1].round == (1 if stop == (2, 1) else 2)
+    run.on_step = None
+    after = list(run.train())
+    assert [dataclasses.replace(r, seconds={}) for r in (*before, *after)] == [
+        dataclasses.replace(r, seconds={}) for r in expected
+    ]
+    same(run.adapter, whole.adapter)
+    assert list(run.train()) == []
+
+
+def test_stopped_before_it_begins_a_run_has_the_first_record_alone():
+    run = make_run()
+    run.stop()
+    assert [r.round for r in run.train()] == [0]
+    assert [r.round for r in run.train()][-1] == 4
+
+
+def test_at_the_end_of_a_with_block_the_model_is_free_for_another_run():
+    task = Toy(extras=True)
+    plain = type(task.model.first)
+
+    def fails():
+        with make_run(task=task) as run:
+            assert type(task.model.first) is not plain
+            next(run.train())
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fails()
+    assert type(task.model.first) is plain
+    with make_run(task=task) as run:
+        assert [r.round for r in run.train()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("order", ["adapt-combine", "combine-adapt"])
+def test_phases_of_ones_own_take_the_place_of_the_timer(order):
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def phase(name):
+        assert not inside, "phases do not nest"
+        inside.append(name)
+        yield
+        seen.append(inside.pop())
+
+    run = make_run(order=order, rounds=1, phases=phase)
+    records = list(run.train())
+    assert [r.seconds for r in records] == [{}, {}]
+    survey = ["evaluate", "measure", "evaluate"]
+    if order == "adapt-combine":
+        assert seen == [*survey, "train", "exchange", "exchange", "combine", "combine", "measure", *survey]
+    else:
+        assert seen == ["exchange", *survey, "exchange", "combine", "combine", "measure", "train", *survey]
+    timed = list(make_run(order=order, rounds=1).train())
+    assert set(timed[-1].seconds) == set(seen)
+    assert all(seconds >= 0 for seconds in timed[-1].seconds.values())
 
 
 def test_fedavg_equals_dlora_on_a_complete_graph_with_equal_sizes():

@@ -11,7 +11,7 @@ from decaf_lora import algorithms, consensus, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter
 from quadratic import LAYER, many_agents, slope, square_gradients, windows
 from rounds import one_round
-from test_algorithms import LAYERS, make_adapter, products
+from samples import LAYERS, make_adapter, products
 
 
 def mixed_products(adapter, graph, layer):

@@ -177,7 +177,7 @@ def test_sigterm_to_one_rank_stops_all_in_that_step_and_leaves_a_checkpoint(tmp_
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_line(tmp_path):
-    blow_up = ["--training.optimizer", "sgd", "--lr", "1e30", "--training.schedule", "constant"]
+    blow_up = ["--training.optimizer", "sgd", "--lr", "1e9", "--training.schedule", "constant"]
     ended = ranks.start(tmp_path, 2, ranks.decaf, *SPLIT, *blow_up, "--out", tmp_path / "run")
     assert ended.codes == {0: 2, 1: 2}, ended.output
     (line,) = ended.lines
@@ -259,6 +259,22 @@ def test_a_rank_that_never_arrives_is_named(tmp_path):
     assert "ranks: 2 of 3 arrived within 12 s; missing: rank 2." in line
     line = fails(tmp_path, 2, "--timeout", 2, ranks=[1])
     assert "rank 1 cannot reach rank 0 at 127.0.0.1:" in line
+
+
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        ("int8", "wire: int8 between processes would have no error feedback; use --algorithm.messages int8"),
+        ("bfloat", "wire: 'bfloat' is not known. Did you mean 'bfloat16'"),
+    ],
+)
+def test_a_wire_that_there_is_none_of_is_one_line(tmp_path, wire, message):
+    words = [*SMALL, "--task", TOY, "--engine", "torchrun", "--wire", wire, "--out", tmp_path / "run"]
+    ended = ranks.start(tmp_path, 2, ranks.decaf, *words)
+    assert ended.codes == {0: 2, 1: 2}
+    (line,) = ended.lines
+    assert message in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_launcher_and_under_one_by_mistake(tmp_path, capsys, monkeypatch):

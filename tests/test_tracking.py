@@ -6,35 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from decaf_lora import algorithms, graphs, lowrank, partition
+from decaf_lora import algorithms, graphs, lowrank
 from decaf_lora.adapters.adapter import concatenate
-from decaf_lora.adapters.names import flattened, take
+from decaf_lora.adapters.names import flattened
 from decaf_lora.algorithms import Round
 from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Schedule
-from decaf_lora.run import Run
 from decaf_lora.runs import checkpoint
 from quadratic import LAYER, Quadratic, train
 from rounds import one_round, repeated, sent, setting
-from test_algorithms import LAYERS, make_adapter, products
-from toy import Toy
+from samples import LAYERS, make_adapter, products, random_gradients
+from toy_runs import SGD, assert_near, corrections, finished, make_run
 
 TRACKABLE = ["dlora", "dlora_fa", "decaf"]
 
 
 def tracked(name, **options):
     return algorithms.make(name, tracking=True, **options)
-
-
-def random_gradients(adapter, trained, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(t.shape, generator=generator, dtype=t.dtype) for k, t in adapter.tensors(trained).items()}
-
-
-def corrections(state):
-    return take("c/", state["tracking"])
 
 
 # --- what it is for -----------------------------------------------------------------------------------------
@@ -220,37 +209,12 @@ def test_what_it_refuses():
     for gamma in (0.0, -1.0, 1.5):
         with pytest.raises(UserError, match=r"algorithm\.tracking_gamma: .* not above 0 and at most 1"):
             tracked("dlora", tracking_gamma=gamma)
-    with pytest.raises(UserError, match="fedavg does not take this option; it belongs to dlora, dlora_fa, decaf"):
+    with pytest.raises(UserError, match="fedavg does not take this option; it belongs to decaf, dlora, dlora_fa"):
         algorithms.make("fedavg", tracking=True)
     assert algorithms.make("decaf-tracked").name == tracked("decaf").name == "decaf_tracked"
 
 
 # --- in a run -----------------------------------------------------------------------------------------------
-
-SGD = TrainingConfig(steps=3, batch_size=5, learning_rate=0.02, agents_per_pass=4)
-
-
-def make_run(algorithm, n=4, graph=None, rounds=4, training=SGD, gossip_steps=1, **options):
-    task = Toy(extras=True)
-    lora = dataclasses.replace(task.default_lora(), lora_alpha=2)
-    shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
-    return Run(
-        task,
-        algorithms.make(algorithm, **options),
-        graph or graphs.ring(n),
-        shards,
-        training,
-        lora=lora,
-        rounds=rounds,
-        evaluate_every=rounds,
-        gossip_steps=gossip_steps,
-    )
-
-
-def finished(*args, **options):
-    run = make_run(*args, **options)
-    records = list(run.train())
-    return run, records
 
 
 @pytest.mark.parametrize("name", TRACKABLE)
@@ -294,11 +258,6 @@ def test_resumed_within_a_period_equals_uninterrupted_bit_for_bit(stop, options,
 
 
 # --- several exchanges in a round ---------------------------------------------------------------------------
-
-
-def assert_near(one, two, tolerance=1e-5):
-    for key, tensor in one.adapter.tensors().items():
-        torch.testing.assert_close(two.adapter.tensors()[key], tensor, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("spec", ["one-peer-hypercube", "base:2", "base:3"])

@@ -298,3 +298,29 @@ def test_flat_groups_are_views():
     flat += 1
     assert torch.equal(views["a"], tensors["a"] + 1)
     assert torch.equal(views["b"], tensors["b"] + 1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_learning_rate_of_an_agent_follows_its_own_steps_alone(optimizer):
+    """With epochs, agents take unequal numbers of steps: each trains bit for bit as it does without the others."""
+    config = TrainingConfig(
+        epochs=1.0, batch_size=4, learning_rate=0.05, agents_per_pass=1, optimizer=optimizer, weight_decay=0.1
+    )
+    shards = [np.arange(5), np.arange(10, 30), np.arange(40, 49)]
+    task = Toy(extras=True)
+    together, trainer, losses = trained(task, config, range(3), shards, rounds=3)
+    assert trainer.local_steps.tolist() == [2, 5, 3]
+    for agent, shard in enumerate(shards):
+        alone, _, own = trained(task, config, [agent], [shard], rounds=3)
+        assert torch.equal(own[0], losses[agent])
+        for key, tensor in together.tensors().items():
+            assert torch.equal(alone.tensors()[key][0], tensor[agent]), key
+
+
+def test_with_equal_steps_epochs_and_steps_train_alike():
+    shards = [np.arange(i * 20, (i + 1) * 20) for i in range(3)]
+    found = []
+    for amount in ({"epochs": 1.0}, {"steps": 5}):
+        config = TrainingConfig(batch_size=4, learning_rate=0.05, agents_per_pass=3, warmup=0.3, **amount)
+        found.append(trained(Toy(extras=True), config, range(3), shards, rounds=2)[0].tensors())
+    assert all(torch.equal(found[1][key], tensor) for key, tensor in found[0].items())

@@ -18,6 +18,11 @@ _LAZY = {
     "TrainingConfig": "config",
     "Adapter": "adapters.adapter",
     "Algorithm": "algorithms",
+    "Graph": "graphs",
+    "Partition": "partition",
+    "Record": "records",
+    "Task": "tasks.base",
+    "UserError": "errors",
 }
 _MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks")
 
@@ -26,7 +31,12 @@ if TYPE_CHECKING:
     from decaf_lora.adapters.adapter import Adapter
     from decaf_lora.algorithms import Algorithm
     from decaf_lora.config import TrainingConfig
+    from decaf_lora.errors import UserError
+    from decaf_lora.graphs import Graph
+    from decaf_lora.partition import Partition
+    from decaf_lora.records import Record
     from decaf_lora.run import Run
+    from decaf_lora.tasks.base import Task
 
 
 def __getattr__(name: str) -> Any:
@@ -41,8 +51,13 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Adapter",
     "Algorithm",
+    "Graph",
+    "Partition",
+    "Record",
     "Run",
+    "Task",
     "TrainingConfig",
+    "UserError",
     "adapters",
     "algorithms",
     "config",

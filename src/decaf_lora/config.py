@@ -49,13 +49,13 @@ class _Frozen(BaseModel):
     def _no_absurd_numbers(self) -> _Frozen:
         for name in set(type(self).model_fields) - {OWN}:
             most = MOST_SEED if "seed" in name else MOST
-            if any(isinstance(v, int | float) and abs(v) > most for v in _inside(getattr(self, name))):
+            if any(isinstance(v, int) and abs(v) > most for v in _inside(getattr(self, name))):
                 raise ValueError(f"{name} must be at most {most}")
         return self
 
 
 MOST, MOST_SEED = 10**9, 2**63 - 1
-"""No number of a configuration is larger: what cannot be meant is told before a library fails on it."""
+"""No whole number of a configuration is larger: what cannot be meant is told before a library fails on it."""
 
 
 def _inside(value: Any) -> list[Any]:
@@ -183,7 +183,7 @@ class TaskConfig(Section):
     pixel_range: tuple[float, float] | None = None
     """Values that are black and white in images of more than 8 bits a channel; 0 65535 for whole numbers, 0 1 for
     others, if unset."""
-    image_cache: float = Field(0.5, ge=0)
+    image_cache: float = Field(0.5, ge=0, le=10**6)
     """GiB of preprocessed images that each split may keep in memory; others are decoded whenever they are asked for."""
     skip_bad: bool = False
     """Leave out images that do not decode (they are counted and named) instead of refusing them."""
@@ -305,7 +305,7 @@ class TrainingConfig(_Frozen):
 
     steps: int = Field(5, ge=1)
     """Optimizer steps of every agent in a round."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over an agent's own shard in a round, instead of `steps`; agents then take unequal steps."""
     batch_size: int = Field(16, ge=1)
     """Examples of one agent in one step."""

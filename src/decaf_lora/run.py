@@ -21,7 +21,7 @@ from decaf_lora import consensus
 from decaf_lora.adapters import attach, load_peft
 from decaf_lora.adapters.adapter import Adapter, as_adapter
 from decaf_lora.adapters.names import Tensors, flattened, parted, put, take
-from decaf_lora.adapters.portable import config_values, write_adapter
+from decaf_lora.adapters.portable import outline, write_adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import local_steps
@@ -374,9 +374,8 @@ class Run:
     def _collect(self) -> None:
         """Starts to bring all adapters to the main process."""
         self._collected()
-        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
-        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
-        self._collection = self.engine.collect({**self.adapter.tensors(), **more})
+        more = put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
+        self._collection = self.engine.collect(self.adapter.tensors() | more)
 
     def _collected(self) -> Tensors:
         """Ends the collection that is under way, if one is: all adapters in the main process."""
@@ -457,16 +456,10 @@ class Run:
             write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:
-        """What an export needs beside the tensors, in JSON's types.
-
-        task: `Task.describe`. configs: the adapter_config.json of every agent, or one for all. averaged: which of
-        them is the averaged model's.
-        """
-        trained, task = list(self.attached.extras), dict(self.task.describe())
-        pooled = self.algorithm.topology == "pooled"
-        agents = [self._largest] if pooled or self.attached.uniform else range(self.engine.num_agents)
-        configs = [config_values(self.attached.config_of(i), trained, task) for i in agents]
-        return {"task": task, "configs": configs, "averaged": self._largest if len(configs) > 1 else 0}
+        """What an export needs beside the tensors, in JSON's types: `adapters.portable.outline`."""
+        one = self.algorithm.topology == "pooled" or self.attached.uniform
+        agents = [self._largest] if one else range(self.engine.num_agents)
+        return outline(self.attached, self.task.describe(), agents, 0 if one else self._largest)
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
         """All that is needed to go on: named tensors with the agents reported on the leading axis, and plain values.
@@ -475,11 +468,7 @@ class Run:
         """
         tensors = put("adapter/", self.adapter.tensors()) | put("state/", flattened(self.state))
         tensors |= put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
-        for group, moments in self.trainer.moments.items():
-            tensors[f"moments/{group}/first"] = moments.first
-            tensors[f"moments/{group}/second"] = moments.second
-            tensors[f"moments/{group}/steps"] = moments.steps
-        tensors["steps_taken"] = torch.from_numpy(self.trainer.steps_taken.copy())
+        tensors |= self.trainer.snapshot()
         if self.step_in_round and self._losses is not None:
             tensors["losses"] = self._losses
             tensors |= put("measures/", self._measures)
@@ -507,11 +496,7 @@ class Run:
         self.engine.restore(values.get("engine", {}))
         self.adapter = self.adapter.with_tensors(take("adapter/", mine))
         self.state = parted(take("state/", mine), self.state)
-        for group, moments in self.trainer.moments.items():
-            moments.first = mine[f"moments/{group}/first"]
-            moments.second = mine[f"moments/{group}/second"]
-            moments.steps = mine[f"moments/{group}/steps"]
-        self.trainer.steps_taken = mine["steps_taken"].cpu().numpy().copy()
+        self.trainer.restore(mine)
         self._losses = mine.get("losses")
         self._measures = {k: t.cpu() for k, t in take("measures/", mine).items()}
         self.round, self.step_in_round = int(values["round"]), int(values["step_in_round"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from decaf_lora import optimizers, separation
 from decaf_lora.adapters.adapter import Adapter, Factor
-from decaf_lora.adapters.names import Tensors
+from decaf_lora.adapters.names import Tensors, put, take
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
 from decaf_lora.algorithms.contract import Round
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
@@ -102,8 +102,8 @@ class Trainer:
                 self._layouts[group] = FlatGroup(tensors)
                 flat = self._layouts[group].pack(tensors)
                 self.moments[group] = optimizers.Moments.zeros(flat, self.config)
-        auto, alone = not self.agents_per_pass, len(self.streams) == 1
-        together = self.agents_per_pass != 1 and not (auto and alone)
+        auto = not self.agents_per_pass
+        together = self.agents_per_pass != 1 and len(self.streams) > 1
         if not separation.check(self.task, self.attached, adapter, self._two_examples(), together):
             self._one_by_one, self.agents_per_pass = True, 1
             warnings.warn(
@@ -223,6 +223,21 @@ class Trainer:
             if moments.second.shape[1]:
                 moments.second = self._layouts[group].pack({k: new_seconds[f"{group}/{k}"] for k in names})
 
+    def snapshot(self) -> Tensors:
+        """What the local steps go on from: the optimizers' moments, and steps taken, with the agents' axis first."""
+        tensors = {"steps_taken": torch.from_numpy(self.steps_taken.copy())}
+        for group, moments in self.moments.items():
+            parts = {"first": moments.first, "second": moments.second, "steps": moments.steps}
+            tensors |= put(f"moments/{group}/", parts)
+        return tensors
+
+    def restore(self, tensors: Tensors) -> None:
+        """Goes back to a snapshot; `tensors` may hold others, too."""
+        for group, moments in self.moments.items():
+            own = take(f"moments/{group}/", tensors)
+            moments.first, moments.second, moments.steps = own["first"], own["second"], own["steps"]
+        self.steps_taken = tensors["steps_taken"].cpu().numpy().copy()
+
     @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> Tensor:
         """(n,) scores of the adapters on the whole test set, in float64 on the CPU; equal ones are scored once."""
@@ -257,7 +272,7 @@ class Trainer:
         for place, own in enumerate(tests):
             with self.attached.bind(adapter.select([place])), self._autocast():
                 parts = [
-                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).cpu().double()
                     for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
                 ]
             totals.append(torch.stack(parts).sum(0))

@@ -368,7 +368,17 @@ def test_every_field_is_shared_or_local():
     """A new field of the task must be put on one side: what is not shared must not be signed."""
     assert set(terms.SHARED_TASK) <= set(TaskConfig.model_fields)
     assert set(terms.LOCAL_TASK) == {
-        *("data", "subset", "train_split", "test_split", "test_share", "max_train", "max_test", "data_seed"),
+        *(
+            "data",
+            "file_column",
+            "subset",
+            "train_split",
+            "test_split",
+            "test_share",
+            "max_train",
+            "max_test",
+            "data_seed",
+        ),
         *("text_column", "text_pair_column", "image_column", "label_column", "prompt_column", "answer_column"),
         *("file_column", "delimiter", "quoting", "encoding", "pixel_range"),
         *("gradient_checkpointing", "num_workers", "image_cache", "skip_bad", "eval_batch_size"),

@@ -222,8 +222,7 @@ def language_model(extras, kind="GPT2Config", values=TINY_GPT2):
     starts = [np.ones(n, np.int64) for n in (36, 4)]
     train, test = Sequences(sequences(36, 1), starts[0]), Sequences(sequences(4, 2), starts[1])
     task = LanguageModeling(copy.deepcopy(model), train, np.zeros(36, np.int64), test)
-    targets = ["c_attn"] if kind == "GPT2Config" else ["q_proj", "v_proj"]
-    return model, task, LoraConfig(r=2, target_modules=targets, modules_to_save=extras)
+    return model, task, LoraConfig(r=2, modules_to_save=extras)
 
 
 @pytest.mark.parametrize("extras", [["wpe"], ["wte"], ["ln_f"], ["lm_head"], ["wpe", "ln_2"]])
@@ -358,6 +357,25 @@ def test_a_model_that_changes_its_weights_is_refused():
     with pytest.raises(UserError, match=r"task\.model: ChangesItself changes its own weights.*inner"):
         run_of(OwnTask(seeded(ChangesItself)), None)
     run_of(OwnTask(seeded(lambda: ChangesItself(1.0))), None)  # by nothing
+
+
+RWKV = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "context_length": 34}
+
+
+def test_rwkv_is_as_in_peft_unless_it_rescales_its_weights(tmp_path):
+    model, task, lora = language_model(None, "RwkvConfig", RWKV)  # it rescales from its sixth block on
+    run = run_of(task, lora, steps=3)
+    list(run.train())
+    inputs = task.test_batch(np.arange(4))["input_ids"]
+    run.save_adapter(tmp_path, 1)
+    with torch.no_grad(), run.attached.bind(run.adapter.select([1])):
+        ours = task.model(inputs, use_cache=False).logits
+    theirs = PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, theirs(inputs, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    _, task, lora = language_model(None, "RwkvConfig", RWKV | {"rescale_every": 1})
+    with pytest.raises(UserError, match=r"RwkvForCausalLM changes its own weights.*rescale_every 0"):
+        run_of(task, lora)
 
 
 def test_a_model_of_nan_is_refused_before_training():

@@ -196,7 +196,8 @@ def test_absurd_numbers_are_one_line_in_every_field(name):
     wrap = next((f for word, f in inside.items() if annotation(name).startswith(word)), lambda v: v)
     if name == "task.pixel_range":
         wrap = lambda v: [0, v]  # noqa: E731
-    for value in (10**30, -(10**30), float("inf"), float("nan"), True):
+    whole = [] if re.search(r"\bfloat\b", annotation(name)) else [10**30, -(10**30)]
+    for value in (*whole, float("inf"), float("nan"), True):
         values = wrap(value)
         for part in reversed(name.split(".")):
             values = {part: values}

@@ -88,7 +88,7 @@ def test_a_delimiter_is_one_character(value):
 
 def test_options_without_a_file_for_them_are_refused(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"text": t, "label": k} for t, k in ROWS])
-    for option in ({"delimiter": ";"}, {"quoting": "none"}, {"subset": "one"}):
+    for option in ({"delimiter": ";"}, {"quoting": "none"}):
         (field,) = option
         with pytest.raises(UserError, match=rf"task\.{field}: .* has no file that it is for"):
             load(path, **option)

@@ -59,11 +59,18 @@ def refused(message, *arguments, **options):
 # Damaged files
 
 
-FILES = ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+CLASSIFICATION, LANGUAGE = "sequence-classification", "causal-lm"
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("name", ["sequence-classification", "causal-lm"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        (CLASSIFICATION, "model.safetensors"),
+        (CLASSIFICATION, "tokenizer.json"),
+        (LANGUAGE, "config.json"),
+        (LANGUAGE, "tokenizer_config.json"),
+    ],
+)
 def test_a_pointer_of_git_lfs_is_named(name, file, model_of, data):
     model = model_of({"sequence-classification": "bert", "causal-lm": "llama"}[name])
     (model / file).write_bytes(LFS)

@@ -86,8 +86,10 @@ def test_the_stand_in_refuses(device):
     assert precision.work_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("method", ["gram", "qr"])
-@pytest.mark.parametrize("gauge", ["balanced", "balanced_rotated", "orthonormal", "orthonormal_rotated", "anchored"])
+@pytest.mark.parametrize(
+    ("gauge", "method"),
+    [("balanced_rotated", "gram"), ("orthonormal", "qr"), ("orthonormal_rotated", "gram"), ("anchored", "qr")],
+)
 def test_low_rank_products(device, gauge, method):
     a, b, weights = drawn(2, 3, 2, 9), drawn(2, 3, 7, 2), torch.full((2, 3), 1 / 3, device=DEVICE)
     out = lowrank.mix_truncate(a, b, weights, 2, gauge=gauge, method=method, carried=(a[:, 0], b[:, 0]), rest=1)

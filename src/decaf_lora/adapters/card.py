@@ -25,54 +25,82 @@ TEMPLATE = """---
 ```
 {% endif %}"""
 
-_LABELS = """import json
-
-labels = json.load(open("{dir}/labels.json"))["id2label"]
-id2label = {{int(number): name for number, name in labels.items()}}
-"""
-
 _CODE = {
-    ("sequence-classification", False): _LABELS
-    + """
+    ("sequence-classification", False): """import json
+
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer, pipeline
 
+labels = json.load(open("DIRECTORY/labels.json"))
+id2label = {int(number): name for number, name in labels["id2label"].items()}
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    "{dir}", id2label=id2label, label2id={{name: number for number, name in id2label.items()}}
+    "DIRECTORY", id2label=id2label, label2id=labels["label2id"], dtype="DTYPE"
 )
-tokenizer = AutoTokenizer.from_pretrained("{dir}")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 model.config.pad_token_id = tokenizer.pad_token_id
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True)
-print(classify("..."))""",
+print(classify(EXAMPLE))""",
     ("sequence-classification", True): """from transformers import pipeline
 
-classify = pipeline("text-classification", model="{dir}", truncation=True)
-print(classify("..."))""",
+classify = pipeline("text-classification", model="DIRECTORY", truncation=True)
+print(classify(EXAMPLE))""",
     ("causal-lm", False): """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
-model = AutoPeftModelForCausalLM.from_pretrained("{dir}")
-write = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained("{dir}"))
+model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY", dtype="DTYPE")
+write = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained("DIRECTORY"))
 print(write("..."))""",
     ("causal-lm", True): """from transformers import pipeline
 
-write = pipeline("text-generation", model="{dir}")
+write = pipeline("text-generation", model="DIRECTORY")
 print(write("..."))""",
 }
-_ZERO_SHOT = """import json
+_PROCESSED = """import json
 
-from transformers import AutoModel, AutoProcessor, pipeline
+TOOLS
 
-task = json.load(open("{dir}/decaf_lora.json"))["task"]
-model, processor = AutoModel.from_pretrained("{dir}"), AutoProcessor.from_pretrained("{dir}")
-classify = pipeline(
+task = json.load(open("DIRECTORY/decaf_lora.json"))["task"]
+model = AutoModel.from_pretrained("DIRECTORY", dtype="DTYPE")
+processor = AutoProcessor.from_pretrained("DIRECTORY")
+"""
+_ZERO_SHOT = (
+    _PROCESSED.replace("TOOLS", "from transformers import AutoModel, AutoProcessor, pipeline")
+    + """classify = pipeline(
     "zero-shot-image-classification",
     model=model,
     tokenizer=processor.tokenizer,
     image_processor=processor.image_processor,
 )
 print(classify("image.png", candidate_labels=task["prompt_names"], hypothesis_template=task["templates"][0]))"""
-_CODE |= {("image-text", False): _ZERO_SHOT, ("image-text", True): _ZERO_SHOT}
+)
+_ENSEMBLE = (
+    _PROCESSED.replace(
+        "TOOLS",
+        """import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoProcessor""",
+    )
+    + """padding = "max_length" if "siglip" in model.config.model_type else True
+
+
+def features(output):
+    return normalize(output if isinstance(output, torch.Tensor) else output.pooler_output, dim=-1)
+
+
+@torch.no_grad()
+def classify(path):
+    prompts = [template.format(name) for name in task["prompt_names"] for template in task["templates"]]
+    tokens = processor.tokenizer(prompts, padding=padding, truncation=True, return_tensors="pt")
+    pixels = processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")
+    text = features(model.get_text_features(**tokens)).unflatten(0, (-1, len(task["templates"])))
+    text = normalize(text.mean(1), dim=-1)  # the mean of a class's prompts
+    scores = (features(model.get_image_features(**pixels)) @ text.T * model.logit_scale.exp()).softmax(-1)[0]
+    return [{"label": task["prompt_names"][i], "score": float(scores[i])} for i in scores.argsort(descending=True)]
+
+
+print(classify("image.png"))"""
+)
 _PIPELINES = {
     "sequence-classification": "text-classification",
     "causal-lm": "text-generation",
@@ -94,9 +122,6 @@ def write_card(directory: Path, task: Mapping[str, Any], made: Mapping[str, Any]
         tags=["decaf-lora", "lora"],
         ignore_metadata_errors=True,
     )
-    code = _CODE.get((use, merged)) if model else None
-    if use == "image-text" and not task.get("processor"):
-        code = None  # no processor of images belongs to the model
     name = made.get("model", "model")
     card = ModelCard.from_template(
         data,
@@ -104,9 +129,23 @@ def write_card(directory: Path, task: Mapping[str, Any], made: Mapping[str, Any]
         title=f"{name} of {task.get('name', 'a task')}",
         kind="A full model, its LoRA update folded in" if merged else "A LoRA adapter",
         made={_cell(k): _cell(v) for k, v in {"base model": model or "not of transformers", **made}.items()},
-        code=code.format(dir="DIRECTORY") if code else None,
+        code=_code(task, use, merged),
     )
     (directory / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def _code(task: Mapping[str, Any], use: str, merged: bool) -> str | None:
+    """What loads the model and gives the run's own answers; None where the description does not tell enough."""
+    if use == "image-text" and task.get("processor"):  # without one the model is no pipeline's
+        code = _ENSEMBLE if len(task["templates"]) > 1 else _ZERO_SHOT
+    elif (use, merged) in _CODE and (merged or use != "sequence-classification" or task.get("labels")):
+        code = _CODE[use, merged]
+    else:
+        return None
+    pair = len(task.get("columns", ())) == 2
+    example = '{"text": "...", "text_pair": "..."}' if pair else '"..."'
+    dtype = task.get("dtype", "auto")
+    return code.replace("DTYPE", dtype).replace("EXAMPLE", example) if task.get("model") else None
 
 
 def family(task: Mapping[str, Any]) -> str:

@@ -127,10 +127,10 @@ def _family_default(model: nn.Module) -> list[str] | str:
 
 def _names(every: list[str], given: str | Iterable[str] | None, field: str, model: nn.Module) -> str | set[str] | None:
     """`given`, of which each name is known to match; a single name that is no pattern of a whole name becomes a set."""
-    if not given or (isinstance(given, str) and given.lower() == "all-linear"):
-        return given  # type: ignore[return-value]
+    if not given:
+        return None
     if isinstance(given, str):
-        if any(re.fullmatch(given, module) for module in every):
+        if given.lower() == "all-linear" or any(re.fullmatch(given, module) for module in every):
             return given
         given = [given]
     known = linear_layers(model) if field == "target_modules" else every

@@ -13,7 +13,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,27 @@ from safetensors import SafetensorError
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.card import write_card
 from decaf_lora.adapters.peft_io import save_peft
+from decaf_lora.adapters.stacked import Attached
 from decaf_lora.errors import UserError
 
 Facts = Mapping[str, Any]
 """Plain values in JSON's types."""
+
+
+def outline(attached: Attached, task: Facts, agents: Iterable[int], averaged: int) -> dict[str, Any]:
+    """What an export needs beside the tensors of a run.
+
+    Args:
+        attached: the adapted layers and the configurations of their adapters.
+        task: `Task.describe`.
+        agents: whose configurations; one stands for all.
+        averaged: the place among them of the averaged model's.
+
+    Returns:
+        task, configs (the adapter_config.json of every agent, or one for all) and averaged, in JSON's types.
+    """
+    configs = [config_values(attached.config_of(agent), list(attached.extras), task) for agent in agents]
+    return {"task": dict(task), "configs": configs, "averaged": averaged}
 
 
 def config_values(config: LoraConfig, trained: list[str], task: Facts) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -265,7 +265,7 @@ class Attached:
     def detach(self) -> nn.Module:
         """Takes the sites out again and returns the plain base model."""
         for name, layer in {**self._lora_layers, **self._extra_layers}.items():
-            self.model.set_submodule(name, layer.base)  # type: ignore[arg-type]
+            self.model.set_submodule(name, cast(nn.Module, layer.base))
         return self.model
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from decaf_lora.cli.agent import demo_command, with_local
-from decaf_lora.cli.options import check_options, configured, parsed
+from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError, unknown
 
@@ -69,7 +69,7 @@ def _init(args: list[str]) -> int:
     from decaf_lora.federation.file import Limits
 
     names = [part.strip() for part in agents.split(",")]
-    config = configured(RunConfig, "federation init", [recipe, *rest])[0]
+    config = configured(RunConfig, "federation init", [recipe, *rest], Output)[0]
     if min(give_up, days, 1.0 if patience is None else patience) <= 0:
         raise UserError("patience, give-up, days: must be above 0.")
     limits = Limits(patience=patience, give_up=give_up)

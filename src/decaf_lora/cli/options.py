@@ -77,7 +77,7 @@ def configured(
     kind: type[RunConfig],
     command: str,
     args: list[str],
-    options: type[Options] = Output,  # type: ignore[assignment]
+    options: type[Options],
 ) -> tuple[RunConfig, Options, str]:
     """The configuration that recipe, file or the folder of a run and overrides say, the command's own options, and
     its name."""

@@ -25,7 +25,7 @@ from decaf_lora.runs.events import Interrupted, nobody
 def run_command(args: list[str]) -> int:
     from decaf_lora.runs.folder import run
 
-    config, output, name = configured(RunConfig, "run", args)
+    config, output, name = configured(RunConfig, "run", args, Output)
     if output.engine == "torchrun":
         return _run_split(config, output, name, args)
     refuse_launcher(output.out is not None)
@@ -102,7 +102,7 @@ def refuse_launcher(has_out: bool) -> None:
 def compare_command(args: list[str]) -> int:
     from decaf_lora.runs.compare import cells, compare, default_jobs
 
-    config, output, name = configured(CompareConfig, "compare", args)
+    config, output, name = configured(CompareConfig, "compare", args, Output)
     assert isinstance(config, CompareConfig)
     if output.engine != "simulate":
         raise UserError(

@@ -69,13 +69,14 @@ def _parts(column: pa.ChunkedArray, folder: str) -> Iterator[bytes]:
         yield repr([None if v is None else len(v) for v in values]).encode()
         yield "".join(v or "" for v in values).encode(errors="surrogatepass")
         return
-    for value in column.to_pylist():
-        if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-            path = Path(folder) / (value["path"] or "")
-            known = value["bytes"] is None and value["path"] and path.is_file()
-            yield digest(path).encode() if known else hashlib.sha256(value["bytes"] or b"").digest()
-        else:
-            yield repr(value).encode(errors="surrogatepass") + b"\n"
+    values = column.to_pylist()
+    if not (pa.types.is_struct(column.type) and {f.name for f in column.type} == {"bytes", "path"}):
+        yield repr(values).encode(errors="surrogatepass")
+        return
+    for value in values:
+        path = Path(folder) / (value["path"] or "") if value else Path()
+        known = value and value["bytes"] is None and value["path"] and path.is_file()
+        yield digest(path).encode() if known else hashlib.sha256((value or {}).get("bytes") or b"").digest()
 
 
 def _files(root: Path) -> Iterator[Path]:

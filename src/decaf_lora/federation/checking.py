@@ -179,11 +179,9 @@ def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
     }
     if config.task.data is not None:  # one batch is scored, not the whole test set
         changes["task"] = config.task.model_copy(update={"max_test": config.training.batch_size})
-    run = build_run(config.model_copy(update=changes))
-    try:
+    with build_run(config.model_copy(update=changes)) as run:
         *_, last = run.train()
-    finally:
-        run.close()
+    assert last.losses is not None  # round 0 alone has none
     classes = len(set(run.task.labels.tolist()))
     return (
         f"{len(run.task.labels)} examples to learn from, {classes} labels among them; one batch gives the loss "

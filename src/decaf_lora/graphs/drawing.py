@@ -111,8 +111,9 @@ def draw(graph: Graph, target: "str | Path | Axes") -> None:
         zorder=2,
     )
     for node, (x, y) in places.items():
-        size = diameter * (0.26 if node == "server" else 0.44)
         label = graph.names[node] if graph.names and node != "server" else str(node)
+        fitting = diameter * min(0.44, 1.56 / len(label))
+        size = max(fitting, 7) if graph.names else fitting  # a long name may stand out of its node
         axes.text(x, y, label, ha="center", va="center_baseline", fontsize=size, zorder=3)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from decaf_lora.errors import UserError, unknown
 
@@ -130,4 +130,4 @@ class Table(Mapping[str, K]):
             raise UserError(
                 f"{self.field}: {name} of the package {owners[0]} cannot be loaded ({first_line(error)})."
             ) from error
-        return made if isinstance(made, Kind) else self._adopt(made, name)  # type: ignore[return-value]
+        return cast(K, made) if isinstance(made, Kind) else self._adopt(made, name)

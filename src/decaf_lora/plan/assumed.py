@@ -18,6 +18,7 @@ from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.data import Ragged
 from decaf_lora.errors import UserError
 from decaf_lora.plan.costs import DataSizes
+from decaf_lora.plan.dry_run import replace_methods
 from decaf_lora.plan.shapes import shapes_of
 from decaf_lora.tasks.base import Batch, Task
 from decaf_lora.tasks.causal_lm import AnswerScoring, CausalTask, LanguageModeling
@@ -78,9 +79,10 @@ def _largest_batches(task: Task) -> list[str]:
         chosen[1:][-1:] = order[-1]  # so that there is padding, and a mask, where lengths differ
         return train_batch(chosen)
 
-    task.train_batch = longest_and_one_shortest  # type: ignore[method-assign]
-    # Test examples are in the order of their lengths.
-    task.test_batch = lambda indices: test_batch(np.arange(count - len(indices), count))  # type: ignore[method-assign]
+    def last_ones(indices: np.ndarray) -> Batch:  # test examples are in the order of their lengths
+        return test_batch(np.arange(count - len(indices), count))
+
+    replace_methods(task, train_batch=longest_and_one_shortest, test_batch=last_ones)
     longest, middle = int(lengths.max()), int(np.median(lengths))
     return [f"sequence length: batches of the longest training examples, up to {longest} tokens (median {middle})"]
 
@@ -111,7 +113,7 @@ def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
     task, says = _ASSUMED[named.name](named, sizes, classes, train, test or named.eval_batch_size)
     data.assumptions += says
     train_batch = task.train_batch
-    task.train_batch = lambda indices: train_batch(np.arange(len(indices)) % train)  # type: ignore[method-assign]
+    replace_methods(task, train_batch=lambda indices: train_batch(np.arange(len(indices)) % train))
     return task, data
 
 

@@ -14,10 +14,10 @@ every other.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class DryRun(TorchDispatchMode):
         """Replaces parameters and buffers of `module`, in place, by fake ones; what is tied stays tied."""
         made: dict[int, Tensor] = {}
         for part in module.modules():
-            for own in (part._parameters, part._buffers):
+            for own in (cast(dict[str, Tensor | None], part._parameters), part._buffers):
                 for name, tensor in own.items():
                     if tensor is None:
                         continue
@@ -131,7 +131,7 @@ class DryRun(TorchDispatchMode):
                         size = getattr(part, "stored_bytes", {}).get(name)
                         like: Tensor = self.fake(tensor, size)
                         made[id(tensor)] = nn.Parameter(like, False) if isinstance(tensor, nn.Parameter) else like
-                    own[name] = made[id(tensor)]  # type: ignore[assignment]
+                    own[name] = made[id(tensor)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -215,6 +215,11 @@ class DryRun(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+
+
+def replace_methods(of: object, **methods: Callable[..., Any]) -> None:
+    """Gives one object other methods of these names, for as long as it lives."""
+    vars(of).update(methods)
 
 
 def real_tensors() -> Any:

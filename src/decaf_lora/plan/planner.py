@@ -27,7 +27,7 @@ from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph
 from decaf_lora.plan.assumed import Data, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
-from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors
+from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors, replace_methods
 from decaf_lora.run import Run
 from decaf_lora.runs.build import build_run, lora_configs
 from decaf_lora.tasks.base import Batch, Task
@@ -153,6 +153,11 @@ class _Planner:
             trainer = run.trainer
             steps, here, count = trainer.steps_in_round, len(run.engine.agents), run.engine.num_agents
             per_pass = min(trainer.agents_per_pass, here)
+            if self._is_auto and 1 < per_pass == here:
+                self.assumptions.append(
+                    f"agents per pass: auto tries up to all {here} agents at once, which is what is planned; "
+                    "training.agents_per_pass bounds it"
+                )
             first = self._fill_caches(run)
             self._one_step_and_pass(run, phases)
             record = run.advance()
@@ -220,8 +225,7 @@ class _Planner:
             with self.dry.phase() as phases["forward"]:
                 return evaluate(adapter.select(slice(0, evaluated))).new_zeros(n)
 
-        trainer._passes = lambda active: islice(passes(active), 1)  # type: ignore[method-assign]
-        trainer.evaluate = evaluate_one_pass  # type: ignore[method-assign]
+        replace_methods(trainer, _passes=lambda active: islice(passes(active), 1), evaluate=evaluate_one_pass)
 
     def _numbers(self, task: Task) -> list[str]:
         base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)
@@ -254,14 +258,11 @@ class _Planner:
 
     def _training(self, here: int) -> TrainingConfig:
         training = self.config.training
-        if training.agents_per_pass != "auto":
-            return training
-        if here > 1:
-            self.assumptions.append(
-                f"agents per pass: auto tries up to all {here} agents at once, which is what is planned; "
-                "training.agents_per_pass bounds it"
-            )
-        return training.model_copy(update={"agents_per_pass": here})
+        return training.model_copy(update={"agents_per_pass": here}) if self._is_auto else training
+
+    @property
+    def _is_auto(self) -> bool:
+        return self.config.training.agents_per_pass == "auto"
 
     def _shards(self, task: Task, data: Data) -> partition.Partition:
         config = self.config
@@ -288,9 +289,7 @@ class _Planner:
             kept.append(dry.live - before)
             return loss
 
-        task.train_batch = outside(train_batch)  # type: ignore[method-assign, assignment]
-        task.test_batch = outside(test_batch)  # type: ignore[method-assign, assignment]
-        task.losses = watched  # type: ignore[method-assign]
+        replace_methods(task, train_batch=outside(train_batch), test_batch=outside(test_batch), losses=watched)
         return kept
 
     def _bytes_per_round(self, run: Run, first: float) -> float:

@@ -51,6 +51,7 @@ def make_plots(groups: Groups) -> list[Plot]:
         _consensus,
         _truncation,
         _final_scores,
+        _sites,
         _labels,
         _graph,
         _seconds,
@@ -220,6 +221,53 @@ def _final_scores(groups: Groups) -> Plot | None:
     caption = f"{what}{seeds} at the last evaluation; the bar is their mean."
     alt = f"Dot plot of the final score of every agent for {_names(groups)}."
     return Plot("Final score of every agent", caption, alt, figure)
+
+
+def _sites(groups: Groups) -> Plot | None:
+    """The last scores of every agent by name, on all test examples and on its own."""
+    called = peer(groups).facts.get("names") or []
+    records = [record for runs in groups.values() for run in runs for record in run.records]
+    num = max((len(record.own_scores or record.scores or []) for record in records), default=0)
+    names = called if len(called) == num else [f"agent {agent}" for agent in range(num)]
+    kinds: dict[str, Callable[[Record], Values]] = {
+        "all": lambda record: record.scores,
+        "own": lambda record: record.own_scores,
+    }
+    found: dict[tuple[str, str], list[float]] = {}
+    for algorithm, runs in groups.items():
+        for kind, values in kinds.items():
+            lasts: list[Sequence[float | None]] = [
+                next((v for record in reversed(run.records) if (v := values(record))), []) for run in runs
+            ]
+            if all(len(last) == num and None not in last for last in lasts):
+                found[algorithm, kind] = np.mean(np.array(lasts, dtype=float), axis=0).tolist()
+    own = any(kind == "own" for _, kind in found)
+    if not found or not (called or own) or not 2 <= num <= 40:
+        return None
+    figure = new_figure(height=max(3.2, 1.2 + 0.3 * num))
+    axes = figure.add_subplot()
+    for algorithm, (colour, marker) in looks(groups).items():
+        for kind in kinds:
+            if (algorithm, kind) in found:
+                label = algorithm + (f", {'its own' if kind == 'own' else 'all'} tests" if own else "")
+                face = "none" if kind == "own" else colour
+                axes.plot(
+                    found[algorithm, kind],
+                    range(num),
+                    marker=marker or "_",
+                    markersize=9 if kind == "own" else 4.5,  # a ring around the dot where both are equal
+                    markerfacecolor=face,
+                    color=colour,
+                    linestyle="",
+                    label=label,
+                )
+    name_rows(axes, names)
+    axes.set_xlabel(_score_name(groups))
+    legend(figure)
+    on = "on all test examples (filled) and on those of its own site (open)" if own else "on all test examples"
+    seeds = ", mean over seeds" if num_seeds(groups) > 1 else ""
+    caption = f"Every agent's model at the last evaluation, {on}{seeds}."
+    return Plot("Every site", caption, f"Dot plot of the last scores of {', '.join(names[:10])}.", figure)
 
 
 def _labels(groups: Groups) -> Plot | None:

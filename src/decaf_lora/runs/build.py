@@ -14,9 +14,13 @@ from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
     from decaf_lora.engines import Engine
     from decaf_lora.graphs import Graph, Schedule
     from decaf_lora.partition import Own, Partition
+    from decaf_lora.run import Run
     from decaf_lora.tasks.base import Task
 
 
@@ -27,7 +31,7 @@ def build_run(
     *,
     graph: Graph | Schedule | None = None,
     split: Callable[[Task], Partition | Own] | None = None,
-) -> Any:
+) -> Run:
     """The `Run` that a configuration describes.
 
     Args:
@@ -88,7 +92,7 @@ def _refuse_moved_rows(config: RunConfig) -> None:
         raise UserError(f"task.packing: it joins rows, so the numbers in {config.partition} mean none; leave it out.")
 
 
-def lora_configs(config: RunConfig, default: Any) -> Any:
+def lora_configs(config: RunConfig, default: LoraConfig) -> LoraConfig | list[LoraConfig]:
     """The `peft.LoraConfig` of the options, or a list of one for each agent where they differ in rank or alpha."""
     options, own = config.lora, lora_config(config, default)
     for field, values in (("ranks", options.ranks), ("alphas", options.alphas)):
@@ -99,23 +103,25 @@ def lora_configs(config: RunConfig, default: Any) -> Any:
         return own
     configs = []
     for agent in range(config.agents):
-        one = copy.deepcopy(own)
-        if directories and directories[agent] is not None and not options.ranks:
+        one, fields = copy.deepcopy(own), dict[str, Any]()
+        directory = directories[agent] if directories else None
+        if directory is not None and not options.ranks:
             from decaf_lora.adapters import rank_fields
 
-            for field, value in rank_fields(Path(directories[agent])).items():
-                setattr(one, field, value)
+            fields = rank_fields(Path(directory))
         elif options.ranks:
-            one.r = options.ranks[agent]
-            ratio = one.r / own.r
-            one.lora_alpha = own.lora_alpha * (ratio**0.5 if own.use_rslora else ratio)
+            ratio = options.ranks[agent] / own.r
+            alpha = own.lora_alpha * (ratio**0.5 if own.use_rslora else ratio)
+            fields = {"r": options.ranks[agent], "lora_alpha": alpha}
         if options.alphas:
-            one.lora_alpha = options.alphas[agent]
+            fields["lora_alpha"] = options.alphas[agent]
+        for field, value in fields.items():
+            setattr(one, field, value)
         configs.append(one)
     return configs
 
 
-def init_adapters(config: RunConfig) -> list[Any]:
+def init_adapters(config: RunConfig) -> list[str | None]:
     """The PEFT directory that each agent starts from, None for a fresh start; empty if nobody has one."""
     given = config.init_adapters
     if not given:
@@ -130,7 +136,7 @@ def init_adapters(config: RunConfig) -> list[Any]:
     return [None if path == "fresh" else str(Path(path).expanduser()) for path in given]
 
 
-def lora_config(config: RunConfig, default: Any) -> Any:
+def lora_config(config: RunConfig, default: LoraConfig) -> LoraConfig:
     """The `peft.LoraConfig` of the options; unset targets are the task's own, and its new layers always train."""
     from peft import LoraConfig
 
@@ -153,12 +159,12 @@ def lora_config(config: RunConfig, default: Any) -> Any:
         raise UserError(f"lora: {' '.join(str(error).split())}") from error
 
 
-_tasks: dict[tuple[str, str, str], Any] = {}
+_tasks: dict[tuple[str, str, str], Task] = {}
 _loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 """Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
 
 
-def _task(config: TaskConfig, device: str) -> Any:
+def _task(config: TaskConfig, device: str) -> Task:
     """The task, loaded once per process: the runs of a comparison share the model and the data.
 
     It is loaded again if a file of it has changed.
@@ -175,7 +181,7 @@ def _task(config: TaskConfig, device: str) -> Any:
     return _tasks[key]
 
 
-def _device(name: str) -> Any:
+def _device(name: str) -> torch.device:
     import torch
 
     if name == "auto":

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decaf_lora.consensus import check_agent, chosen
 from decaf_lora.errors import UserError
 from decaf_lora.records import Record, read_facts, read_records
+
+if TYPE_CHECKING:
+    from decaf_lora.adapters.adapter import Adapter
 
 ALL = "all"
 
@@ -79,7 +82,7 @@ def numbered(agent: int | str, names: Sequence[str]) -> int | str:
 
 
 def _write(
-    to: Path, adapter: Any, agent: int | str, outline: Mapping[str, Any], made: Mapping[str, Any], merge: bool
+    to: Path, adapter: Adapter, agent: int | str, outline: Mapping[str, Any], made: Mapping[str, Any], merge: bool
 ) -> None:
     import tempfile
 

@@ -108,10 +108,11 @@ def encode_prompts(
     """
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     prompts = ["".join(text + (str(row[column]) if column else "") for text, column in parts) for row in rows]
+    column = answers if isinstance(answers, str) else ""
     per_prompt = answers if isinstance(answers, list) else None
     texts, seams = [], []
     for prompt, row in zip(prompts, rows, strict=True):
-        for answer in per_prompt or [str(row[answers])]:  # type: ignore[index]
+        for answer in per_prompt or [str(row[column])]:
             text, seam = _joined(tokenizer, prompt, answer, chat, to_the_end=per_prompt is None)
             texts.append(text)
             seams.append(seam)

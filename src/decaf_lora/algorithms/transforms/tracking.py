@@ -130,13 +130,13 @@ def _booked(adapter: Adapter, state: Tensors, inbox: Inbox, gamma: float) -> Ten
         for name, f in take(f"f/{j}/", state).items():
             state[f"own/{name}"] = state[f"own/{name}"] + f / gamma
             state[f"f/{j}/{name}"] = torch.zeros_like(f)
-    position, own = {j: k for k, j in enumerate(inbox.senders)}, inbox.own[0]
+    position, own = {str(j): k for k, j in enumerate(inbox.senders)}, inbox.own[0]
     for neighbour, weight in inbox.weights_of_first().items():
-        j, k = int(neighbour), position[int(neighbour)]
-        sent = {name: inbox.tensors[PREFIX + name] for name in take(f"f/{j}/", state)}
+        k = position[neighbour]
+        sent = {name: inbox.tensors[PREFIX + name] for name in take(f"f/{neighbour}/", state)}
         news = {name: gamma * weight * (d[k : k + 1] - d[own : own + 1]) for name, d in sent.items()}
         for name, added in adapter.trim(_over_scale(adapter, news, 1)).items():
-            state[f"f/{j}/{name}"] = state[f"f/{j}/{name}"] + added
+            state[f"f/{neighbour}/{name}"] = state[f"f/{neighbour}/{name}"] + added
     return state
 
 

@@ -1,0 +1,168 @@
+"""Rules and transforms: what a chain of them does once, in which order, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from decaf_lora import algorithms, graphs, lowrank
+from decaf_lora.algorithms import Combined, Round, Rule, Transform, chain
+from decaf_lora.algorithms.inbox import average_tensors
+from decaf_lora.errors import UserError
+from rounds import one_round, setting
+from samples import LAYERS, make_adapter, random_gradients
+from toy_runs import finished
+
+SAME = [
+    (algorithms.decaf() | algorithms.tracking(0.5), algorithms.decaf(tracking=True, tracking_gamma=0.5)),
+    (algorithms.dlora() | algorithms.int8(), algorithms.dlora(messages="int8")),
+    (
+        algorithms.decaf(gauge="balanced")
+        | algorithms.feedback(0.9)
+        | algorithms.quasi_global(0.5)
+        | algorithms.tracking()
+        | algorithms.int8(),
+        algorithms.decaf_tracked(gauge="balanced", truncation_feedback=0.9, quasi_global=0.5, messages="int8"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("chained", "named"), SAME)
+def test_a_chain_is_what_the_options_name(chained, named):
+    assert chained.name == named.name
+    adapter, graph = make_adapter(4), graphs.ring(4)
+    results = []
+    for algorithm in (chained, named):
+        ours, state = adapter, algorithm.init(adapter, setting(adapter))
+        for number in (1, 2):
+            gradients = random_gradients(ours, algorithm.trains(Round(1)), number)
+            _, state = algorithm.steer(state, gradients, Round(number))
+            ours, state = one_round(algorithm, ours, graph, number, state)
+        results.append((ours.tensors(), state))
+    (one, state), (other, same) = results
+    assert all(torch.equal(t, other[k]) for k, t in one.items())
+    assert {part: set(tensors) for part, tensors in state.items()} == {p: set(t) for p, t in same.items()}
+    assert list(state) == ["rule", *(transform.name for transform in chained.transforms)]
+
+
+def test_a_message_is_made_once_an_exchange_and_frames_once_for_all_transforms(monkeypatch):
+    """One frame change a layer is an SVD: three transforms must not make it three times."""
+    made, turned = [], []
+    algorithm = algorithms.decaf_tracked(gauge="balanced", quasi_global=0.5, messages="int8")
+    rule = algorithm.rule._replace(message=lambda *given: made.append(1) or algorithm.rule.message(*given))
+    frame_change = lowrank.frame_change
+    monkeypatch.setattr(lowrank, "frame_change", lambda *given: turned.append(1) or frame_change(*given))
+    adapter = make_adapter(4)
+    counted = chain(rule, *algorithm.transforms)
+    state = counted.init(adapter, setting(adapter))
+    made.clear()
+    one_round(counted, adapter, graphs.ring(4), 1, state)
+    assert (len(made), len(turned)) == (1, len(LAYERS))
+    turned.clear()
+    one_round(algorithms.decaf(gauge="balanced"), adapter, graphs.ring(4))
+    one_round(algorithms.decaf(gauge="balanced", truncation_feedback=1.0), adapter, graphs.ring(4))
+    assert not turned  # nobody asks
+
+
+def test_every_part_sees_its_own_state_and_messages_alone():
+    seen = []
+
+    def watch(name):
+        def init(adapter, trained, message, setting):
+            return {name: torch.zeros(adapter.num_agents)}
+
+        def send(adapter, state, message, round_):
+            seen.append((name, "sends", sorted(state), sorted(message)))
+            return message | {f"{name}/more": torch.ones(adapter.num_agents)}, state
+
+        def receive(adapter, state, inbox, round_):
+            seen.append((name, "reads", sorted(state), sorted(inbox.tensors)))
+            left = {k: t for k, t in inbox.tensors.items() if not k.startswith(name)}
+            return algorithms.Inbox(left, inbox.groups, inbox.num_receivers), {name: state[name] + 1}
+
+        return Transform(name, init, send=send, receive=receive)
+
+    def combine(adapter, state, inbox, round_):
+        seen.append(("rule", "combines", sorted(state), sorted(inbox.tensors)))
+        return Combined(adapter, state)
+
+    rule = Rule("mine", message=lambda adapter, state, round_: {"A/x": adapter.A["x"]}, combine=combine)
+    adapter = make_adapter(3)
+    algorithm = chain(rule, watch("one"), watch("two"))
+    state = algorithm.init(adapter, setting(adapter))
+    seen.clear()
+    _, state = one_round(algorithm, adapter, graphs.ring(3), 1, state)
+    assert seen == [
+        ("one", "sends", ["one"], ["A/x"]),
+        ("two", "sends", ["two"], ["A/x", "one/more"]),
+        ("two", "reads", ["two"], ["A/x", "one/more", "two/more"]),
+        ("one", "reads", ["one"], ["A/x", "one/more"]),
+        ("rule", "combines", [], ["A/x"]),
+    ]
+    assert state == {"rule": {}, "one": {"one": state["one"]["one"]}, "two": {"two": state["two"]["two"]}}
+    assert state["one"]["one"].tolist() == [1, 1, 1]
+
+
+def alternating():
+    """A is trained and mixed in odd rounds, B in even ones."""
+
+    def trains(round_):
+        return frozenset({"A" if round_.number % 2 else "B", "extras"})
+
+    def message(adapter, state, round_):
+        return adapter.message(trains(round_))
+
+    def combine(adapter, state, inbox, round_):
+        return Combined(adapter.with_tensors(average_tensors(adapter, inbox)), state)
+
+    return chain(Rule("alternating", trains=trains, message=message, combine=combine))
+
+
+def test_a_rule_of_ones_own_runs_and_takes_transforms():
+    adapter, weights = make_adapter(4), torch.from_numpy(graphs.ring(4).weights.copy())
+    state = alternating().init(adapter, setting(adapter))
+    for number, (moved, still) in ((1, "AB"), (2, "BA")):
+        new, state = one_round(alternating(), adapter, graphs.ring(4), number, state)
+        for layer in LAYERS:
+            before, after = getattr(adapter, moved)[layer], getattr(new, moved)[layer]
+            torch.testing.assert_close(after, torch.einsum("ij,jab->iab", weights, before))
+            assert torch.equal(getattr(new, still)[layer], getattr(adapter, still)[layer])
+    coded, state = alternating() | algorithms.int8(), None
+    for number in (1, 2, 3):
+        adapter, state = one_round(coded, adapter, graphs.ring(4), number, state)
+    assert state["int8"].keys() == adapter.tensors().keys()  # what is still to be sent of either factor is kept
+
+
+def test_what_a_chain_refuses():
+    with pytest.raises(UserError, match="algorithm: int8 lies over dlora twice; leave one out"):
+        algorithms.dlora(messages="int8") | algorithms.int8()
+    with pytest.raises(UserError, match="algorithm: rule lies over dlora twice"):
+        algorithms.dlora() | Transform("rule")
+    with pytest.raises(UserError, match=r"truncation_feedback: dlora truncates nothing; leave it out, or use decaf"):
+        algorithms.dlora() | algorithms.feedback()
+    for field, transform in (("tracking", algorithms.tracking()), ("quasi_global", algorithms.quasi_global())):
+        match = rf"algorithm\.{field}: alternating trains other factors in round 2 than in round 1"
+        with pytest.raises(UserError, match=match):
+            alternating() | transform
+
+
+def test_noise_by_name_is_the_same_in_every_process():
+    """What `Setting` is for: a rule that draws noise for its agents draws it by their numbers."""
+    from decaf_lora.randomness import torch_generator
+
+    def init(adapter, setting):
+        draws = [torch.rand(2, generator=torch_generator(setting.seed, "mine", agent)) for agent in setting.agents]
+        return {"noise": torch.stack(draws)}
+
+    algorithm = chain(Rule("noisy", init=init))
+    adapter = make_adapter(4)
+    whole = algorithm.init(adapter, algorithms.Setting((0, 1, 2, 3), 4, seed=3))["rule"]["noise"]
+    part = algorithm.init(adapter.select([1, 3]), algorithms.Setting((1, 3), 4, seed=3))["rule"]["noise"]
+    assert torch.equal(part, whole[[1, 3]])
+
+
+def test_tensors_of_a_state_have_their_part_in_front_in_a_checkpoint():
+    run, _ = finished("decaf_tracked", rounds=1, messages="int8")
+    names = {name for name in run.snapshot()[0] if name.startswith("state/")}
+    assert {name.split("/")[1] for name in names} == {"rule", "tracking", "int8"}
+    assert {"state/tracking/c/A/first", "state/int8/A/first", "state/int8/tracking/B/second"} <= names
+    assert np.all([t.shape[0] == 4 for t in run.snapshot()[0].values()])
