@@ -62,8 +62,16 @@ class FlatGroup:
 class Trainer:
     """Trains and evaluates the agents of this process.
 
-    `agents` are their numbers in the run and `shards` their examples, in the same order. `steps_in_round` is the
-    largest number of local steps over all agents of the run, where other processes hold some; else over these.
+    Args:
+        task: model, data, loss and score.
+        attached: the task's model with adapter sites.
+        config: local steps, optimizer and learning rate.
+        agents: numbers of the n agents in the run.
+        shards: their examples, in the same order.
+        seed: of batches and dropout.
+        eval_batch_size: test examples in a pass.
+        steps_in_round: the largest number of local steps over all agents of the run, where other processes that keep
+            step hold some; None: over these.
     """
 
     def __init__(
