@@ -298,7 +298,7 @@ def test_a_comparison_outlives_a_run_that_diverges(capsys, tmp_path, jobs):
     out = tmp_path / "cmp"
     path = tmp_path / "blown.yaml"
     names = ("local", "dlora", "decaf")
-    values = {"algorithms": list(names), "seeds": [0, 1], "learning_rates": {"dlora": 1e30}, "rounds": 3}
+    values = {"algorithms": list(names), "seeds": [0, 1], "learning_rates": {"dlora": 1e9}, "rounds": 6}
     training = {"optimizer": "sgd", "steps": 2, "batch_size": 4, "agents_per_pass": 3, "learning_rate": 0.01}
     task = {"name": TOY}
     path.write_text(yaml.safe_dump(values | {"task": task, "agents": 3, "partition": "iid", "training": training}))

@@ -177,7 +177,7 @@ def test_sigterm_to_one_rank_stops_all_in_that_step_and_leaves_a_checkpoint(tmp_
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_line(tmp_path):
-    blow_up = ["--training.optimizer", "sgd", "--lr", "1e30", "--training.schedule", "constant"]
+    blow_up = ["--training.optimizer", "sgd", "--lr", "1e9", "--training.schedule", "constant"]
     ended = ranks.start(tmp_path, 2, ranks.decaf, *SPLIT, *blow_up, "--out", tmp_path / "run")
     assert ended.codes == {0: 2, 1: 2}, ended.output
     (line,) = ended.lines

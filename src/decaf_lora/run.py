@@ -374,9 +374,8 @@ class Run:
     def _collect(self) -> None:
         """Starts to bring all adapters to the main process."""
         self._collected()
-        more = {f"scale/{k}": s for k, s in self.adapter.scale.items()}
-        more |= {f"ranks/{k}": t for k, t in self.adapter.ranks.items()}
-        self._collection = self.engine.collect({**self.adapter.tensors(), **more})
+        more = put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
+        self._collection = self.engine.collect(self.adapter.tensors() | more)
 
     def _collected(self) -> Tensors:
         """Ends the collection that is under way, if one is: all adapters in the main process."""
@@ -390,13 +389,12 @@ class Run:
         agents is None for an agent that does not see them.
         """
         scores = owns = averaged = distance = None
+        own = self.test == "own"
         if evaluated:
             with self.phase("evaluate"):
-                if self.test != "own":
+                scores = owns = self._own_scores() if self.test != "all" else None
+                if not own:
                     scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
-                if self.test != "all":
-                    owns = self._own_scores(self.adapter)
-                    scores = owns if scores is None else scores
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
                 adapters = as_adapter(self._collected())
@@ -404,22 +402,17 @@ class Run:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
                 with self.phase("evaluate"):
-                    several = adapters.num_agents > 1
-                    averaged = self._score(consensus.averaged(adapters)) if several else fmean(scores)
+                    averaged = fmean(scores)
+                    if adapters.num_agents > 1:
+                        averaged = self.trainer.score_of(consensus.averaged(adapters), self._tests if own else None)
         return {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
 
-    def _own_scores(self, adapter: Adapter) -> list[float]:
+    def _own_scores(self) -> list[float]:
         """(N,) the score of every agent on test examples of its own; of pooled training, of the one model on each."""
         if self.algorithm.topology == "pooled":
-            return self.trainer.evaluate_own(adapter.select([0] * len(self._tests)), self._tests).tolist()
-        own = self.trainer.evaluate_own(adapter, [self._tests[i] for i in self.engine.agents])
+            return self.trainer.evaluate_own(self.adapter, self._tests).tolist()
+        own = self.trainer.evaluate_own(self.adapter, [self._tests[i] for i in self.engine.agents])
         return self.engine.gather({"scores": own})["scores"].tolist()
-
-    def _score(self, adapter: Adapter) -> float:
-        """The score of one model: on all test examples, or the mean over the agents' own."""
-        if self.test != "own":
-            return float(self.trainer.evaluate(adapter)[0])
-        return float(self.trainer.evaluate_own(adapter.select([0] * len(self._tests)), self._tests).mean())
 
     def _land(self) -> None:
         """Waits for what is under way. An exchange that was started ahead is given up, to be repeated."""
@@ -469,11 +462,7 @@ class Run:
         """
         tensors = put("adapter/", self.adapter.tensors()) | put("state/", flattened(self.state))
         tensors |= put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
-        for group, moments in self.trainer.moments.items():
-            tensors[f"moments/{group}/first"] = moments.first
-            tensors[f"moments/{group}/second"] = moments.second
-            tensors[f"moments/{group}/steps"] = moments.steps
-        tensors["steps_taken"] = torch.from_numpy(self.trainer.steps_taken.copy())
+        tensors |= self.trainer.snapshot()
         if self.step_in_round and self._losses is not None:
             tensors["losses"] = self._losses
             tensors |= put("measures/", self._measures)
@@ -501,11 +490,7 @@ class Run:
         self.engine.restore(values.get("engine", {}))
         self.adapter = self.adapter.with_tensors(take("adapter/", mine))
         self.state = parted(take("state/", mine), self.state)
-        for group, moments in self.trainer.moments.items():
-            moments.first = mine[f"moments/{group}/first"]
-            moments.second = mine[f"moments/{group}/second"]
-            moments.steps = mine[f"moments/{group}/steps"]
-        self.trainer.steps_taken = mine["steps_taken"].cpu().numpy().copy()
+        self.trainer.restore(mine)
         self._losses = mine.get("losses")
         self._measures = {k: t.cpu() for k, t in take("measures/", mine).items()}
         self.round, self.step_in_round = int(values["round"]), int(values["step_in_round"])

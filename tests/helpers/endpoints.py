@@ -16,7 +16,7 @@ QUICK = Timing(lost=20.0, first_retry=0.02, last_retry=0.2)
 SHORT = Timing(lost=3.0, first_retry=0.02, last_retry=0.2)
 """For tests of what takes longer than the silence after which an end is lost."""
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds until a test stops to wait for what must happen."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 
@@ -61,7 +62,7 @@ class Agent:
             while self.run.round < self.run.rounds:
                 for record in self.run.train():
                     self.records.append(record)
-                    self.checkpoint = self.run.snapshot()
+                    self.checkpoint = copy.deepcopy(self.run.snapshot())  # as on disk: training goes on in place
             self.tensors = self.run.snapshot()[0]
             self.mesh.finish()
         except BaseException as error:

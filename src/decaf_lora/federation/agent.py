@@ -91,7 +91,7 @@ class _Agent(Subscriber):
         """From the start to the end; the exit code."""
         if not again and self.site.alone:
             self.enter("alone")
-            score = train_alone(self.number, self.config, self.site.share, self._told_alone)
+            score = train_alone(self.signed, self.number, self.config, self.site.share, self._told_alone)
             self.said.score_alone, self.said.round = score, 0
         self.enter("starting")
         with ExitStack() as leave:

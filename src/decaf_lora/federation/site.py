@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from decaf_lora import graphs, partition
+from decaf_lora import partition
 from decaf_lora.config import AlgorithmConfig, RunConfig
 from decaf_lora.engines.mesh.engine import Mesh
 from decaf_lora.engines.mesh.outcome import Limits
@@ -69,8 +69,10 @@ def make_run(signed: Signed, number: int, config: RunConfig, share: bool, engine
     return run
 
 
-def train_alone(number: int, config: RunConfig, share: bool, told: Callable[[int], None]) -> float | None:
-    """The score of as many rounds of agent `number` on its own data alone.
+def train_alone(
+    signed: Signed, number: int, config: RunConfig, share: bool, told: Callable[[int], None]
+) -> float | None:
+    """The score of as many rounds of agent `number` on its own data alone: with the batches it will see, too.
 
     Args:
         told: called with the number of each round.
@@ -78,20 +80,10 @@ def train_alone(number: int, config: RunConfig, share: bool, told: Callable[[int
     Raises:
         KeyboardInterrupt: it was asked to stop.
     """
-    ranks = {name: values[number : number + 1] for name, values in _of_agents(config)}
-    changes = {
-        "agents": 1,
-        "gossip_steps": 1,
-        "algorithm": AlgorithmConfig(name="local"),
-        "evaluate_every": config.rounds,
-        "lora": config.lora.model_copy(update=ranks),
-    }
-
-    def split(task: Task) -> partition.Partition:
-        return partition.Partition((_examples(task, number, config, share),), task.labels)
-
-    run = build_run(config.model_copy(update=changes), graph=graphs.complete(1), split=split)
+    changes = {"algorithm": AlgorithmConfig(name="local"), "gossip_steps": 1, "evaluate_every": config.rounds}
+    config = config.model_copy(update=changes)
     score: float | None = None
+    run = make_run(signed, number, config, share, make_engine(signed, number, config))
     with run, stopping(run.stop):
         for record in run.train():
             told(record.round)
@@ -99,11 +91,6 @@ def train_alone(number: int, config: RunConfig, share: bool, told: Callable[[int
         if run.round < run.rounds:
             raise KeyboardInterrupt
     return score
-
-
-def _of_agents(config: RunConfig) -> list[tuple[str, tuple[float, ...]]]:
-    """The LoRA options that have a value for each agent."""
-    return [("ranks", config.lora.ranks), ("alphas", config.lora.alphas)]
 
 
 def _examples(task: Task, number: int, config: RunConfig, share: bool) -> Any:

@@ -236,7 +236,9 @@ def _sites(groups: Groups) -> Plot | None:
     found: dict[tuple[str, str], list[float]] = {}
     for algorithm, runs in groups.items():
         for kind, values in kinds.items():
-            lasts = [next((v for r in reversed(run.records) if (v := values(r))), []) for run in runs]
+            lasts: list[Sequence[float | None]] = [
+                next((v for record in reversed(run.records) if (v := values(record))), []) for run in runs
+            ]
             if all(len(last) == num and None not in last for last in lasts):
                 found[algorithm, kind] = np.mean(np.array(lasts, dtype=float), axis=0).tolist()
     own = any(kind == "own" for _, kind in found)

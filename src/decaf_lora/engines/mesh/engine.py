@@ -57,7 +57,14 @@ class StoppedError(Exception):
 
 
 class Mesh:
-    """The engine of one agent. `connect` comes before the first round, `finish` after the last.
+    """The engine of one agent.
+
+        mesh = Mesh(agent, schedule, rounds)
+        run = Run(..., engine=lambda num_agents: mesh)                          # perhaps run.restore(...)
+        mesh.connect(*run.exchange.templates(run.adapter), links, facts)
+        links.start(mesh)
+        for record in run.train(): ...                                          # with a checkpoint after each
+        mesh.finish()
 
     Args:
         agent: number of this agent.
@@ -120,7 +127,7 @@ class Mesh:
         self._templates = [Template(message, sizes) for message, sizes in templates]
         # A neighbour's first message may come before this agent's own, and hold what is 0 in a template: gradients.
         self._norms = [LARGEST * norm(message) for message, _ in templates]
-        self._held_template = Template(held, {})
+        self._held_template, self._began = Template(held, {}), self.clock()
         self.hold(held)
         largest = max(len(pack(message, {}, self.agent)) for message in (held, *(m for m, _ in templates)))
         limits = replace(self.limits or Limits(), most_parts=1 + math.ceil(largest / PART))
@@ -264,7 +271,9 @@ class Mesh:
         return {"closed": self._closed, "edges": edges}
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Goes back to a snapshot; before `connect`."""
+        """Goes back to a snapshot; before `connect`, since neighbours are told at once what is closed."""
+        if self._templates:
+            raise RuntimeError("a mesh is restored before it is connected")
         self._closed = int(values.get("closed", 0))
         self._saved = {
             int(j): Saved(

@@ -21,8 +21,8 @@ from decaf_lora.engines.base import Sizes
 from decaf_lora.engines.mesh.outcome import RejectionError
 
 LARGEST = 100.0
-"""A message whose norm is above the own one's by this factor is refused; an own norm below 1 counts as 1, since much
-that is sent begins at 0."""
+"""A message whose norm is above the own one's by this factor is refused. Much that is sent begins at 0, so an own norm
+counts as at least 1, and as at least 0.01 for each number (root mean square)."""
 
 
 def own_part(message: Tensors, sizes: Sizes, agent: int) -> Tensors:
@@ -71,7 +71,8 @@ class Template:
             if got.is_floating_point() and not torch.isfinite(got).all():
                 raise RejectionError(f"{name} is not finite")
             out[name] = _fill(got, own)
-        if (theirs := norm(out)) > LARGEST * max(own_norm, 1.0):
+        numbers = sum(t.numel() for t in out.values())
+        if (theirs := norm(out)) > LARGEST * max(own_norm, 1.0, 0.01 * math.sqrt(numbers)):
             raise RejectionError(f"its norm is {theirs:.3g}, over {LARGEST:g} times the own {own_norm:.3g}")
         return out
 
