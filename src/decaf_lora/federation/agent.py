@@ -243,8 +243,9 @@ class _Agent(Subscriber):
         ):
             if score is not None:
                 lines.append(f"| {what} | {score:.3f} |")
-        lines += ["", "| neighbour | rounds missed | messages refused | bytes sent | bytes received |"]
-        lines += ["|---|---:|---:|---:|---:|"]
+        lines += ["", "| neighbour | rounds missed | seconds waited | messages refused | bytes sent | bytes received |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
         for edge in said.neighbours:
-            lines.append(f"| {edge.name} | {edge.missed} | {edge.rejected} | {edge.sent:,} | {edge.received:,} |")
+            counts = f"{edge.missed} | {edge.waited:.0f} | {edge.rejected} | {edge.sent:,} | {edge.received:,}"
+            lines.append(f"| {edge.name} | {counts} |")
         return "\n".join(lines) + "\n"
