@@ -83,7 +83,16 @@ def test_agents_that_know_only_their_own_examples_end_as_in_a_simulation(case):
     together, parts = whole.snapshot()[0], [run.snapshot()[0] for run, _ in ended]
     for name, tensor in together.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
-    assert all(part.keys() == together.keys() for part in parts)
+    for part in parts:  # an agent alone also keeps what it got over each edge, which is its correction in parts
+        edges = {name for name in part if name.startswith("state/tracking/f/")}
+        assert part.keys() - edges == together.keys()
+        assert bool(edges) == ("state/tracking/steps" in part)
+        for name, c in part.items():
+            if name.startswith("state/tracking/c/"):
+                ending = name.removeprefix("state/tracking/c/")
+                total = sum(part[edge] for edge in edges if edge.endswith(f"/{ending}"))
+                unsent = part.get(f"state/int8/tracking/{ending}", torch.zeros_like(c))
+                torch.testing.assert_close(total, c + unsent, rtol=1e-4, atol=1e-6)
     for agent, (_, records) in enumerate(ended):
         assert [r.round for r in records] == [r.round for r in expected]
         for own, of_all in zip(records, expected, strict=True):

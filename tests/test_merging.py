@@ -271,7 +271,15 @@ class TestMistakes:
         assert not (tmp_path / "m").exists()
 
     @pytest.mark.parametrize(
-        "options", [("--weights", 1), ("--weights", -1, 2), ("--weights", 0, 0), ("--weights", "nan", 1), ("--rank", 0)]
+        "options",
+        [
+            ("--weights", 1),
+            ("--weights", -1, 2),
+            ("--weights", 0, 0),
+            ("--weights", "nan", 1),
+            ("--rank", 0),
+            ("--rank", 7),
+        ],
     )
     def test_numbers_that_make_no_sense(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...]

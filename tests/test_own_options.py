@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from decaf_lora import config, tasks
-from decaf_lora.cli.options import configured
+from decaf_lora.cli.options import Output, configured
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
 
@@ -27,7 +27,7 @@ def mine(tmp_path):
 
 def read(*arguments, kind=RunConfig, source="digits"):
     command = "run" if kind is RunConfig else "compare"
-    return configured(kind, command, [str(source), *map(str, arguments)])[0]
+    return configured(kind, command, [str(source), *map(str, arguments)], Output)[0]
 
 
 def test_options_of_a_graph_and_a_partition_join_its_name(mine):

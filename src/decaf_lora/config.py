@@ -265,7 +265,7 @@ class AlgorithmConfig(Section):
     described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
 
     name: str = "decaf"
-    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg or centralized."""
+    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg, centralized, or `file.py:function`."""
     gauge: str | None = None
     """decaf: how the singular values are split: balanced, orthonormal, anchored, balanced-rotated,
     orthonormal-rotated, or rotated for the default rotated one."""
@@ -356,13 +356,14 @@ class RunConfig(_Frozen):
     agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"
-    """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ... or a file
-    with a matrix; `decaf graph --help` lists them."""
+    """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ..., a file, or
+    `file.py:function`; `decaf graph --help` lists them."""
     gossip_steps: int | Literal["period"] = 1
     """Exchanges in a round, each on the next graph of a schedule; `period` takes a whole period of it, after
     which an exact schedule (base:3, one-peer-hypercube) has averaged as the complete graph does."""
     partition: str = "dirichlet:0.1"
-    """Who holds what: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
+    """Who holds what: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, column:NAME, files:DIR, indices:FILE,
+    shots:K/dirichlet:ALPHA, or `file.py:function`."""
     start: Literal["common", "independent"] = "common"
     """Whether all agents draw the same A at the start."""
     init_adapters: tuple[str, ...] = ()

@@ -389,13 +389,12 @@ class Run:
         agents is None for an agent that does not see them.
         """
         scores = owns = averaged = distance = None
+        own = self.test == "own"
         if evaluated:
             with self.phase("evaluate"):
-                if self.test != "own":
+                scores = owns = self._own_scores() if self.test != "all" else None
+                if not own:
                     scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
-                if self.test != "all":
-                    owns = self._own_scores(self.adapter)
-                    scores = owns if scores is None else scores
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
                 adapters = as_adapter(self._collected())
@@ -403,22 +402,17 @@ class Run:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
                 with self.phase("evaluate"):
-                    several = adapters.num_agents > 1
-                    averaged = self._score(consensus.averaged(adapters)) if several else fmean(scores)
+                    averaged = fmean(scores)
+                    if adapters.num_agents > 1:
+                        averaged = self.trainer.score_of(consensus.averaged(adapters), self._tests if own else None)
         return {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
 
-    def _own_scores(self, adapter: Adapter) -> list[float]:
+    def _own_scores(self) -> list[float]:
         """(N,) the score of every agent on test examples of its own; of pooled training, of the one model on each."""
         if self.algorithm.topology == "pooled":
-            return self.trainer.evaluate_own(adapter.select([0] * len(self._tests)), self._tests).tolist()
-        own = self.trainer.evaluate_own(adapter, [self._tests[i] for i in self.engine.agents])
+            return self.trainer.evaluate_own(self.adapter, self._tests).tolist()
+        own = self.trainer.evaluate_own(self.adapter, [self._tests[i] for i in self.engine.agents])
         return self.engine.gather({"scores": own})["scores"].tolist()
-
-    def _score(self, adapter: Adapter) -> float:
-        """The score of one model: on all test examples, or the mean over the agents' own."""
-        if self.test != "own":
-            return float(self.trainer.evaluate(adapter)[0])
-        return float(self.trainer.evaluate_own(adapter.select([0] * len(self._tests)), self._tests).mean())
 
     def _land(self) -> None:
         """Waits for what is under way. An exchange that was started ahead is given up, to be repeated."""

@@ -62,8 +62,16 @@ class FlatGroup:
 class Trainer:
     """Trains and evaluates the agents of this process.
 
-    `agents` are their numbers in the run and `shards` their examples, in the same order. `steps_in_round` is the
-    largest number of local steps over all agents of the run, where other processes hold some; else over these.
+    Args:
+        task: model, data, loss and score.
+        attached: the task's model with adapter sites.
+        config: local steps, optimizer and learning rate.
+        agents: numbers of the n agents in the run.
+        shards: their examples, in the same order.
+        seed: of batches and dropout.
+        eval_batch_size: test examples in a pass.
+        steps_in_round: the largest number of local steps over all agents of the run, where other processes that keep
+            step hold some; None: over these.
     """
 
     def __init__(
@@ -265,18 +273,22 @@ class Trainer:
         """(n,) scores of the adapters, each on test examples of its own, in float64 on the CPU.
 
         Args:
-            adapter: of n agents.
-            tests: for each of them the indices (m_i,) of test examples, at least one.
+            adapter: of n agents, or of one for all.
+            tests: n arrays of the indices (m_i,) of test examples, at least one.
         """
         totals = []
         for place, own in enumerate(tests):
-            with self.attached.bind(adapter.select([place])), self._autocast():
+            with self.attached.bind(adapter.select([place if adapter.num_agents > 1 else 0])), self._autocast():
                 parts = [
-                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).cpu().double()
+                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
                     for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
                 ]
             totals.append(torch.stack(parts).sum(0))
         return self.task.score(torch.cat(totals))
+
+    def score_of(self, adapter: Adapter, tests: Sequence[np.ndarray] | None = None) -> float:
+        """The score of one model on all test examples, or its mean over `tests`."""
+        return float((self.evaluate(adapter) if tests is None else self.evaluate_own(adapter, tests)).mean())
 
     # One step's gradients
 

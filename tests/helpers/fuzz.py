@@ -190,35 +190,45 @@ def config(draw: random.Random, folder: Path, made: Path) -> None:
 def command(draw: random.Random, folder: Path, made: Path) -> None:
     """A command line: the commands that are over soon, and the options of the others."""
     from decaf_lora import config as configs
+    from decaf_lora import graphs, partition
     from decaf_lora.cli.options import Output, Planning, configured
-    from decaf_lora.graphs import KINDS
 
-    small = [word for word in WORDS if not word.strip().isdigit() or len(word) < 3]
-    words = [*small, "ring", "complete", "star:1", "base:3", "exponential", "iid", "5", "3", "x.yaml"]
-    match draw.randrange(5):
-        case 0:
-            options = ["--agents", "--seed", "--json", "--save", "-n", "--kind"]
-            arguments = ["graph", draw.choice([*words, *KINDS])]
-        case 1:
-            arguments, options = ["report", str(draw.choice([made / "run", folder, *small]))], ["--json"]
-            arguments[1] = arguments[1] if arguments[1] != str(made / "run") else str(folder)
+    small = [word for word in WORDS if len(word) < 10]
+    names = [*graphs.KINDS, *partition.KINDS, "x.yaml", "x.npy", "x.py:f", "digits"]
+
+    def word() -> str:
+        made = draw.choice([*small, *names, "1", "2", "5", "7", "0.5"])
+        made = f"{made}:{draw.choice([*small, '2', '3', '2x3', '0.3', '1+2'])}" if draw.random() < 0.3 else made
+        return spoilt_text(draw, made) if draw.random() < 0.1 else made
+
+    def given(options: list[str]) -> list[str]:
+        found = []
+        for _ in range(draw.randint(0, 3)):
+            found.append(draw.choice(options) if draw.random() < 0.95 else word())
+            if draw.random() < 0.85:
+                found.append(word())
+        return found
+
+    match draw.randrange(8):
+        case 0 | 1:
+            main(["graph", word(), *given(["--agents", "--seed", "--json", "--save", "-n", "--kind"])])
         case 2:
-            arguments, options = ["export", draw.choice([str(folder), *small])], ["--agent", "--to", "--merge"]
+            main(["report", draw.choice([str(folder), word()]), *given(["--json", "--to"])])
         case 3:
-            arguments, options = [draw.choice([*words, "recipes", "graph", "version"])], ["--json", "--version"]
+            main(["export", draw.choice([str(folder), word()]), *given(["--agent", "--to", "--merge"])])
+        case 4:
+            main([draw.choice([word(), "recipes", "graph", "version"]), *given(["--json", "--version", "--help"])])
+        case 5:
+            labels, agents = [i % 3 for i in range(40)], draw.randint(1, 12)
+            graphs.parse(word(), agents, draw.randrange(5))
+            partition.parse(word(), labels, agents, draw.randrange(5))
         case _:
-            kind, which = draw.choice(
-                [(configs.RunConfig, Output), (configs.CompareConfig, Output), (configs.RunConfig, Planning)]
-            )
+            kinds = [(configs.RunConfig, Output), (configs.CompareConfig, Output), (configs.RunConfig, Planning)]
+            kind, which = draw.choice(kinds)
             options = [f"--{name}" for name in configs.fields(kind)]
-            arguments = [draw.choice(["digits", "digits", "digits", *words])]
-            arguments += [draw.choice([*options, *words]) for _ in range(draw.randint(0, 4))]
-            arguments = [word if draw.random() < 0.7 else spoilt_text(draw, word) for word in arguments]
-            with contextlib.suppress(SystemExit):  # --help
-                configured(kind, "run", [word for word in arguments if "\0" not in word], which)
-            return
-    arguments += [draw.choice([*options, *words]) for _ in range(draw.randint(0, 4))]
-    main([word if draw.random() < 0.8 else spoilt_text(draw, word) for word in arguments])
+            said = io.StringIO()
+            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):  # --help
+                configured(kind, "run", ["digits" if draw.random() < 0.95 else word(), *given(options)], which)
 
 
 def adapter(draw: random.Random, folder: Path, made: Path) -> None:

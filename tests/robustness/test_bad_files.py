@@ -366,6 +366,13 @@ def test_broken_files_are_one_line(name, tmp_path):
             assert "is a pointer of Git LFS and not the file itself" in str(error.value)
 
 
+def test_what_libraries_say_of_a_broken_file_is_left_out(tmp_path, capfd):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        load(tmp_path / "a.parquet")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("pack", ["gz", "bz2", "xz", "zip"])
 def test_packed_files_are_read_and_broken_ones_named(pack, tmp_path):
     plain = table(tmp_path / "a.csv").read_bytes()

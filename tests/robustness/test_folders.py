@@ -189,9 +189,13 @@ def test_another_format_is_refused(torn, capsys):
     (torn / "run.json").write_text(json.dumps(facts))
     tensors, values = checkpoint.load(torn / "checkpoints/round-000004")
     checkpoint.save(torn / "checkpoints", tensors, {**values, "format": 99, "versions": {"decaf-lora": "7.0"}})
-    assert "has format 99, this program reads 1; use the program that wrote it (decaf-lora 7.0)" in line_of(
+    assert "has format 99; this program reads 1. Use the program that wrote it (decaf-lora 7.0)." in line_of(
         capsys, *resume(torn)
     )
+    newest = torn / "checkpoints/round-000004"
+    (newest / checkpoint.SUMS).unlink()
+    (newest / checkpoint.VALUES).write_text(json.dumps({k: v for k, v in values.items() if k != "format"}))
+    assert f"{newest} has format none, from before there were checksums" in line_of(capsys, *resume(torn))
 
 
 def test_another_version_is_one_line_and_goes_on(torn, base, capsys):

@@ -4,7 +4,7 @@ import pytest
 
 import fuzz
 
-COUNTS = {"config": 150, "command": 200, "adapter": 25, "data": 150, "image": 15, "run_folder": 25}
+COUNTS = {"config": 80, "command": 100, "adapter": 12, "data": 120, "image": 12, "run_folder": 12}
 
 
 @pytest.fixture(scope="module")

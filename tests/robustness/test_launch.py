@@ -42,14 +42,14 @@ def finish():
 
 def test_ranks_do_not_wait_for_ever_for_a_rank_0_that_is_stopped(tmp_path, finish):
     port, out = ranks.free_port(), tmp_path / "run"
-    options = ("--task", TASK, "--timeout", 6, "--out", out)
+    options = ("--task", TASK, "--timeout", 20, "--out", out)
     begun = [begin(tmp_path, rank, 3, port, *options) for rank in range(3)]
     finish += [process for process, _ in begun]
     for process, _ in begun[1:]:
-        process.join(timeout=150)  # against a hang; they need about 6 + 3 s after the stop
+        process.join(timeout=150)  # against a hang; they need about 20 + 3 s after the stop
     assert [process.exitcode for process, _ in begun] == [None, 2, 2]
     (line,) = [line for _, log in begun for line in said(log)]
-    assert line.startswith("decaf: ranks: rank 0 of 3 did not answer within 6 s; --timeout waits longer.")
+    assert line.startswith("decaf: ranks: rank 0 of 3 did not answer within 20 s; --timeout waits longer.")
     assert "Traceback" not in "".join(log.read_text() for _, log in begun)
 
 

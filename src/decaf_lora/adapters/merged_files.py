@@ -55,7 +55,7 @@ def merge(
     """
     found = [read_adapter(Path(directory), "merge") for directory in directories]
     if not found:
-        raise UserError("merge: no adapter given; give the directories of at least two.")
+        raise UserError("merge: no adapter given; give the directories of the adapters.")
     check_alike(found, compare_bases=base is None)
     merged = average(found, weights, rank)
     if to is not None:

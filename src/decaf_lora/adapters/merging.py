@@ -47,8 +47,9 @@ def average(found: Sequence[Saved], weights: Sequence[float] | None = None, rank
     """The average of adapters that are alike (`alike.check_alike`); see `merge` for the arguments and errors."""
     shares = _shares(weights, len(found))
     largest = max(one.rank(layer) for one in found for layer in layers_of(one.tensors))
-    if rank is not None and rank < 1:
-        raise UserError(f"rank: {rank} is not a rank; give at least 1.")
+    most = max(min(_shape(found[0], layer)) for layer in layers_of(found[0].tensors))
+    if rank is not None and not 1 <= rank <= most:
+        raise UserError(f"rank: {rank} is not a rank of these layers; give 1 to {most}.")
     return _merge(found, shares, largest if rank is None else rank)
 
 
@@ -107,6 +108,12 @@ def _average(
     tail = float(out.tail)
     dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
     return out.A[None].to(dtype), out.B[None].to(dtype), tail, math.hypot(kept, tail)
+
+
+def _shape(saved: Saved, layer: str) -> tuple[int, int]:
+    """(d_out, d_in) of a layer."""
+    a, b = (saved.tensors[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+    return b.shape[0], a.shape[1]
 
 
 def _config(found: Sequence[Saved], rank: int, scale: float, ranks: dict[str, int]) -> dict[str, Any]:

@@ -103,10 +103,12 @@ def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """
     try:
         values = json.loads((path / VALUES).read_bytes())
-        if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
+        before = isinstance(values, dict) and "format" not in values and not (path / SUMS).exists()
+        if before or (isinstance(values, dict) and values.get("format", FORMAT) != FORMAT):
+            found = "none, from before there were checksums" if before else str(values["format"])
             raise UserError(
-                f"checkpoint: {path} has format {values['format']}, this program reads {FORMAT}; use the program "
-                f"that wrote it{_version(values)}."
+                f"checkpoint: {path} has format {found}; this program reads {FORMAT}. Use the program that wrote "
+                f"it{_version(values)}."
             )
         sums = {file: hash_ for hash_, _, file in (line.partition("  ") for line in _lines(path / SUMS))}
         for file in (TENSORS, VALUES):

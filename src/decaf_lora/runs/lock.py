@@ -87,6 +87,9 @@ class FolderLock:
         if self.path.resolve() in _HERE or (owner is not None and not take_over and not _is_gone(owner, locks)):
             raise self._in_use(owner)
         path = self.path / OWNER
+        if locks:  # of owners that died while they wrote it
+            for stale in self.path.glob(f"{OWNER}.*.tmp"):
+                stale.unlink(missing_ok=True)
         aside = path.with_name(f"{OWNER}.{os.getpid()}.tmp")
         aside.write_text(json.dumps(_me()), encoding="utf-8")
         try:
