@@ -30,9 +30,11 @@ demo: $(STAMP)
 test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-# Kills a run at every write, resumes it and compares bits; `make test` has a sample. A quarter of an hour.
+# Kills a run at every write, resumes it and compares bits; slow lines and hostile bytes between the agents of a mesh.
+# `make test` has a sample of each. Twenty minutes.
 faults: $(STAMP_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
+	$(BIN)/python benchmarks/mesh_links.py
 
 lint: $(STAMP_TEST)
 	$(BIN)/ruff check .

@@ -31,6 +31,9 @@
 #ifndef CATCH
 #define CATCH 3      /* catch_up if so far behind */
 #endif
+#ifndef LATE
+#define LATE 0       /* 1: who is so far behind with an open exchange leaves it and catches up */
+#endif
 #ifndef GONE
 #define GONE 3       /* misses after which an end forgets by itself */
 #endif
@@ -352,6 +355,10 @@ proctype Agent(byte i) {
   :: d_step { st[i]==RUN && op[i]!=0 && ALL(through,i) && ANY(nbuse,i) -> closeit(i) }
   :: d_step { st[i]==RUN && op[i]!=0 && ALL(through,i) && !ANY(nbuse,i) && ANY(over,i) ->   /* only late: relabel */
        vn = op[i]; lookahead(i); giveup(i); probe(3);
+       if
+       :: LATE && ahead-vn>=CATCH ->               /* too late to take part with this message: catch up */
+            cl[i] = FIRST(vn+1)-1; rs[i] = 1; printf("T %d is too late in %d\n",i,vn); passed(i)
+       :: else ->
 #if FIXHOP
        tgt = FIRST(ahead);
        if :: tgt>R -> cl[i] = R; passed(i)
@@ -361,7 +368,7 @@ proctype Agent(byte i) {
        if :: ahead>R -> cl[i] = R; printf("T %d: all ahead are done, done\n",i); passed(i)
           :: else -> vc = oc[i]&7; setopen(i,ahead,vc) fi
 #endif
-     ; vc = 0 }
+       fi; vc = 0 }
 #if SCHED
   :: d_step { st[i]==RUN && op[i]!=0 && ALL(through,i) && !ANY(nbuse,i) && !ANY(over,i) && (!ANY(inrow,i) || ANY(other,i)) ->
        printf("T %d has no partner in %d, others are there\n",i,op[i]); closeit(i) }

@@ -10,7 +10,7 @@ if [ "$1" = -t ]; then
   exit
 fi
 # The rules that the code follows.
-rules="-DFIXAT=1 -DLINGER=1 -DFIXJUMP=1 -DLAG=2 -DFIXLIFE=1 -DFIXSHA=1 -DNOALONE=1 -DFIXHOP=1 -DFIXNO=1 -DPAT=3"
+rules="-DFIXAT=1 -DLINGER=1 -DFIXJUMP=1 -DLAG=2 -DFIXLIFE=1 -DFIXSHA=1 -DNOALONE=1 -DFIXHOP=1 -DFIXNO=1 -DLATE=1 -DPAT=3"
 wrong=0
 while read -r name expected storage defs <&3; do
   [[ $name =~ ${1:-.} ]] && [[ $name != \#* ]] && [ -n "$name" ] || continue

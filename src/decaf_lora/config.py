@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -26,50 +25,14 @@ from pydantic import (
 
 from decaf_lora import kinds
 from decaf_lora.errors import UserError, nearest
+from decaf_lora.frozen import Frozen
 from decaf_lora.yaml_file import read_yaml, write_yaml
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_values(cls, values: Any) -> Any:
-        """Python counts with true as 1; nobody means that."""
-        if isinstance(values, dict):
-            for name, field in cls.model_fields.items():
-                if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                    continue  # it checks itself
-                may = any(word in str(field.annotation) for word in ("bool", "Any"))
-                if not may and any(isinstance(v, bool) for v in _inside(values.get(name))):
-                    raise ValueError(f"{name} must not be true or false; write a number, or a word in quotes")
-        return values
-
-    @model_validator(mode="after")
-    def _no_absurd_numbers(self) -> _Frozen:
-        for name in set(type(self).model_fields) - {OWN}:
-            most = MOST_SEED if "seed" in name else MOST
-            if any(isinstance(v, int) and abs(v) > most for v in _inside(getattr(self, name))):
-                raise ValueError(f"{name} must be at most {most}")
-        return self
-
-
-MOST, MOST_SEED = 10**9, 2**63 - 1
-"""No whole number of a configuration is larger: what cannot be meant is told before a library fails on it."""
-
-
-def _inside(value: Any) -> list[Any]:
-    """A value, or those that a list or mapping of them holds."""
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
-
 
 OWN = "own"
 """The field of a section that holds the options of a kind which is not of this package."""
 
 
-class Section(_Frozen):
+class Section(Frozen):
     """A section whose `name` may be the user's own kind, or an installed package's, with options of its own.
 
     These stand among the others in YAML and on the command line; here they are apart, since only whoever loads the
@@ -218,7 +181,7 @@ class TaskConfig(Section):
         return self
 
 
-class LoraOptions(_Frozen):
+class LoraOptions(Frozen):
     """LoRA, with the names and meanings of `peft.LoraConfig`; unset targets take the task's own."""
 
     r: int = Field(2, ge=1)
@@ -265,7 +228,7 @@ class AlgorithmConfig(Section):
     described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
 
     name: str = "decaf"
-    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg or centralized."""
+    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg, centralized, or `file.py:function`."""
     gauge: str | None = None
     """decaf: how the singular values are split: balanced, orthonormal, anchored, balanced-rotated,
     orthonormal-rotated, or rotated for the default rotated one."""
@@ -300,7 +263,7 @@ class AlgorithmConfig(Section):
         return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v not in (None, (), [])}
 
 
-class TrainingConfig(_Frozen):
+class TrainingConfig(Frozen):
     """The local steps between two exchanges."""
 
     steps: int = Field(5, ge=1)
@@ -346,7 +309,7 @@ class TrainingConfig(_Frozen):
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
 
-class RunConfig(_Frozen):
+class RunConfig(Frozen):
     """One run: one algorithm on one graph, partition and seed."""
 
     task: TaskConfig = TaskConfig()
@@ -356,13 +319,14 @@ class RunConfig(_Frozen):
     agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"
-    """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ... or a file
-    with a matrix; `decaf graph --help` lists them."""
+    """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ..., a file, or
+    `file.py:function`; `decaf graph --help` lists them."""
     gossip_steps: int | Literal["period"] = 1
     """Exchanges in a round, each on the next graph of a schedule; `period` takes a whole period of it, after
     which an exact schedule (base:3, one-peer-hypercube) has averaged as the complete graph does."""
     partition: str = "dirichlet:0.1"
-    """Who holds what: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, or shots:K/dirichlet:ALPHA."""
+    """Who holds what: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, column:NAME, files:DIR, indices:FILE,
+    shots:K/dirichlet:ALPHA, or `file.py:function`."""
     start: Literal["common", "independent"] = "common"
     """Whether all agents draw the same A at the start."""
     init_adapters: tuple[str, ...] = ()

@@ -198,8 +198,12 @@ class Exchange:
         """Waits for what was started, makes the further exchanges of the round, and combines."""
         with self.phase("exchange"):
             round_, state, inbox, cut, costs = self._make(adapter, started)
-        if not inbox.senders:  # the run was over before this agent's message arrived
-            return Exchanged(round_, adapter, state, inbox, None, *costs)
+        if (
+            not inbox.senders
+        ):  # the message came too late: this agent takes part again in a later round, if there is one
+            number, adapter, state = self.meet(adapter, state, round_.number)
+            self.hold(adapter)
+            return Exchanged(self.round(number - 1), adapter, state, inbox, None, *costs)
         with self.phase("combine"):
             new, state, read = self.algorithm.combine(adapter, state, inbox, round_)
         self.hold(new)

@@ -224,6 +224,7 @@ def test_a_file_that_another_has_signed_is_another_organisers(known, tmp_path):
         ("signed: {a: .nan}\nsignature: ab", "has been altered"),
         ("signed: {2000-01-01: 1}\nsignature: ab", "has been altered"),
         ("draft: {}", "is a draft"),
+        ("signed: {}\nsigned: {}", "signed is there twice"),
         ("x: " + "[" * 5000, "is not YAML"),
     ],
 )
@@ -437,6 +438,22 @@ def test_a_site_without_a_test_set_holds_one_out():
 def test_what_needs_a_server_or_everybodys_data_is_refused(changes, what):
     with pytest.raises(UserError, match=what):
         terms.terms_of(digits(**changes))
+
+
+def test_a_draft_that_was_edited_means_what_it_says(tmp_path):
+    """Words that YAML 1.1 takes for truth values, and numbers that it takes for words."""
+    path = tmp_path / "fed.yaml"
+    made = terms.terms_of(
+        digits(task={"name": "sequence-classification", "model": "m", "classes": ("no", "on", "1e3")})
+    )
+    draft = file.Draft(name="hospitals", agents=("no", "b"), graph="ring", terms=made)
+    file.write({"draft": draft.model_dump(mode="json")}, path)
+    assert file.read_draft(path) == draft
+    text = path.read_text().replace("learning_rate: 0.02", "learning_rate: 2e-3").replace("'on'", "on")
+    path.write_text(text)
+    edited = file.read_draft(path)
+    assert edited.terms.training["learning_rate"] == 0.002
+    assert edited.terms.task["classes"] == ["no", "on", "1e3"]
 
 
 def test_the_draft(tmp_path):

@@ -196,6 +196,28 @@ def test_behind_by_two_jumps_and_by_three_catches_up():
     assert outcomes[2].emptied == frozenset()
 
 
+def test_who_finds_out_with_an_open_exchange_that_it_is_three_behind_leaves_it_and_catches_up():
+    """An old message must not be mixed with new ones."""
+    bench = Bench(TRIANGLE, last=20)
+    bench.break_(0, 2), bench.break_(1, 2)
+    bench.open(2)
+    for _ in range(4):
+        bench.open(0), bench.open(1)
+        bench.settle()
+        bench.wait(LIMITS.down)
+        bench.settle()
+        bench.take(0), bench.take(1)
+    bench.connect(0, 2), bench.connect(1, 2)
+    bench.settle()
+    late = bench.take(2)
+    assert (late.exchange, late.took_part, late.contents) == (1, False, {})
+    plan = bench.peers[2].plan()
+    assert (plan.exchange, plan.catch_up) == (5, True)
+    bench.peers[2].catch_up()
+    bench.settle()
+    assert all(len(outcome.contents) == 2 for outcome in bench.round(0, 1, 2).values())
+
+
 def test_who_catches_up_does_not_wait_for_ever_for_a_neighbour_that_sends_nothing():
     bench = Bench(TRIANGLE, last=20)
     for _ in range(3):

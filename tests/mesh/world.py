@@ -191,7 +191,7 @@ class Node:
         caught, self.peer.caught_up = self.peer.caught_up, None
         if caught.contents:
             self.x = sum(caught.contents.values()) / len(caught.contents)
-            self.c, self.f = 0.0, dict.fromkeys(self.f, 0.0)
+        self.c, self.f = 0.0, dict.fromkeys(self.f, 0.0)  # fresh, also if nobody is ahead any more
         self.closed = caught.exchange - 1
         self.world.catch_ups += 1
         saved = {j: copy.copy(e.saved) for j, e in self.peer.edges.items()}

@@ -236,6 +236,17 @@ def test_a_wrong_encoding_is_refused(encoding, message, tmp_path):
         load(path, encoding=encoding)
 
 
+def test_zeros_in_names_of_columns_are_named(tmp_path):
+    path = table(tmp_path / "a.csv", encoding="utf-16-le")
+    with pytest.raises(
+        UserError, match=r"task\.encoding: a\.csv is not cp1252, or it would hold zero characters; try utf-16"
+    ):
+        load(path, encoding="cp1252")
+    (tmp_path / "b.jsonl").write_text('{"a\\u0000": 1, "text": "x", "label": "a"}\n')
+    with pytest.raises(UserError, match="has a zero character"):
+        load(tmp_path / "b.jsonl")
+
+
 def test_encodings_of_json_lines_and_texts(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         "".join(json.dumps({"text": t, "label": k}, ensure_ascii=False) + "\n" for t, k in FRENCH).encode("cp1252")
@@ -364,6 +375,13 @@ def test_broken_files_are_one_line(name, tmp_path):
         assert "task." in str(error.value)
         if what == "lfs":
             assert "is a pointer of Git LFS and not the file itself" in str(error.value)
+
+
+def test_what_libraries_say_of_a_broken_file_is_left_out(tmp_path, capfd):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        load(tmp_path / "a.parquet")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("pack", ["gz", "bz2", "xz", "zip"])

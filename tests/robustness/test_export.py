@@ -394,7 +394,8 @@ def test_where_nothing_can_be_written(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    for to in (tmp_path / "file" / "x", tmp_path / "file", tmp_path / ("n" * 300), Path("/dev/full")):
+    monkeypatch.chdir(tmp_path)
+    for to in (tmp_path / "file" / "x", "file", tmp_path / ("n" * 300), "/dev/full", ".", "..", "/"):
         assert fails(capsys, "export", runs["causal-lm"], "--to", to).startswith("decaf: to: ")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("kept")

@@ -123,12 +123,13 @@ def write_card(directory: Path, task: Mapping[str, Any], made: Mapping[str, Any]
         ignore_metadata_errors=True,
     )
     name = made.get("model", "model")
+    base = f"{model or 'not of transformers'}{', in 4 bits' if task.get('quantized') else ''}"
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=f"{name} of {task.get('name', 'a task')}",
         kind="A full model, its LoRA update folded in" if merged else "A LoRA adapter",
-        made={_cell(k): _cell(v) for k, v in {"base model": model or "not of transformers", **made}.items()},
+        made={_cell(k): _cell(v) for k, v in {"base model": base, **made}.items()},
         code=_code(task, use, merged),
     )
     (directory / "README.md").write_text(str(card), encoding="utf-8")

@@ -111,7 +111,8 @@ def written_whole(directory: Path) -> Iterator[Path]:
 
     Raises UserError if `directory` is not new or empty, or cannot be written.
     """
-    aside = directory.with_name(f".{directory.name}.tmp")
+    directory = Path(os.path.abspath(directory))  # "." has no name of its own
+    aside = directory.parent / f".{directory.name}.tmp"
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"to: {directory} is not an empty folder; choose another.")
@@ -119,9 +120,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
         _remove(aside)
         aside.mkdir()
         yield aside
-        if directory.exists():
-            directory.rmdir()
-        os.replace(aside, directory)
+        os.replace(aside, directory)  # new, or empty
     except UserError:
         raise
     except Exception as error:

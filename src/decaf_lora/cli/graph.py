@@ -42,7 +42,7 @@ def graph_command(args: list[str]) -> int:
         table = Table.grid(padding=(0, 3))
         for name, summary in graphs.KINDS.summaries():
             table.add_row(f"  {name}", summary)
-        table.add_row("  FILE" + "|".join(graphs.FILES), "your own graph or mixing matrix; docs/own-graph.md")
+        table.add_row("  FILE", f"your own graph or mixing matrix ({', '.join(graphs.FILES)}); docs/own-graph.md")
         table.add_row("  mine.py:two_rings", "your own function, with its options as mine.py:two_rings:bridges=3")
         console = Console(highlight=False)
         console.print("Graphs:")

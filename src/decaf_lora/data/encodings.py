@@ -35,11 +35,16 @@ def encoding_of(raw: bytes, name: str, given: str | None = None) -> tuple[str, s
     """
     if given is not None:
         try:
-            raw.decode(given)
+            text = raw.decode(given)
         except (LookupError, TypeError) as error:
             raise UserError(f"task.encoding: {given!r} is no text encoding that Python knows; try utf-8.") from error
         except ValueError as error:
             raise UserError(f"task.encoding: {name} is not {given}: {_reason(raw, error)}.") from error
+        if "\0" in text:
+            raise UserError(
+                f"task.encoding: {name} is not {given}, or it would hold zero characters; try utf-16, or leave "
+                "task.encoding out."
+            )
         return given, None
     for mark, encoding in _MARKS.items():
         if raw.startswith(mark):

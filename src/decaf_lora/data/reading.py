@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
@@ -100,6 +101,10 @@ def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
 def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> DatasetDict:
     for file in (file for of_split in files.values() for file in of_split):
         refuse_pointer(file)
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"task.data: {file} cannot be read: {_first_line(error)}") from error
     with _as_lines(config, path):
         names = {split: [str(file) for file in of_split] for split, of_split in files.items()}
         found = [content.digest(file) for of_split in files.values() for file in of_split]
@@ -259,8 +264,8 @@ def _whole(found: Any) -> DatasetDict:
 
 @contextmanager
 def _as_lines(config: TaskConfig, path: Path) -> Iterator[None]:
-    """What `datasets` raises, as one line that names the field."""
-    with writable_cache():
+    """What `datasets` raises, as one line that names the field; what it says itself is left out."""
+    with writable_cache(), _quiet():
         try:
             yield
         except UserError:
@@ -290,12 +295,23 @@ def _as_lines(config: TaskConfig, path: Path) -> Iterator[None]:
                 raise UserError(
                     f"task.{field}: the split {empty!r} holds no example; choose or make another."
                 ) from error
-            field = "subset" if "BuilderConfig" in str(error) or "Config name" in str(error) else "data"
-            raise UserError(f"task.{field}: {_first_line(error)}") from error
+            if "BuilderConfig" in str(error) or "Config name" in str(error):
+                raise UserError(f"task.subset: {_first_line(error)}") from error
+            raise UserError(f"task.data: {config.data} cannot be read: {_first_line(error)}") from error
         except Exception as error:  # the readers of `datasets` raise whatever the libraries below them raise
             raise UserError(
                 f"task.data: {config.data} cannot be read: {type(error).__name__}: {_first_line(error)}"
             ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -55,6 +55,11 @@ def read_table(path: Path, config: TaskConfig, wanted: Sequence[str]) -> Dataset
     kept = cache_folder() / f"{name}.arrow"
     if not kept.exists():
         table, notes = _parsed(path, config, list(dict.fromkeys(wanted)))
+        if any("\0" in column for column in table.column_names):
+            raise UserError(
+                f"task.encoding: {path} has a zero character in a column's name; it seems to be in another encoding, "
+                "such as utf-16."
+            )
         _keep(table.replace_schema_metadata({"notes": json.dumps(notes)}), kept)
     mapped = MemoryMappedTable.from_file(str(kept))
     for note in json.loads(mapped.schema.metadata[b"notes"]):

@@ -59,7 +59,8 @@ class Engine(Protocol):
         Returns:
             The inbox of this process's agents, each one's own message included. `Inbox.exchange` is the number that was
             given, or a later one where the neighbours were ahead: the first exchange of a round. `message` took part in
-            it if it was made for a first one too and the run is not over there; otherwise the inbox has no senders.
+            it if it was made for a first one too and the run is not over there; otherwise, and if `message` is too old
+            to take part, the inbox has no senders, and `current` is asked anew.
         """
 
     def current(self, exchange: int) -> tuple[int, bool]:

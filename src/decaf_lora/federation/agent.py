@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -31,6 +32,9 @@ from decaf_lora.runs.signals import stopping
 DONE, GAVE_UP, STOPPED = 0, 3, 130
 """Exit codes: the run is over; nobody answered for as long as the agent waits; somebody asked it to stop."""
 
+
+GRACE = 10.0
+"""Seconds that an exchange under way may take after the agent was asked to stop."""
 
 Watch = Callable[[status.AgentStatus], None]
 
@@ -114,11 +118,7 @@ class _Agent(Subscriber):
             leave.callback(links.stop)
             self.engine, self.links = engine, links
 
-            def stop() -> None:
-                run.stop()
-                engine.stop()
-
-            leave.enter_context(stopping(stop))
+            leave.enter_context(stopping(lambda: self._stop(run)))
             code = self._train(run, folder)
             if code == DONE:  # the result is on disk before a neighbour is told so
                 self.enter("serving")
@@ -127,6 +127,19 @@ class _Agent(Subscriber):
             self.enter({DONE: "done", GAVE_UP: "gave up", STOPPED: "stopped"}[code])
             replace_text(self.site.out / "report.md", self._report())
             return code
+
+    def _stop(self, run: Run) -> None:
+        """Somebody asks the agent to stop: after the step, or the exchange, that is under way.
+
+        An exchange that a neighbour may have used already is better finished than made once more.
+        """
+        run.stop()
+        links = self.links
+        up = links is not None and any(links.up(neighbour.number) for neighbour in self.neighbours)
+        under_way = up and self.said.state != "serving"
+        timer = threading.Timer(GRACE if under_way else 0.0, self.engine.stop)
+        timer.daemon = True
+        timer.start()
 
     def _train(self, run: Run, folder: Folder) -> int:
         code = DONE
@@ -230,8 +243,9 @@ class _Agent(Subscriber):
         ):
             if score is not None:
                 lines.append(f"| {what} | {score:.3f} |")
-        lines += ["", "| neighbour | rounds missed | messages refused | bytes sent | bytes received |"]
-        lines += ["|---|---:|---:|---:|---:|"]
+        lines += ["", "| neighbour | rounds missed | seconds waited | messages refused | bytes sent | bytes received |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
         for edge in said.neighbours:
-            lines.append(f"| {edge.name} | {edge.missed} | {edge.rejected} | {edge.sent:,} | {edge.received:,} |")
+            counts = f"{edge.missed} | {edge.waited:.0f} | {edge.rejected} | {edge.sent:,} | {edge.received:,}"
+            lines.append(f"| {edge.name} | {counts} |")
         return "\n".join(lines) + "\n"

@@ -21,6 +21,7 @@ from decaf_lora.errors import UserError, unknown
 from decaf_lora.federation import keys
 from decaf_lora.federation.terms import Terms
 from decaf_lora.graphs import Graph, Schedule, from_matrix, metropolis
+from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_BYTES = 16 * 2**20
 """Bytes that a federation file may have."""
@@ -266,43 +267,24 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"federation: cannot read {path} ({error.strerror}).") from error
     if len(text) > MOST_BYTES:
         raise UserError(f"federation: {path} is larger than {MOST_BYTES // 2**20} MiB; it is no federation file.")
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        if text.lstrip().startswith(b"{"):  # JSON, whose 1e-08 YAML takes for a text
-            content = json.loads(text)
-            return content if isinstance(content, dict) else {}
         # Names for parts of the text would let a small file stand for an enormous one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
-            raise UserError(f"federation: {path} has YAML aliases (*name); write the values out.")
-        content = yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"federation: {path} is not YAML ({' '.join(str(error).split())}).") from error
+    if aliases:
+        raise UserError(f"federation: {path} has YAML aliases (*name); write the values out.")
+    content = read_yaml(path, "federation")
     if not isinstance(content, dict):
         raise UserError(f"federation: {path} is not a federation file.")
     return content
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes a text of several lines (a certificate) as such."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
-
-
 def write(content: dict[str, Any], path: Path) -> None:
     """Writes a file at once or not at all; the content is `seal`'s, or {"draft": ...}."""
-    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_text(text)
+        beside.write_text(write_yaml(content), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"federation: cannot write {path} ({error.strerror}).") from error

@@ -204,7 +204,7 @@ class Mesh:
                 return Pending(self._wait)  # it was started before, and given up in between
             number, hop = exchange + 1, exchange % self.gossip_steps
             if self.peer.phase is not Phase.IDLE or (hop and number != self.peer.closed + 1):
-                inbox = self._by_itself(message, exchange) if hop else self._over()
+                inbox = self._by_itself(message, exchange) if hop else self._without_senders(self.last)
                 return Pending(lambda: inbox)
             payload = pack(message, sizes or {}, self.agent)
             self._norms[hop] = max(norm(message), self._norms[hop] / 2)
@@ -345,7 +345,9 @@ class Mesh:
         if not outcome.took_part:
             # A round that is left in a later exchange ends there, with all weight on this agent itself: the neighbours
             # that it heard before have mixed with it, too.
-            return self._over() if (asked - 1) % self.gossip_steps == 0 else self._by_itself(message, asked - 1)
+            if (asked - 1) % self.gossip_steps:
+                return self._by_itself(message, asked - 1)
+            return self._without_senders(outcome.exchange)
         weights = self._graph(outcome.exchange).weights
         return self._inbox(
             message,
@@ -376,9 +378,9 @@ class Mesh:
     def _by_itself(self, message: Tensors, exchange: int) -> Inbox:
         return self._inbox(message, {}, np.eye(self.num_agents), exchange)
 
-    def _over(self) -> Inbox:
-        """Of a message that came after the end of the run."""
-        return Inbox({}, (), 1, exchange=self.last)
+    def _without_senders(self, exchange: int) -> Inbox:
+        """Of a message that came too late for its exchange: there is a next one, or the run is over."""
+        return Inbox({}, (), 1, exchange=exchange)
 
     def _inbox(
         self,

@@ -382,13 +382,12 @@ class Peer:
         return max(edge.since, edge.changed) + self.limits.answer * self.limits.patience
 
     def _waited_for(self) -> list[Edge]:
-        """Neighbours with whom patience has not ended, and of whom nothing is certain yet."""
+        """Neighbours with whom patience has not ended, and of whom nothing is certain yet, at the last look."""
         assert self.exchange is not None
-        now = self._clock()
         return [
             edge
             for edge in self._row()
-            if not edge.usable and not edge.refuses(self.exchange) and now < self._expires(edge)
+            if not edge.usable and not edge.refuses(self.exchange) and self._looked < self._expires(edge)
         ]
 
     @property
@@ -419,7 +418,7 @@ class Peer:
 
     def _close_or_relabel(self) -> bool:
         """Ends the open exchange, or moves its message to a later one; false if neither is possible yet."""
-        exchange, now = self.exchange, self._clock()
+        exchange, now = self.exchange, self._looked
         assert exchange is not None
         row = self._row()
         for edge in row:
@@ -477,12 +476,15 @@ class Peer:
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
         """Gives up the open exchange for that which the neighbours are at."""
-        target, hop = self.course.first(ahead), self.course.hop(self.closed + 1)
-        self._left[self.closed + 1] = verdicts
-        if target <= self.course.last and hop == 0:
+        exchange, target = self.closed + 1, self.course.first(ahead)
+        first = self.course.hop(exchange) == 0
+        late = first and ahead - exchange >= self.limits.catch_up
+        self._left[exchange] = verdicts
+        if first and not late and target <= self.course.last:
             self._open(target)
-        else:  # the message was made for a later hop, or the run is over
-            self._pass(min(target - 1, self.course.last))
+        else:  # the message is too old, or was made for a later hop, or the run is over
+            self._restarted = late  # so that the next plan is to catch up
+            self._pass(self.course.first(exchange + 1) - 1 if late else min(target - 1, self.course.last))
             self._outcome = Outcome(self.closed, False, {}, {}, frozenset(), {}, self._left, self.saved())
 
     def _pass(self, exchange: int) -> None:
