@@ -22,9 +22,9 @@ class Adapter:
     A: layer -> (n, r, d_in); B: layer -> (n, d_out, r); scale: layer -> (n,), the LoRA scaling s in
     W0 + s B A; extras: parameter name -> (n, ...), for instance a classifier head.
 
-    `ranks`: layer -> (n,) int64, each agent's own rank, where agents differ in rank or scale; r is then the
-    largest, and what lies beyond an agent's rank is 0: rows of its A, columns of its B. Empty: all have rank r and
-    one scale. Zeros stay zeros under training, since their gradients are products with each other.
+    ranks: layer -> (n,) int64, each agent's own rank. Empty where all agents have rank r and one scale. Where agents
+    differ, r is the largest rank, and the rows of A and columns of B beyond an agent's own rank are 0. Training keeps
+    them 0: the gradient of such a row of A is a product with the zero column of B, and the reverse.
     """
 
     A: Tensors
@@ -49,7 +49,14 @@ class Adapter:
         return {f"{key}/{name}": t for key in groups if key in factors for name, t in groups[key].items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """This adapter with the tensors named as in `tensors()` replaced; scales stay."""
+        """This adapter with some tensors replaced; the others, the scales and the ranks stay.
+
+        Args:
+            tensors: the new ones, named as in `tensors()`.
+
+        Raises:
+            KeyError: the adapter has no tensor of that name.
+        """
         groups: dict[str, Tensors] = {"A": dict(self.A), "B": dict(self.B), "extras": dict(self.extras)}
         for key, tensor in tensors.items():
             group, name = key.split("/", 1)
@@ -82,7 +89,7 @@ class Adapter:
         return torch.full((self.num_agents,), self.A[layer].shape[1])
 
     def trim(self, tensors: Tensors) -> Tensors:
-        """`tensors` (n, ...), named as in `tensors()`, with zeros beyond every agent's own rank."""
+        """`tensors` with zeros beyond every agent's own rank; name -> (n, ...), named as in `tensors()`."""
         return {key: self._trim(key, t) for key, t in tensors.items()} if self.ranks else tensors
 
     def _trim(self, key: str, tensor: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ class Adapter:
         return tensor * (kept[:, :, None] if group == "A" else kept[:, None, :])
 
     def message(self, factors: frozenset[Factor] = ALL_FACTORS) -> Tensors:
-        """`tensors(factors)` to send; with `scale/layer` (n,), where agents differ in rank or scale."""
+        """What to send: `tensors(factors)`, and `scale/layer` (n,) where agents differ in rank or scale."""
         scales = {f"scale/{k}": s for k, s in self.scale.items()} if self.ranks else {}
         return self.tensors(factors) | scales
 
@@ -110,5 +117,5 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def as_adapter(tensors: Tensors) -> Adapter:
-    """Adapters from `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
+    """The adapter whose tensors are named `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
     return Adapter(**parted(tensors, dict.fromkeys(("A", "B", "scale", "extras", "ranks"))))

@@ -13,7 +13,15 @@ from decaf_lora.errors import UserError
 
 
 def check_alike(found: Sequence[Saved], compare_bases: bool = True) -> None:
-    """Raises UserError that names what differs, and in which two adapters; warns of what cannot be compared."""
+    """Checks that adapters may be merged; warns of what cannot be compared.
+
+    Args:
+        found: the adapters.
+        compare_bases: whether their configurations must name the same base model.
+
+    Raises:
+        UserError: names what differs, and in which two adapters.
+    """
     for one in found:
         _check_tensors(one)
     if compare_bases:
@@ -57,7 +65,10 @@ def _heads(saved: Saved) -> dict[str, tuple[int, ...]]:
 
 
 def labels_of(directory: Path) -> list[str] | None:
-    """The names of the classes in the order of the outputs, from labels.json or config.json; None if neither says."""
+    """The names of the classes in the order of the head's outputs.
+
+    They are read from labels.json, else from config.json. None if neither file holds them.
+    """
     for name in ("labels.json", "config.json"):
         try:
             given = json.loads((directory / name).read_text(encoding="utf-8"))["id2label"]
@@ -68,7 +79,7 @@ def labels_of(directory: Path) -> list[str] | None:
 
 
 def _check_tensors(saved: Saved) -> None:
-    """UserError for tensors that do not fit the configuration, or that are of another kind than LoRA's of layers."""
+    """UserError for tensors that do not fit the configuration, or that belong to something else than a linear layer."""
     path = saved.directory / "adapter_model.safetensors"
     layers = layers_of(saved.tensors)
     if not layers:
@@ -108,13 +119,13 @@ def _check_bases(found: Sequence[Saved]) -> None:
 
 
 def _same(value: Any) -> str:
-    """A name of a model that is equal for equal directories."""
+    """The name of a model, by which two are compared; of a directory its resolved path."""
     path = Path(str(value)).expanduser() if value else None
     return str(path.resolve()) if path is not None and path.is_dir() else str(value or "")
 
 
 def _check_labels(found: Sequence[Saved]) -> None:
-    """UserError where heads give their outputs to classes in another order."""
+    """UserError where the heads of two adapters have their classes in different orders."""
     orders = [(saved, labels_of(saved.directory)) for saved in found]
     known = [(saved, labels) for saved, labels in orders if labels]
     for saved, labels in known[1:]:

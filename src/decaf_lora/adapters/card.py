@@ -109,7 +109,14 @@ _PIPELINES = {
 
 
 def write_card(directory: Path, task: Mapping[str, Any], made: Mapping[str, Any], merged: bool) -> None:
-    """Writes README.md: task is the task's description, made what there is to say, name -> text."""
+    """Writes the model card, README.md.
+
+    Args:
+        directory: of the export.
+        task: the task's description (`Task.describe`).
+        made: rows of the card's table on how the model was made, name -> text.
+        merged: whether the directory holds a full model instead of an adapter.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     use = family(task)
@@ -136,8 +143,8 @@ def write_card(directory: Path, task: Mapping[str, Any], made: Mapping[str, Any]
 
 
 def _code(task: Mapping[str, Any], use: str, merged: bool) -> str | None:
-    """What loads the model and gives the run's own answers; None where the description does not tell enough."""
-    if use == "image-text" and task.get("processor"):  # without one the model is no pipeline's
+    """Python code that loads the model and answers as the run did; None where the description does not suffice."""
+    if use == "image-text" and task.get("processor"):  # no pipeline takes a model without a processor
         code = _ENSEMBLE if len(task["templates"]) > 1 else _ZERO_SHOT
     elif (use, merged) in _CODE and (merged or use != "sequence-classification" or task.get("labels")):
         code = _CODE[use, merged]

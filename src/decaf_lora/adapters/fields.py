@@ -27,7 +27,7 @@ WITHOUT_EFFECT = frozenset(
     {
         # What an adapter is called, and where it comes from.
         *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping"),
-        # How PEFT holds it; how a weight is stored matters only to who writes into it.
+        # How PEFT holds an adapter. The layout of a base weight matters only to code that writes into the weight.
         *("inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"),
         # Settings of options that are refused where they are on: `init_lora_weights` and `use_qalora`.
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
@@ -40,7 +40,11 @@ _DEFAULTS = {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(L
 
 
 def check_own(config: LoraConfig) -> None:
-    """Raises UserError for a field of a run's own configuration that is not supported, or has no meaning."""
+    """Checks a run's own configuration.
+
+    Raises:
+        UserError: a field is not supported, or its value has no meaning.
+    """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for field in _refused(values):
         raise UserError(f"lora.{field}: this option of LoraConfig is not supported; leave it out.")
@@ -53,10 +57,15 @@ def check_own(config: LoraConfig) -> None:
 
 
 def check_saved(values: Any, path: str, field: str) -> dict[str, Any]:
-    """The adapter_config.json `values`, read from `path`, if it is of an adapter that means the same here as in PEFT.
+    """The fields of an adapter that means the same here as in PEFT.
 
-    Raises UserError, in the name of the option `field`, for another type of adapter, for an option that is not
-    supported, and for values without a meaning.
+    Args:
+        values: the content of adapter_config.json.
+        path: where the content was read, for errors.
+        field: the option that named the adapter, for errors.
+
+    Raises:
+        UserError: another type of adapter than LoRA, a field that is not supported, or a value without a meaning.
     """
     if not isinstance(values, dict):
         raise UserError(f"{field}: {path} holds no fields ({type(values).__name__}); it is no configuration of PEFT.")
@@ -78,14 +87,14 @@ def check_saved(values: Any, path: str, field: str) -> dict[str, Any]:
 
 
 def _refused(values: Mapping[str, Any]) -> list[str]:
-    """Fields that are neither honoured nor without effect, and not off: also those of a PEFT of tomorrow."""
+    """Fields that are neither honoured nor without effect, and that are not off; also fields of later PEFT versions."""
     asked = sorted(values.keys() - HONOURED - WITHOUT_EFFECT)
     off: list[Any] = [None, False, [], {}, ""]
     return [name for name in asked if values[name] != _DEFAULTS.get(name) and values[name] not in off]
 
 
 def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(field, what is wrong with it) of numbers and patterns."""
+    """(field, fault) for every number and every pattern that has no meaning."""
     found: list[tuple[str, str]] = []
     ranks = {"r": values["r"]} | _pattern(values, "rank_pattern", found)
     alphas = {"lora_alpha": values["lora_alpha"]} | _pattern(values, "alpha_pattern", found)
@@ -104,7 +113,7 @@ def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pattern(values: Mapping[str, Any], field: str, found: list[tuple[str, str]]) -> dict[str, Any]:
-    """Values by dotted name of a field that maps patterns to numbers; notes in `found` what is none."""
+    """`field.pattern` -> value of a field that maps patterns to numbers; adds to `found` what is no such mapping."""
     given = values.get(field) or {}
     if not isinstance(given, Mapping):
         found.append((field, f"{given!r} is no mapping of layers to numbers."))

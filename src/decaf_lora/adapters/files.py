@@ -11,7 +11,7 @@ from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/"
-"""How the file begins that Git leaves in place of a large one until it is fetched."""
+"""First bytes of a Git LFS pointer, the small file that stands for a large one until Git fetches it."""
 
 
 def refuse_pointer(path: Path, field: str) -> None:
@@ -28,9 +28,14 @@ def refuse_pointer(path: Path, field: str) -> None:
 
 
 def tensor_names(path: Path, field: str) -> list[str]:
-    """Names of the tensors of the safetensors file `path`, from its header.
+    """Names of the tensors of a safetensors file, read from its header alone.
 
-    Raises UserError if it is empty, cut short, or no such file.
+    Args:
+        path: the file.
+        field: the option that named it, for errors.
+
+    Raises:
+        UserError: the file is missing, empty, cut short, a pointer of Git LFS, or no safetensors file.
     """
     refuse_pointer(path, field)
     try:

@@ -20,19 +20,26 @@ ALONE = "export the adapter alone (without --merge)"
 
 
 def fold(task: Mapping[str, Any], adapter: Path, directory: Path, otherwise: str = ALONE) -> None:
-    """Writes the base model of `task` with the PEFT adapter in `adapter` folded in, to load without PEFT.
+    """Writes the base model with a PEFT adapter folded in, so that the model loads without PEFT.
 
-    task: a task's description. otherwise: what an error says to do instead.
+    W0 + s B A is computed in float32 and rounded once, to the base's own dtype.
 
-    The sums are taken in float32 and rounded once, to the base's own number format. Raises UserError where the base
-    is not of transformers, cannot be loaded, or is in 4 bits.
+    Args:
+        task: a task's description (`Task.describe`), which names the base model.
+        adapter: directory of the PEFT adapter.
+        directory: where to write the model.
+        otherwise: what an error advises instead.
+
+    Raises:
+        UserError: the base is not of transformers, cannot be loaded or is in 4 bits; the adapter has values that are
+            not finite; or the model always shares two weights of which the adapter changes one.
     """
     from peft import PeftModel
     from transformers import GenerationConfig
 
     model, dtype = base_model(task, otherwise)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights that are shared: they were taken apart
+        warnings.simplefilter("ignore")  # PEFT warns of shared weights, which `take_apart` has separated
         untied = take_apart(model, trained_modules(adapter))
         with _quiet():
             adapted = PeftModel.from_pretrained(model, str(adapter))
@@ -40,7 +47,7 @@ def fold(task: Mapping[str, Any], adapter: Path, directory: Path, otherwise: str
             merged: Any = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise UserError(f"merge: the adapter has values that are not finite ({error}).") from error
-    if merged.can_generate():  # what is written is the base's own, by `write_companions`
+    if merged.can_generate():  # `write_companions` writes the base's own generation settings
         merged.generation_config = GenerationConfig()
     merged = merged.to(dtype)
     merged.save_pretrained(directory)
@@ -49,9 +56,17 @@ def fold(task: Mapping[str, Any], adapter: Path, directory: Path, otherwise: str
 
 
 def base_model(task: Mapping[str, Any], otherwise: str = ALONE) -> tuple[Any, torch.dtype]:
-    """The base model of a task's description, in float32, with its classes and padding, and its own number format.
+    """The base model that a task's description names, with the task's classes and padding token.
 
-    See `fold` for errors.
+    Args:
+        task: the description (`Task.describe`).
+        otherwise: what an error advises instead.
+
+    Returns:
+        The model in float32, and the dtype in which the base is kept.
+
+    Raises:
+        UserError: the base is not of transformers, cannot be loaded, or is in 4 bits.
     """
     import transformers
 
@@ -98,10 +113,13 @@ def trained_modules(adapter: Path) -> set[str]:
 
 
 def take_apart(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, str]]:
-    """Gives those of `modules` that share a weight with another one a copy; returns (name, one it shared with).
+    """Gives each of `modules` its own copy of the weights that it shares with other modules.
 
-    Language models often read and write with one matrix. An adapter on the layer that writes must not change how the
-    model reads.
+    Many language models use one matrix as input embedding and as output layer. An adapter on the output layer must
+    not change the embedding.
+
+    Returns:
+        (parameter that was copied, another name of the shared one), for every copy.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -122,7 +140,7 @@ def take_apart(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, str]
 
 
 def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, otherwise: str) -> None:
-    """UserError if the model that was written ties again what was taken apart."""
+    """UserError if the written model, loaded again, shares the weights that `take_apart` has separated."""
     with _quiet():
         again = dict(type(merged).from_pretrained(directory).named_parameters(remove_duplicate=False))
     now = dict(merged.named_parameters(remove_duplicate=False))
@@ -136,7 +154,7 @@ def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, ot
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on what it loads: a new head is about to be replaced."""
+    """Silences transformers, which would report a freshly drawn head; the adapter's head is about to replace it."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

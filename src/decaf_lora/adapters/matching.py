@@ -1,4 +1,4 @@
-"""Which layers of a model does a LoRA configuration adapt? PEFT's own rules, asked without its memory."""
+"""Which layers of a model does a LoRA configuration adapt? PEFT's own matching decides, on a model without weights."""
 
 from __future__ import annotations
 
@@ -31,12 +31,18 @@ class Site:
 
 
 def matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Site], list[str]]:
-    """The configuration with its targets resolved, the layers that it adapts, and the modules it trains in full.
+    """What a configuration means for a model.
 
-    Raises UserError for options that are not supported, names that match nothing, and layers that are not linear.
+    Returns:
+        The configuration with its targets resolved, the adapted layers by name, and the names of the modules that are
+        trained in full.
+
+    Raises:
+        UserError: an option that is not supported, a name that matches nothing, a layer that is not linear, or a rank
+            larger than a layer.
     """
     check_own(config)
-    with _disable_current_modes():  # plain tensors also within a dry run
+    with _disable_current_modes():  # a dry run's mode would turn the tensors made here into fake ones
         skeleton, resolved = _peft_skeleton(model, meant(model, config))
     layers = {n: m for n, m in skeleton.named_modules() if isinstance(m, LoraLayer)}
     modules = [name for name, m in skeleton.named_modules() if isinstance(m, ModulesToSaveWrapper)]
@@ -45,7 +51,7 @@ def matched(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str,
 
 
 def _site(name: str, layer: Any, model: nn.Module) -> Site:
-    """What PEFT made of the layer `name`. Raises UserError unless its base is linear and as large as the rank."""
+    """Rank, scale and sizes of the layer `name`. UserError unless the layer is linear and no smaller than the rank."""
     base_layer = layer.get_base_layer()
     weight = getattr(base_layer, "weight", None)
     if "default" not in layer.lora_A or weight is None or weight.dim() != 2:
@@ -64,7 +70,7 @@ def _site(name: str, layer: Any, model: nn.Module) -> Site:
 
 
 def _peft_skeleton(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, LoraConfig]:
-    """PEFT's own model over a copy of `model` on the meta device: its matching without its memory."""
+    """PEFT's model over a copy of `model` on the meta device, where no weight takes memory; and its configuration."""
 
     def without_memory(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -23,12 +23,12 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
     *("preprocessor_config.json", "processor_config.json", "labels.json", "generation_config.json"),
 )
-"""Files beside an adapter that belong to it, and stay as they are."""
+"""Patterns of the files beside an adapter that are copied unchanged."""
 _CLASSES = {
     "SEQ_CLS": ("sequence-classification", "AutoModelForSequenceClassification"),
     "CAUSAL_LM": ("text", "AutoModelForCausalLM"),
 }
-"""PEFT's type of task -> use of the model, class of transformers."""
+"""PEFT's `task_type` -> (`use` in a task's description, class of transformers)."""
 
 
 def merge(
@@ -39,15 +39,18 @@ def merge(
     rank: int | None = None,
     base: str | None = None,
 ) -> Merged:
-    """Averages PEFT LoRA adapters as products, and what they train in full (heads) plainly.
+    """Averages PEFT LoRA adapters: their products s B A, cut to a rank, and plainly what is trained in full (heads).
 
     Args:
         directories: of the adapters, as PEFT's `save_pretrained` or `decaf export` writes them.
         to: where to write the merged adapter, a new or empty folder; nothing is written if None.
         weights: what each adapter counts, in proportion, for instance its number of examples; equal if None.
-        rank: of the merged adapter; the largest of the adapters' if None.
+        rank: of the merged adapter; None: the largest rank of the adapters.
         base: the base model, by name or directory. The merged full model is then written too, to `to`/model, and the
             adapters' own names of their base are not compared.
+
+    Returns:
+        The merged adapter, and what the cut to its rank lost.
 
     Raises:
         UserError: adapters of different bases, layers, heads or label orders, or that mean something else here than
@@ -66,7 +69,17 @@ def merge(
 
 
 def write_merged(to: Path, merged: Merged, found: Sequence[Saved], base: str | None) -> None:
-    """Writes what `merge` made of `found` to `to` and, of `base`, the full model to `to`/model."""
+    """Writes the result of `merge`.
+
+    Args:
+        to: a new or empty folder for the adapter.
+        merged: the merged adapter.
+        found: the adapters that it was made from.
+        base: the base model; the full model is then written to `to`/model. None: the adapter only.
+
+    Raises:
+        UserError: `to` is not empty or cannot be written, or the base cannot take the adapter (`fold`).
+    """
     made = {
         "model": "merged adapter",
         "merged from": ", ".join(one.directory.name for one in found),
@@ -88,7 +101,7 @@ def write_merged(to: Path, merged: Merged, found: Sequence[Saved], base: str | N
 
 
 def _companions(found: Sequence[Saved], to: Path) -> None:
-    """Copies what lies beside the first adapter that brings a tokenizer, else beside the first one."""
+    """Copies `COMPANIONS` from the first adapter that has a tokenizer; from the first one if none has."""
     first = next((one for one in found if (one.directory / "tokenizer_config.json").exists()), found[0])
     for pattern in COMPANIONS:
         for path in first.directory.glob(pattern):
@@ -97,7 +110,7 @@ def _companions(found: Sequence[Saved], to: Path) -> None:
 
 
 def _task(found: Sequence[Saved], base: str | None) -> dict[str, Any]:
-    """The description of the adapters' task, as an export writes it, or what their configuration tells of it."""
+    """The description of the adapters' task, from the first decaf_lora.json; without one, from their configurations."""
     config = found[0].config
     use, kind = _CLASSES.get(str(config.get("task_type")), ("", "AutoModel"))
     auto = config.get("auto_mapping") or {}

@@ -44,7 +44,16 @@ class Merged:
 
 
 def average(found: Sequence[Saved], weights: Sequence[float] | None = None, rank: int | None = None) -> Merged:
-    """The average of adapters that are alike (`alike.check_alike`); see `merge` for the arguments and errors."""
+    """The average of adapters that are alike (`alike.check_alike`), without reading or writing a file.
+
+    Args:
+        found: the adapters.
+        weights: what each counts, in proportion; None: equally much.
+        rank: of the result; None: the largest rank of the adapters.
+
+    Raises:
+        UserError: weights or a rank that make no sense.
+    """
     shares = _shares(weights, len(found))
     largest = max(one.rank(layer) for one in found for layer in layers_of(one.tensors))
     most = max(min(_shape(found[0], layer)) for layer in layers_of(found[0].tensors))
@@ -98,9 +107,13 @@ def _merge(found: Sequence[Saved], shares: tuple[float, ...], rank: int) -> Merg
 def _average(
     factors: Sequence[tuple[Tensor, Tensor]], mix: Sequence[float], rank: int
 ) -> tuple[Tensor, Tensor, float, float]:
-    """A (1, rank, d_in) and B (1, d_out, rank) of sum_j mix_j B_j A_j, the norm of what was cut, and of the whole."""
+    """The best rank-`rank` approximation of sum_j mix_j B_j A_j.
+
+    Returns:
+        A (1, rank, d_in), B (1, d_out, rank), and the Frobenius norms of what was cut and of the whole sum.
+    """
     largest = max(len(a) for a, _ in factors)
-    # Zeros fill up smaller ranks. In float64, so that adapters that nearly cancel each other lose nothing.
+    # Smaller ranks are filled up with zeros. float64, so that adapters that nearly cancel each other keep their digits.
     stack_a = torch.stack([pad(a.double(), (0, 0, 0, largest - len(a))) for a, _ in factors])
     stack_b = torch.stack([pad(b.double(), (0, largest - len(a))) for a, b in factors])
     out = lowrank.mix_truncate(stack_a, stack_b, torch.tensor(mix, dtype=torch.float64), rank)

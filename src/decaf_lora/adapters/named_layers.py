@@ -1,6 +1,7 @@
-"""Which layers do the names of a LoRA configuration mean? Every name must mean one, or it is refused.
+"""Which layers do the names of a LoRA configuration mean? Every name must match a layer, or it is refused.
 
-PEFT leaves names that match nothing unsaid as long as another matches: a misspelt layer would then never be trained.
+PEFT ignores a name that matches nothing as long as another name matches. A misspelt layer would then never be trained,
+without a word.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def meant(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """`config` with its targets as PEFT takes them: the family's own where unset, a single name as a list.
+    """`config` with its targets in the form that PEFT takes.
 
-    Raises UserError for a name, pattern or block that matches nothing, with the nearest names.
+    Unset targets become PEFT's defaults for the model's family, and a single name becomes a collection of one.
+
+    Raises:
+        UserError: a name, pattern or block matches nothing (the message gives the nearest names), the family has no
+            default targets, or a module cannot be trained in full.
     """
     out = copy.deepcopy(config)
     every = [name for name, _ in model.named_modules() if name]
@@ -50,9 +55,9 @@ def meant(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def _outermost(model: nn.Module, names: Sequence[str] | None) -> list[str] | None:
-    """`names` of modules to train in full, without those that lie in others of them.
+    """`names` of the modules to train in full, without those that lie within another one of them.
 
-    Raises UserError for a name that ends the names of modules within one another: PEFT cannot wrap them all.
+    Raises UserError for a name that means both a module and another one inside it: PEFT cannot wrap both.
     """
     if not names:
         return None
@@ -72,7 +77,8 @@ def _outermost(model: nn.Module, names: Sequence[str] | None) -> list[str] | Non
 def _check_whole(model: nn.Module, config: LoraConfig, layers: Sequence[str]) -> None:
     """Raises UserError for a module that cannot be trained in full, or that the targets `layers` adapt as well."""
     names = config.modules_to_save or []
-    # PEFT leaves layers out whose path has such a name for a part, but takes modules whose path ends like it.
+    # For PEFT a name excludes every layer whose path has the name as one of its parts. But a module is trained in full
+    # if the text of its path ends with the name, which also happens in the middle of a part.
     left = [layer for layer in layers if not any(re.match(rf"(^|.*\.){name}($|\..*)", layer) for name in names)]
     for module, part in model.named_modules():
         if not any(module.endswith(name) for name in names):
@@ -98,7 +104,7 @@ def _check_blocks(config: LoraConfig, layers: Sequence[str]) -> None:
     asked = config.layers_to_transform
     if asked is None:
         return
-    # PEFT takes the first number in a name for the block's.
+    # For PEFT the first number in a layer's name is its block.
     found = {int(next(part for part in name.split(".") if part.isdecimal())) for name in layers if _has_number(name)}
     missing = [i for i in ([asked] if isinstance(asked, int) else asked) if i not in found]
     if missing:
@@ -113,7 +119,7 @@ def _has_number(name: str) -> bool:
 
 
 def _family_default(model: nn.Module) -> list[str] | str:
-    """PEFT's own targets of the model's family, where it has some."""
+    """PEFT's default targets for the model's family. Raises UserError if PEFT has none."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in PEFT_DEFAULTS:
         targets = PEFT_DEFAULTS[family]
@@ -126,7 +132,7 @@ def _family_default(model: nn.Module) -> list[str] | str:
 
 
 def _names(every: list[str], given: str | Iterable[str] | None, field: str, model: nn.Module) -> str | set[str] | None:
-    """`given`, of which each name is known to match; a single name that is no pattern of a whole name becomes a set."""
+    """`given` once every name in it is known to match. A single name that matches no full path becomes a set."""
     if not given:
         return None
     if isinstance(given, str):
@@ -145,7 +151,7 @@ def _ends(module: str, name: str) -> bool:
 
 
 def _adaptable(every: list[str], config: LoraConfig) -> list[str]:
-    """The layers among `every` that the targets of `config` name, before any is left out."""
+    """The layers among `every` that the targets of `config` name; exclusions are not applied yet."""
     targets = config.target_modules or []
     if isinstance(targets, str):
         return every if targets.lower() == "all-linear" else [m for m in every if re.fullmatch(targets, m)]

@@ -19,9 +19,16 @@ from decaf_lora.errors import UserError
 
 
 def save_peft(adapter: Adapter, agent: int, config: LoraConfig, directory: Path, base_model: str | None = None) -> None:
-    """Writes the adapter of one agent (position on the leading axis) as a PEFT directory; `config` is the agent's.
+    """Writes the adapter of one agent as a PEFT directory.
 
     `PeftModel.from_pretrained(base, directory)` then gives the logits of this agent.
+
+    Args:
+        adapter: of n agents.
+        agent: position of the agent on the leading axis.
+        config: the agent's own.
+        directory: made if it does not exist.
+        base_model: name or directory to write into the configuration; None: what `config` says.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -41,13 +48,21 @@ def save_peft(adapter: Adapter, agent: int, config: LoraConfig, directory: Path,
 
 
 def load_peft(attached: Attached, start: Adapter, directories: Sequence[Path | None], agents: Sequence[int]) -> Adapter:
-    """`start`, the fresh adapters of `agents`, with what their PEFT directories hold; None leaves an agent fresh.
+    """Adapters that start from PEFT directories.
 
     An adapter of the agent's own rank is taken as it is. One of a smaller rank is filled up: B's new columns are 0,
-    A's new rows fresh. One of a larger rank is cut by a truncated SVD, with a warning that says what is lost.
-    Scales are accounted for: s B A stays.
+    A's new rows stay fresh. One of a larger rank is cut by a truncated SVD, with a warning that says what is lost.
+    Where the saved LoRA scale is another one, B is rescaled, so that the product s B A stays the same.
 
-    Raises UserError that lists the tensors that are missing, unexpected or of another shape.
+    Args:
+        attached: the adapted layers.
+        start: the fresh adapters of `agents`; not changed.
+        directories: one for each agent; None leaves that agent fresh.
+        agents: numbers of the agents on the leading axis of `start`.
+
+    Raises:
+        UserError: a directory cannot be read, or its tensors do not fit the model; lists those that are missing,
+            unexpected or of another shape.
     """
     adapter = start.with_tensors({k: t.clone() for k, t in start.tensors().items()})
     lost = 0.0
@@ -86,7 +101,7 @@ def load_peft(attached: Attached, start: Adapter, directories: Sequence[Path | N
 
 
 def _fitting(attached: Attached, directory: Path) -> Saved:
-    """The adapter of a PEFT directory, with the tensors that the model's adapters have. Raises UserError otherwise."""
+    """The adapter of a PEFT directory. Raises UserError unless its tensors are those of the model's adapters."""
     saved = read_adapter(directory)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, site in attached.sites.items():
@@ -104,7 +119,10 @@ def _fitting(attached: Attached, directory: Path) -> Saved:
 
 
 def _of_another_base(attached: Attached, saved: Saved) -> set[str]:
-    """What to say of an adapter whose base model has another name than the run's; the same may lie elsewhere here."""
+    """One line on an adapter whose base model has another name than the run's; empty if the names agree.
+
+    Only the last parts of paths are compared: one model may lie in different folders on two machines.
+    """
     theirs = saved.config.get("base_model_name_or_path")
     ours = getattr(getattr(attached.model, "config", None), "_name_or_path", None)
     if not (isinstance(theirs, str) and theirs and ours) or Path(theirs).name == Path(ours).name:

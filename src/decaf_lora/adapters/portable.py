@@ -1,8 +1,8 @@
-"""What does an exported directory carry besides its weights? All that a fresh process needs to use them rightly.
+"""What does an exported directory hold besides its weights? All that a fresh process needs to use them as the run did.
 
 Beside the weights lie the tokenizer or processor, `labels.json` (id2label and label2id), generation settings,
-`decaf_lora.json` (how examples are put to the model) and a model card. All of it comes from the description of the
-task (`Task.describe`) and from the base model's own directory: neither data nor code of the task is needed, and no
+`decaf_lora.json` (how examples are presented to the model) and a model card. All of it comes from the description of
+the task (`Task.describe`) and from the base model's own directory. Neither data nor code of the task is needed, and no
 Python code that a description names is imported.
 """
 
@@ -31,13 +31,13 @@ Facts = Mapping[str, Any]
 
 
 def outline(attached: Attached, task: Facts, agents: Iterable[int], averaged: int) -> dict[str, Any]:
-    """What an export needs beside the tensors of a run.
+    """What an export needs besides the tensors of a run.
 
     Args:
         attached: the adapted layers and the configurations of their adapters.
         task: `Task.describe`.
-        agents: whose configurations; one stands for all.
-        averaged: the place among them of the averaged model's.
+        agents: numbers of the agents whose configurations are listed; a single one stands for all.
+        averaged: position in that list of the configuration of the averaged model.
 
     Returns:
         task, configs (the adapter_config.json of every agent, or one for all) and averaged, in JSON's types.
@@ -47,10 +47,15 @@ def outline(attached: Attached, task: Facts, agents: Iterable[int], averaged: in
 
 
 def config_values(config: LoraConfig, trained: list[str], task: Facts) -> dict[str, Any]:
-    """`config` in JSON's types, with the base model of `task`, so that PEFT's Auto classes find and load it.
+    """An adapter_config.json with which PEFT's Auto classes find and load the base model.
 
-    trained: names of the parameters that were trained in full. Of `modules_to_save` those remain, once each, that
-    hold one: PEFT adds its own guesses while it matches, and again at every load.
+    `modules_to_save` is reduced to modules that hold a trained parameter, each once: PEFT adds guesses of its own when
+    it matches layers, and adds them again at every load.
+
+    Args:
+        config: of the adapter.
+        trained: names of the parameters that were trained in full.
+        task: `Task.describe`, which names the base model.
     """
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     modules = dict.fromkeys(values["modules_to_save"] or ())
@@ -63,9 +68,14 @@ def config_values(config: LoraConfig, trained: list[str], task: Facts) -> dict[s
 
 
 def write_adapter(directory: Path, adapter: Adapter, agent: int | str, outline: Facts, made: Facts) -> None:
-    """Writes the one adapter in `adapter`, an agent's or the averaged one, with all that belongs to it.
+    """Writes one adapter as a PEFT directory, with all that belongs to it.
 
-    outline: `Run.outline`. made: what the model card says of how it was made, name -> text.
+    Args:
+        directory: where to write.
+        adapter: alone on the leading axis.
+        agent: number of the agent whose adapter it is, or the name of the averaged model.
+        outline: what `outline` returns.
+        made: rows of the model card on how the adapter was made, name -> text.
     """
     configs = outline["configs"]
     index = outline["averaged"] if not isinstance(agent, int) else agent if len(configs) > 1 else 0
@@ -74,12 +84,19 @@ def write_adapter(directory: Path, adapter: Adapter, agent: int | str, outline: 
 
 
 def name_of(agent: int | str) -> str:
-    """What people read for an agent, or for the averaged model."""
+    """How messages and model cards call an agent, or the averaged model."""
     return f"agent {agent}" if isinstance(agent, int) else "averaged model"
 
 
 def write_companions(directory: Path, task: Facts, made: Facts, merged: bool) -> None:
-    """Writes what belongs to an adapter or, if `merged`, to a full model of `task`; see `write_adapter`."""
+    """Writes all that belongs to a model besides its weights: tokenizer, labels, description and model card.
+
+    Args:
+        directory: where the weights lie.
+        task: `Task.describe`.
+        made: rows of the model card on how the model was made, name -> text.
+        merged: whether the weights are a full model instead of an adapter.
+    """
     if task.get("model"):
         found = _save_preprocessing(directory, task)
         if found is not None and hasattr(_class_of(task), "generate"):
@@ -92,7 +109,7 @@ def write_companions(directory: Path, task: Facts, made: Facts, merged: bool) ->
 
 
 def preprocessing(task: Facts) -> Any:
-    """The tokenizer, or the processor of images and text, as the task uses it."""
+    """The tokenizer, or the processor of images and text, with the task's padding token and maximal length."""
     from transformers import AutoProcessor, AutoTokenizer
 
     kind = AutoProcessor if task.get("processor") else AutoTokenizer
@@ -107,11 +124,16 @@ def preprocessing(task: Facts) -> Any:
 
 @contextlib.contextmanager
 def written_whole(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory`, which becomes `directory` when all is written, and is gone if it is not.
+    """Writes a directory whole or not at all.
 
-    Raises UserError if `directory` is not new or empty, or cannot be written.
+    Yields:
+        A temporary folder beside `directory`. It is renamed to `directory` at the end of the `with` block, and removed
+        if the block fails.
+
+    Raises:
+        UserError: `directory` exists and is not an empty folder, or cannot be written.
     """
-    directory = Path(os.path.abspath(directory))  # "." has no name of its own
+    directory = Path(os.path.abspath(directory))  # Path(".").name is empty
     aside = directory.parent / f".{directory.name}.tmp"
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -120,11 +142,11 @@ def written_whole(directory: Path) -> Iterator[Path]:
         _remove(aside)
         aside.mkdir()
         yield aside
-        os.replace(aside, directory)  # new, or empty
+        os.replace(aside, directory)  # replaces an empty folder, too
     except UserError:
         raise
     except Exception as error:
-        # tokenizers tell of a full disk by a plain Exception.
+        # The tokenizers library reports a full disk with a plain Exception.
         if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
@@ -148,7 +170,7 @@ def _class_of(task: Facts) -> Any:
 
 
 def _save_preprocessing(directory: Path, task: Facts) -> Any:
-    """Writes and returns the tokenizer or processor; None, with a warning, where the base has gone."""
+    """Writes and returns the tokenizer or processor; None, with a warning, where the base cannot be loaded any more."""
     try:
         found = preprocessing(task)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -163,7 +185,7 @@ def _save_preprocessing(directory: Path, task: Facts) -> Any:
 
 
 def _save_generation(directory: Path, task: Facts, tokenizer: Any) -> None:
-    """The base's generation settings, which end where the training texts end."""
+    """Writes the base's generation settings, with the training texts' end token among those that end a text."""
     from transformers import AutoConfig, GenerationConfig
 
     where: dict[str, Any] = {"revision": task.get("revision")}
@@ -176,10 +198,10 @@ def _save_generation(directory: Path, task: Facts, tokenizer: Any) -> None:
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         settings.eos_token_id = [*ends, tokenizer.eos_token_id] if ends else tokenizer.eos_token_id
-    # Not save_pretrained: it refuses settings that the base's authors left at odds with each other.
+    # Not save_pretrained, which refuses settings that contradict each other; some published models have such.
     settings.to_json_file(directory / "generation_config.json", use_diff=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON for people: names in their own letters."""
+    """Writes `value` as indented JSON, in UTF-8 without escapes."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -46,8 +46,13 @@ class Saved:
 def read_config(directory: Path, field: str = "init_adapters") -> dict[str, Any]:
     """The fields of the adapter_config.json of a PEFT directory.
 
-    Raises UserError, in the name of the option `field`, if there is none, or if the adapter would mean something else
-    here than in PEFT (`fields.check_saved`).
+    Args:
+        directory: of the adapter.
+        field: the option that named it, for errors.
+
+    Raises:
+        UserError: the file is missing or no JSON, or the adapter would mean something else here than in PEFT
+            (`fields.check_saved`).
     """
     path = Path(directory) / "adapter_config.json"
     refuse_pointer(path, field)
@@ -61,9 +66,12 @@ def read_config(directory: Path, field: str = "init_adapters") -> dict[str, Any]
 
 
 def rank_fields(directory: Path, field: str = "init_adapters") -> dict[str, Any]:
-    """The fields of a PEFT directory that give its layers rank and scale, without patterns that mean none of them.
+    """The fields that give the layers of a saved adapter their ranks and scales.
 
-    Raises UserError as `read_config` does, and if there are no weights.
+    Patterns that match no layer of the adapter are left out.
+
+    Raises:
+        UserError: as `read_config` does; or the weights are missing or damaged.
     """
     config = read_config(directory, field)
     layers = layers_of(tensor_names(_weights(Path(directory), field), field))
@@ -77,8 +85,13 @@ def rank_fields(directory: Path, field: str = "init_adapters") -> dict[str, Any]
 def read_adapter(directory: Path, field: str = "init_adapters") -> Saved:
     """The adapter in a PEFT directory.
 
-    Raises UserError as `read_config` does, and for tensors that are missing, damaged, no floating-point numbers or not
-    finite; the message names the file and the tensor.
+    Args:
+        directory: of the adapter.
+        field: the option that named it, for errors.
+
+    Raises:
+        UserError: as `read_config` does; or the weights are missing, damaged, no floating-point numbers or not finite
+            (the message names the file and the tensor).
     """
     directory = Path(directory)
     config = read_config(directory, field)
@@ -100,7 +113,7 @@ def layers_of(names: Iterable[str]) -> list[str]:
 
 
 def _weights(directory: Path, field: str) -> Path:
-    """The file of an adapter's tensors. Raises UserError if there is none, or only one of an older PEFT."""
+    """The file of an adapter's tensors. Raises UserError if it is missing, or only an older PEFT's pickle is there."""
     path, old = directory / "adapter_model.safetensors", directory / "adapter_model.bin"
     if path.exists():
         return path

@@ -1,12 +1,12 @@
 """How does LoRA sit in a model, for one agent or many at once?
 
-`attach` wraps the layers that PEFT's own rules match. A wrapped layer holds only the frozen base layer; the
-factors of the agents of a pass are bound to it from outside, so the adapters stay plain tensors and the base
-is in memory once. With k agents bound, the leading axis of every input is k b, agent after agent, and
+`attach` wraps the layers that PEFT's own rules match. A wrapped layer holds only the frozen base layer. `bind` lends
+it the factors of the agents of a pass. So adapters stay plain tensors, and the base is in memory once. With k agents
+bound, the leading axis of every input is k b, agent after agent, and
 
-    y = base(x) + s_i B_i A_i x       for the b examples of agent i,
+    y = base(x) + s_i B_i A_i x       for the b examples of agent i:
 
-one product with the base for all, one batched product for the adapters.
+one product with the base for all agents, and one batched product for the adapters.
 """
 
 from __future__ import annotations
@@ -32,18 +32,23 @@ DropoutMasks = Callable[[str, tuple[int, ...], torch.device], Tensor]
 
 
 IN_OWN_DTYPE = "_decaf_in_own_dtype"
-"""Attribute of a module, a head for instance, whose results stay in the dtype of the agents' copies."""
+"""Attribute that marks a fully trained module, a head for instance, whose results stay in the dtype of the agents'
+copies of it, instead of the base's dtype."""
 
 
 class LeadingAxisError(RuntimeError):
-    """A layer cannot tell the agents of a pass apart: they must go through the model one by one."""
+    """A layer cannot tell the agents of a pass apart, so they must go through the model one by one."""
 
 
 class StackedLora(nn.Module):
     """A frozen linear layer plus the LoRA updates of the agents bound to it.
 
-    `base` maps (..., d_in) to (..., d_out): `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear layer. Attributes
-    that it lacks are the base's, as in PEFT: models look at the `weight` or the sizes of their layers.
+    Attributes that the wrapper lacks are read from the base, as in PEFT, since models look at the `weight` or the
+    sizes of their layers.
+
+    Args:
+        name: of the layer in the model.
+        base: maps (..., d_in) to (..., d_out): `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear layer.
     """
 
     def __init__(self, name: str, base: nn.Module) -> None:
@@ -54,7 +59,7 @@ class StackedLora(nn.Module):
         self.scale: Tensor | None = None
         self.masks: DropoutMasks | None = None
         self.on_read: Callable[[str, str], None] | None = None
-        """Called with the layer's name and the attribute's whenever one of the base's is read."""
+        """Called with (name of the layer, name of the attribute) whenever an attribute of the base is read."""
 
     def __getattr__(self, name: str) -> Any:
         found, base = _of_base(self, name)
@@ -63,7 +68,11 @@ class StackedLora(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (k b, ..., d_in) -> (k b, ..., d_out), k = the number of agents bound; the plain base if none."""
+        """x (k b, ..., d_in) -> (k b, ..., d_out), with k agents bound; the plain base layer if none is.
+
+        Raises:
+            LeadingAxisError: the leading axis of x is no multiple of k.
+        """
         y = self.base(x)
         if self.A is None or self.B is None or self.scale is None:
             return y
@@ -85,7 +94,7 @@ class StackedExtra(nn.Module):
         self.name, self.base = name, base
         self.parameters_of_agents: Tensors | None = None
         self.vectorized = True
-        """Whether one call computes all agents; off for modules that `torch.func.vmap` cannot run."""
+        """Whether one `torch.func.vmap` call computes all agents; off for modules that vmap cannot run."""
 
     def __getattr__(self, name: str) -> Any:
         found, base = _of_base(self, name)
@@ -97,14 +106,18 @@ class StackedExtra(nn.Module):
                 f"lora.modules_to_save: the model calls {self.name}.{name} without {self.name} around it; name the "
                 "inner modules instead."
             )
-        if name in own:  # used beside the module's own call, as where an embedding is also the output layer
+        if name in own:  # the model reads the parameter itself, for instance an embedding as output layer
             if len(own[name]) > 1:
                 raise LeadingAxisError(f"{self.name}: its {name} is used directly")
             return own[name][0]
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Like the base module, with every tensor's leading axis k b split over the k bound agents."""
+        """Like the base module; each of the k bound agents computes its own b rows of every tensor (k b, ...).
+
+        Raises:
+            LeadingAxisError: the leading axis of a tensor is no multiple of k.
+        """
         if self.parameters_of_agents is None:
             return self.base(*args, **kwargs)
         k = next(iter(self.parameters_of_agents.values())).shape[0]
@@ -149,7 +162,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 def _of_base(module: nn.Module, name: str) -> tuple[Any, nn.Module | None]:
-    """The attribute `name` of a wrapper, and of which base it comes from; None if it is the wrapper's own part."""
+    """The attribute `name` of a wrapper, and the base module that it comes from; None if it is the wrapper's own."""
     for parts in ("_parameters", "_buffers", "_modules"):
         own = module.__dict__.get(parts, {})
         if name in own:
@@ -161,7 +174,10 @@ def _of_base(module: nn.Module, name: str) -> tuple[Any, nn.Module | None]:
 
 
 class Attached:
-    """A model with adapter sites. `bind` puts agents' factors in place for the time of a `with` block."""
+    """A model whose adapted layers are wrapped; what `attach` returns.
+
+    `bind` puts agents' factors in place for the time of a `with` block.
+    """
 
     def __init__(
         self,
@@ -207,10 +223,14 @@ class Attached:
         return self._extra_layers
 
     def init(self, agents: Sequence[int], seed: int, common_start: bool = True) -> Adapter:
-        """Fresh adapters for these agents: A as PEFT draws it, B = 0, extras equal to the base's.
+        """Fresh adapters: A as PEFT draws it, B = 0, extras equal to the base's.
 
-        With `common_start` all agents draw the same A (the same numbers whoever asks), else each its own; of unequal
-        ranks an agent has the first rows of it.
+        The numbers depend on the arguments only, not on which process asks.
+
+        Args:
+            agents: numbers of the n agents.
+            seed: of the run.
+            common_start: whether all agents share one A (where ranks differ, its first rows), or each draws its own.
         """
         a: Tensors = {}
         b: Tensors = {}
@@ -245,7 +265,12 @@ class Attached:
 
     @contextlib.contextmanager
     def bind(self, adapter: Adapter, masks: DropoutMasks | None = None) -> Iterator[nn.Module]:
-        """The model with these k agents' adapters in place; inputs carry k b examples, agent after agent."""
+        """Puts the adapters of k agents in place; yields the model.
+
+        Args:
+            adapter: of the k agents; inputs of the model then hold k b examples, agent after agent.
+            masks: draws the masks of LoRA dropout; None: no dropout.
+        """
         try:
             for name, layer in self._lora_layers.items():
                 layer.A, layer.B, layer.scale = adapter.A[name], adapter.B[name], adapter.scale[name]
@@ -263,25 +288,33 @@ class Attached:
                 extra.parameters_of_agents = None
 
     def detach(self) -> nn.Module:
-        """Takes the sites out again and returns the plain base model."""
+        """Unwraps all layers again and returns the plain base model."""
         for name, layer in {**self._lora_layers, **self._extra_layers}.items():
             self.model.set_submodule(name, cast(nn.Module, layer.base))
         return self.model
 
 
 def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attached:
-    """Wraps the layers of `model` (in place) that `config` matches, exactly as PEFT would.
+    """Wraps, in place, the layers of a model that PEFT would adapt.
 
-    A list is one configuration an agent; they may differ in rank and alpha, and must match the same layers. All base
-    parameters are frozen and the model is put in eval mode: base dropout is off, LoRA dropout is ours. Raises
-    UserError for options that are not supported, for targets that match nothing (with the nearest module names),
-    for layers that are not linear, and for a rank larger than a layer.
+    All base parameters are frozen. The model is put in eval mode, so the base's own dropout is off; LoRA dropout comes
+    from `Attached.bind`.
+
+    Args:
+        model: the base model.
+        config: one for all agents, or one for each. Those of different agents may differ in rank and alpha, and must
+            match the same layers.
+
+    Raises:
+        UserError: an option that is not supported, a target that matches nothing (the message gives the nearest module
+            names), a layer that is not linear, a rank larger than a layer, configurations that match different layers,
+            or a model that another run has wrapped.
     """
     if any(isinstance(module, StackedLora | StackedExtra) for module in model.modules()):
         raise UserError(f"task: another run holds this {type(model).__name__}; call close() on it first.")
     configs = [config] if isinstance(config, LoraConfig) else list(config)
     keys = [repr(sorted(one.to_dict().items(), key=lambda item: item[0])) for one in configs]
-    # Equal configurations are matched once.
+    # Matching takes long, so equal configurations are matched once.
     found = {key: matched(model, one) for key, one in dict(zip(keys, configs, strict=True)).items()}
     resolved, all_sites, all_modules = zip(*(found[key] for key in keys), strict=True)
     modules = all_modules[0]
