@@ -1,6 +1,6 @@
-"""The algorithms: what is sent, and what becomes of what arrives? One file a rule, its formula on top.
+"""The algorithms: what do agents send, and how do they combine what arrives? One file a rule, its formula on top.
 
-Transforms lie over any of the rules that gossip: `decaf() | tracking() | int8()`.
+Transforms lie over any rule that gossips: `decaf() | tracking() | int8()`.
 """
 
 from decaf_lora.adapters.adapter import Adapter

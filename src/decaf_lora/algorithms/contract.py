@@ -1,10 +1,10 @@
-"""The contract: what is sent, and what becomes of what arrives?
+"""The contract of an algorithm: what is sent, and how are messages combined?
 
-A rule is a NamedTuple of pure functions, in the manner of optax; a transform is another that lies over any rule.
-`transforms.chain` makes an algorithm of one rule and some transforms. None of them ever sees a model, an engine or a
-network. Every tensor has the agents of this process on its leading axis n: N in a simulation, a share of N under
-torchrun, 1 in a mesh. A state is a dict of such tensors by name, so it can be checkpointed, moved between processes and
-compared without knowing what it means.
+A rule is a NamedTuple of pure functions, in the manner of optax. A transform is another NamedTuple of pure functions,
+which lies over any rule. `transforms.chain` makes an algorithm of one rule and any number of transforms. Neither ever
+sees a model, an engine or a network. Every tensor has the agents of this process on its leading axis n: N in a
+simulation, a share of N under torchrun, 1 in a mesh. A state is a dict of such tensors by name, so it can be
+checkpointed, moved between processes and compared without knowing what it means.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ Order = Literal["adapt-combine", "combine-adapt"]
 
 
 class Round(NamedTuple):
-    """One round of a run, and where it lies in the schedule of graphs."""
+    """One round of a run, and its place in the period of the graphs."""
 
     number: int
     """From 1."""
     period: int = 1
-    """Rounds until what every agent sends has reached all others, or on a schedule until it starts again: 1 on a graph
-    that stays the same. On random schedules it is known only to those who say that they need it (`periodic`)."""
+    """Rounds in a period: 1 on a graph that stays the same, else the rounds until a schedule starts again. A random
+    schedule never does; its period is the number of rounds until every message has reached all agents, and is computed
+    only for algorithms that need it (`Rule.periodic`), else 1."""
 
     @property
     def opens(self) -> bool:
-        """Whether it is the first round of a period."""
+        """Whether this is the first round of a period."""
         return (self.number - 1) % self.period == 0
 
     @property
     def closes(self) -> bool:
-        """Whether it is the last round of a period."""
+        """Whether this is the last round of a period."""
         return self.number % self.period == 0
 
 
@@ -56,29 +57,30 @@ class Setting:
     num_agents: int
     """N, the agents of the whole run."""
     seed: int = 0
-    """For noise that is drawn by name (`randomness.py`), the same whoever draws it."""
+    """Of the run; noise that is drawn by name (`randomness.py`) is the same in every process."""
     period: int = 1
     """`Round.period`."""
     neighbours: Sequence[int] = ()
-    """Numbers of the agents with which the one agent of this process ever exchanges, where it may miss some of them:
-    what must be the same at both ends of an edge is kept for each. Empty where agents keep step."""
+    """In a mesh, the numbers of all agents with which the one agent of this process ever exchanges. It may miss some of
+    them in an exchange, so a state that both ends of an edge must share is kept by neighbour. Empty where agents keep
+    step."""
     measure_sigma_2: Callable[[], float] = field(default=lambda: 0.0, repr=False)
-    """Computes `sigma_2`, which takes long for many agents and which few rules need."""
+    """Computes `sigma_2`, only when it is asked for: few rules need it, and it takes long for many agents."""
 
     @cached_property
     def sigma_2(self) -> float:
-        """What a round leaves of the agents' disagreement, from 0 (exact average) to 1 (nothing is mixed)."""
+        """The share of the agents' disagreement that a round leaves: 0 is an exact average, at 1 nothing is mixed."""
         return self.measure_sigma_2()
 
 
 class Combined(NamedTuple):
-    """What a rule makes of what arrived."""
+    """What `Rule.combine` returns."""
 
     adapter: Adapter
     state: Tensors
     rest: Mapping[str, Tensor] = MappingProxyType({})
-    """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): what the rule had to leave out of the products, at the rank of
-    `Inbox.carried`; empty unless something was carried."""
+    """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): the products that truncation cut off, at the rank q of
+    `Inbox.carried`. Empty unless something was carried."""
 
 
 def _no_state(adapter: Adapter, setting: Setting) -> Tensors:
@@ -102,7 +104,7 @@ def _keep_moments(state: Tensors, first: Tensors, second: Tensors) -> tuple[Tens
 
 
 def reset_moments(state: Tensors, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-    """The moments of A and B start at 0 again after every mixing; the optimizer's step count goes on."""
+    """`Rule.moments` that sets the moments of A and B to 0 after every mixing; the optimizer's step count goes on."""
 
     def zeros(moments: Tensors) -> Tensors:
         return {k: t if factor_and_layer(k)[0] == "extras" else torch.zeros_like(t) for k, t in moments.items()}
@@ -111,43 +113,46 @@ def reset_moments(state: Tensors, first: Tensors, second: Tensors) -> tuple[Tens
 
 
 class Rule(NamedTuple):
-    """A decentralized LoRA rule. `state` is the rule's own; names of tensors are those of `Adapter.tensors()`."""
+    """A decentralized LoRA rule: what agents train, send, and make of the messages.
+
+    `state` is the rule's own. Tensors are named as in `Adapter.tensors()`.
+    """
 
     name: str
     topology: Topology = "graph"
     """Who talks: "graph" (the run's mixing matrix), "server" (the complete graph with sample-size weights), "none"
     (nobody), "pooled" (one agent that holds all data)."""
     order: Order = "adapt-combine"
-    """Of a round: "adapt-combine" trains, then mixes; "combine-adapt" mixes, then trains."""
+    """What comes first in a round: "adapt-combine" trains, then mixes; "combine-adapt" mixes, then trains."""
     init: Callable[[Adapter, Setting], Tensors] = _no_state
     """(adapter, setting) -> state."""
     trains: Callable[[Round], frozenset[Factor]] = _train_all
     """round -> the factors that the local steps may change."""
     message: Callable[[Adapter, Tensors, Round], Tensors] = _no_message
-    """(adapter, state, round) -> name -> (n, ...): what every agent sends."""
+    """(adapter, state, round) -> the agents' messages, name -> (n, ...)."""
     combine: Callable[[Adapter, Tensors, Inbox, Round], Combined] = _keep
     """(adapter, state, inbox, round) -> new adapter and state."""
     moments: Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]] = _keep_moments
-    """(state, first, second) -> what becomes of the optimizer's moments after `combine`. SGD passes its momentum as
+    """(state, first, second) -> the optimizer's moments to go on with after `combine`. SGD passes its momentum as
     `first` and an empty `second`."""
     turn: Callable[[Adapter, Inbox, Adapter], Tensors] | None = None
-    """(old adapter, inbox, new adapter) -> layer -> (n, r, r) the orthogonal P that takes the frame of the plain factor
-    average to that of the new factors, A' ~ P A, B' ~ B P^T. None: the new frame is that of the average."""
+    """(old adapter, inbox, new adapter) -> layer -> P (n, r, r), orthogonal, which turns the plain average A, B of the
+    factors to the new factors: A' ~ P A, B' ~ B P^T. None: the new factors have the frame of that average."""
     relay: Callable[[Adapter, Inbox, Round], tuple[Tensors, Tensor]] | None = None
-    """(adapter, inbox, round) -> the message of the next of several exchanges in a round, and (n,) the norm of what it
-    leaves out. None: nothing is left out, and the exchanges are done as one (`graphs.compose`)."""
+    """With several exchanges in a round, the message of the next one: (adapter, inbox, round) -> the message, and the
+    norms (n,) of what it leaves out. None: nothing is left out; the exchanges are made as one (`graphs.compose`)."""
     stacks: frozenset[str] = frozenset()
-    """First parts of the names of those tensors that `combine` must receive unmixed. With several exchanges in a round
+    """Tensors that `combine` must receive unmixed, by the first part of their names. With several exchanges in a round
     these are forwarded as they are; all others are averaged at every hop."""
     periodic: bool = False
-    """Whether anything depends on `Round.period`."""
+    """Whether the rule depends on `Round.period`."""
     truncates: bool = False
-    """Whether `combine` adds `Inbox.carried` to what it mixes, and returns as `rest` what it cuts off."""
+    """Whether `combine` truncates: then it adds `Inbox.carried` to the products, and returns in `rest` what it cuts."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an exchange did to the adapters."""
+    """What combining did to the adapters, for `Transform.after`."""
 
     old: Adapter
     new: Adapter
@@ -158,7 +163,7 @@ class Change:
 
     @cached_property
     def frames(self) -> Tensors:
-        """layer -> (n, r, r): `Rule.turn`, computed once for all transforms; empty where the frame is the average's."""
+        """layer -> (n, r, r): the result of `Rule.turn`, computed once for all transforms; empty without a `turn`."""
         return self.turn()
 
 
@@ -171,29 +176,32 @@ def _any_rule(rule: Rule) -> None:
 
 
 class Transform(NamedTuple):
-    """An option that lies over any rule. `state` is the transform's own, and all that it sees of a state.
+    """An option that lies over any rule, such as gradient tracking or int8 messages.
 
-    What is None is left as it is. Steering, sending and moments go through the transforms in the order of the chain,
-    receiving in the opposite one.
+    `state` is the transform's own; the states of the rule and of other transforms are out of its sight. A function that
+    is None changes nothing. Steering, sending and moments go through the transforms in the order of the chain,
+    receiving in the opposite order.
     """
 
     name: str
-    """Names the transform's state. What it adds to a message has names that start with it: `tracking/A/layer`."""
+    """Key of the transform's state, and first part of the names of the tensors that the transform adds to a message:
+    `tracking/A/layer`."""
     init: Callable[[Adapter, Tensors, Tensors, Setting], Tensors] = _starts_empty
-    """(adapter, trained, message, setting) -> state; `trained` are the tensors that local steps change, `message` is
-    what the parts before it send in the first round."""
+    """(adapter, trained, message, setting) -> state. `trained` are the tensors that local steps change; `message` is
+    the first round's, from the rule and the transforms before this one."""
     steer: Callable[[Tensors, Tensors, Round], tuple[Tensors, Tensors]] | None = None
-    """(state, gradients, round) -> (gradients, state), before every optimizer step."""
+    """(state, gradients, round) -> (gradients, state). Called before every optimizer step."""
     send: Callable[[Adapter, Tensors, Tensors, Round], tuple[Tensors, Tensors]] | None = None
     """(adapter, state, message, round) -> (message, state). Called once an exchange."""
     receive: Callable[[Adapter, Tensors, Inbox, Round], tuple[Inbox, Tensors]] | None = None
-    """(adapter, state, inbox, round) -> (inbox, state): takes its own part out and undoes what `send` did."""
+    """(adapter, state, inbox, round) -> (inbox, state). Undoes what `send` did: the inbox returned holds no tensor of
+    this transform."""
     relayed: Callable[[Adapter, Tensors, Inbox, Round], Tensors] | None = None
-    """(adapter, state, inbox, round) -> state, after each exchange of a round but the last."""
+    """(adapter, state, inbox, round) -> state. Called after each exchange of a round but the last."""
     after: Callable[[Tensors, Change, Round], Tensors] | None = None
-    """(state, change, round) -> state, after the rule has combined."""
+    """(state, change, round) -> state. Called after the rule has combined."""
     moments: Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]] | None = None
-    """(state, first, second) -> the optimizer's moments after the rule's own change of them."""
+    """(state, first, second) -> (first, second), the optimizer's moments. Called after `Rule.moments`."""
     check: Callable[[Rule], None] = _any_rule
     """Raises UserError for a rule that the transform cannot lie over."""
     stacks: frozenset[str] = frozenset()
@@ -201,11 +209,19 @@ class Transform(NamedTuple):
     periodic: bool = False
     """As `Rule.periodic`."""
     suffix: str = ""
-    """What the algorithm's name says of it: `_tracked`."""
+    """Ending that the transform adds to the algorithm's name: `_tracked`."""
 
 
 def check_factors(rule: Rule, field: str) -> None:
-    """UserError for a transform, set by `field`, over a rule that does not train the same factors in all rounds."""
+    """Checks that a rule trains the same factors in all rounds (the first 99 are asked), as some transforms need.
+
+    Args:
+        rule: the rule.
+        field: the option that asked for the transform, for the error.
+
+    Raises:
+        UserError: the rule trains other factors in some round.
+    """
     first = rule.trains(Round(1))
     if other := next((number for number in range(2, 100) if rule.trains(Round(number)) != first), None):
         raise UserError(
@@ -215,9 +231,11 @@ def check_factors(rule: Rule, field: str) -> None:
 
 
 def turned(tensors: Tensors, frames: Tensors) -> Tensors:
-    """Factors (n, ...), or gradients of factors, in the frame that `frames`, layer -> (n, r, r), turn to.
+    """Factors, or gradients of factors, turned into another frame: P A and B P^T.
 
-    Names end as in `Adapter.tensors()`.
+    Args:
+        tensors: name -> (n, ...); the names end as in `Adapter.tensors()`.
+        frames: layer -> P (n, r, r). Layers without one, and extras, stay as they are.
     """
     out = {}
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Which kinds do the files of a room bring? Each lists its own as `KINDS`, so that a new one is one file."""
+"""Which kinds do the modules of a package define? Each module lists its own as `KINDS`, so a new kind is one file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def discovered(room: ModuleType) -> dict[str, Any]:
-    """Name -> kind, from the modules of a package in alphabetical order."""
+    """Name -> kind, from all modules of the package `room`, in alphabetical order of the modules."""
     found: dict[str, Any] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(room.__path__)):
         found |= getattr(importlib.import_module(f"{room.__name__}.{module}"), "KINDS", {})

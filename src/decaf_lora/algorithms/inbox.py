@@ -15,10 +15,10 @@ from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
 
 
 class Group(NamedTuple):
-    """Receivers with the same number of senders, whose work goes through one batched call.
+    """g receivers that hear the same number m of senders, so that one batched call serves them all.
 
-    Agents with the same row of the mixing matrix (all of them on a complete graph) are computed once:
-    receiver `receivers[g]` takes the result of row `expand[g]`.
+    Receivers with equal rows of the mixing matrix (on a complete graph: all) share one of u distinct rows, whose result
+    is computed once: `receivers[k]` takes the result of row `expand[k]`.
     """
 
     receivers: Tensor
@@ -28,10 +28,14 @@ class Group(NamedTuple):
     weights: Tensor
     """(u, m) float64 mixing weights."""
     expand: Tensor
-    """(g,) for every receiver its row of `senders`."""
+    """(g,) for every receiver its row of `senders` and `weights`."""
 
     def split(self, key: Tensor) -> Iterator[tuple[int, Group]]:
-        """This group in parts whose receivers have the same `key` (n,), each with its key."""
+        """Splits this group by a key of the receivers; yields (value, the receivers that have it).
+
+        Args:
+            key: (n,) integers, one for each agent of this process.
+        """
         own = key[self.receivers]
         for value in own.unique().tolist():
             chosen = own == value
@@ -40,9 +44,17 @@ class Group(NamedTuple):
 
 
 def routes(weights: np.ndarray, senders: Sequence[int], receivers: Sequence[int]) -> tuple[Group, ...]:
-    """Who of `receivers` (agent numbers) listens to whom of `senders` (ascending) under `weights` (N, N).
+    """Who listens to whom, with which weight, as groups of receivers.
 
-    The weight of an agent that is missing among the senders goes to the receiver itself: rows keep their sums.
+    The weight of a neighbour that is missing among the senders goes to the receiver itself, so every row keeps its sum.
+
+    Args:
+        weights: (N, N) mixing weights.
+        senders: agent numbers, ascending.
+        receivers: agent numbers, ascending.
+
+    Raises:
+        ValueError: a receiver misses a neighbour and is itself not among the senders.
     """
     position = {agent: k for k, agent in enumerate(senders)}
     rows: dict[int, dict[tuple, list[int]]] = {}
@@ -76,7 +88,7 @@ def routes(weights: np.ndarray, senders: Sequence[int], receivers: Sequence[int]
 class Inbox:
     """What arrived in one exchange for the n agents of this process.
 
-    Sums run over senders in ascending agent order.
+    Sums run over the senders in ascending order of agents, so that their rounding is the same in every engine.
     """
 
     tensors: Tensors
@@ -88,19 +100,19 @@ class Inbox:
     senders: tuple[int, ...] = ()
     """(k,) agent numbers of the senders."""
     own: tuple[int, ...] = ()
-    """(n,) where each receiver's own message lies on the sender axis; empty if not all are there."""
+    """(n,) position of each receiver's own message on the sender axis; empty if some receiver's own is missing."""
     exchange: int = 0
-    """Number of the exchange that took place, from 0; it may be later than the one that was started."""
+    """Number, from 0, of the exchange that took place. In a mesh it may be a later one than was started."""
     forget: frozenset[int] = frozenset()
-    """Neighbours with whom accounts do not agree: what is kept of exchanges with them is to be emptied before this
-    exchange is added."""
+    """Neighbours for whom state that is kept by neighbour must be set to 0 before this exchange is added: their records
+    of past exchanges differ from this agent's, or the two have missed each other too often."""
     carried: Tensors = field(default_factory=dict)
-    """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): products that a rule that truncates adds to what it mixes, with
+    """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): products B A that a truncating rule adds to the mixed ones, with
     weight 1, in units of the receiver's own LoRA scale."""
     waited: Mapping[int, float] = field(default_factory=dict)
-    """Neighbour -> seconds until it was certain whether it takes part, where that is known."""
+    """Neighbour -> seconds until it was certain whether the neighbour takes part. Empty where agents keep step."""
     rejected: tuple[str, ...] = ()
-    """Messages that were refused, one line each: of whom, and why."""
+    """One line for each message that was refused: whose message, and why."""
 
     @staticmethod
     def from_weights(
@@ -111,15 +123,18 @@ class Inbox:
         exchange: int = 0,
         groups: tuple[Group, ...] | None = None,
     ) -> Inbox:
-        """The inbox of `receivers` (agent numbers) under `weights` (N, N), given the messages of `senders`.
+        """The inbox of some agents, from the messages of their senders.
 
         Args:
             tensors: name -> (k, ...), with `senders` on the leading axis.
             weights: (N, N); the weight of a neighbour that is missing among the senders goes to the receiver itself.
-            senders: agent numbers, ascending; an engine puts the receivers among them.
+            senders: agent numbers, ascending; engines include the receivers.
             receivers: agent numbers, ascending.
             exchange: number of the exchange.
-            groups: what `routes` makes of the other arguments, where it is kept.
+            groups: the result of `routes`, from engines that keep it; None: computed here.
+
+        Raises:
+            ValueError: as `routes` does.
         """
         if groups is None:
             groups = routes(weights, senders, receivers)
@@ -128,7 +143,7 @@ class Inbox:
         return Inbox(tensors, groups, len(receivers), tuple(senders), own, exchange)
 
     def weights_of_first(self) -> dict[str, float]:
-        """Number of each neighbour that the first receiver heard -> weight of its message."""
+        """Neighbour that the first receiver heard, by number -> weight of the neighbour's message."""
         if not self.groups:
             return {}
         group = next(group for group in self.groups if 0 in group.receivers.tolist())
@@ -154,11 +169,11 @@ class Inbox:
         return out
 
     def stacked(self, names: Sequence[str], group: Group) -> Tensor:
-        """(L, u, m, ...) tensors `names` (equal shapes) of the senders of every row of `group`."""
+        """(L, u, m, ...) the L tensors `names`, of equal shapes, of the m senders in each of the u rows of `group`."""
         return torch.stack([self.tensors[name] for name in names])[:, group.senders]
 
     def scales(self, layers: Sequence[str], group: Group) -> Tensor | None:
-        """(L, u, m) LoRA scales of the senders, where agents differ in rank or scale and so say them; else None."""
+        """(L, u, m) LoRA scales of the senders. None where agents do not differ in rank or scale, and so send none."""
         return self.stacked([f"scale/{k}" for k in layers], group) if f"scale/{layers[0]}" in self.tensors else None
 
 
@@ -168,10 +183,18 @@ def average_all(inbox: Inbox, names: Iterator[str] | Sequence[str]) -> Tensors:
 
 
 def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:
-    """name -> (n, ...) weighted averages of all trained tensors in the inbox, as `adapter`'s own.
+    """The receivers' weighted averages of all trained tensors in the inbox.
 
-    Between agents of different ranks factors are averaged as if filled with zeros, and cut to the receiver's rank
-    (HetLoRA's aggregation, Cho et al., arXiv 2401.06432); B is averaged as s_j B_j and divided by the own s_i.
+    Where agents differ in rank, factors are averaged as if filled up with zeros, and cut to the receiver's rank
+    (HetLoRA's aggregation, Cho et al., arXiv 2401.06432). Where they differ in scale, s_j B_j is averaged and divided
+    by the receiver's own s_i.
+
+    Args:
+        adapter: of the n receivers; gives their ranks and scales.
+        inbox: what arrived.
+
+    Returns:
+        name -> (n, ...).
     """
     names = [name for name in inbox.tensors if owner(name) != "scale"]
     if not adapter.ranks:

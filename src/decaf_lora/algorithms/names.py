@@ -33,12 +33,13 @@ def make(name: str, transforms: Sequence[str] = (), **given: Any) -> Algorithm:
 
     Args:
         name: one of `KINDS`, or a function of the user's own, "mine.py:alternating".
-        transforms: names of more transforms to lay over it, "mine.py:noise:scale=0.1".
-        given: its options. An algorithm that is not of this package also takes those that ask for a transform.
+        transforms: names of further transforms to lay over the algorithm, "mine.py:noise:scale=0.1".
+        given: options of the algorithm. One from outside this package also takes every option that asks for a
+            transform, such as `messages`.
 
     Raises:
-        UserError: the name is not known, an option is not known or means something else in another algorithm, or the
-            function returned something else than a rule.
+        UserError: the name or an option is not known, an option means something else in another algorithm, transforms
+            are given for an algorithm that mixes nothing, or the function returned neither a rule nor an algorithm.
     """
     found = KINDS.find(name)
     own = options(found.kind.build)
@@ -69,7 +70,7 @@ def make(name: str, transforms: Sequence[str] = (), **given: Any) -> Algorithm:
 
 
 def accepted(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options `given` that the algorithm called `name` takes."""
+    """The options among `given` that the algorithm called `name` takes."""
     found = KINDS.find(name)
     known = _options(found)
     return {
@@ -80,12 +81,12 @@ def accepted(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spelled(name: str) -> str:
-    """The name as the table writes it; of a function of the user's own, as it is."""
+    """A name as the table of algorithms spells it. The name of a user's own function stays as it is."""
     return KINDS.find(name).name if KINDS.written(name) in KINDS else name
 
 
 def check_together(names: Iterable[str]) -> None:
-    """UserError if an option means different things to two of the algorithms."""
+    """UserError if an option means different things in two of the algorithms `names`, or in one and a built-in one."""
     _refuse_other_meanings({**_built_in(), **{name: options(KINDS.find(name).kind.build) for name in names}})
 
 
@@ -99,7 +100,7 @@ def _options(found: Found[Kind]) -> dict[str, Option]:
 
 
 def _mixes(found: Found[Kind]) -> bool:
-    """Whether transforms may lie over it; the built-in rules that nobody mixes take none."""
+    """Whether transforms may lie over the algorithm; the built-in ones without gossip take none."""
     return found.name not in KINDS or "messages" in options(found.kind.build)
 
 
@@ -126,7 +127,8 @@ def _refuse_other_meanings(of: Mapping[str, Mapping[str, Option]]) -> None:
 
 
 def _meaning(option: Option) -> object:
-    """The type without None; of choices only that they are choices, since an algorithm may offer fewer."""
+    """The type of an option, to compare with another's: without None, and without which choices a Literal offers,
+    since one algorithm may offer fewer than another."""
     parts = set(typing.get_args(option.type)) if _is_union(option.type) else {option.type}
     parts.discard(type(None))
     return frozenset("choices" if typing.get_origin(part) is Literal else part for part in parts)

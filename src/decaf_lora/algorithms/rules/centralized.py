@@ -2,8 +2,8 @@
 
     A <- A - lr dA              B <- B - lr dB
 
-It takes as many optimizer steps as an agent and sees in every step as many examples as all N agents
-together (batch N b), so it is what the agents could reach if they pooled their data.
+The one agent takes as many optimizer steps as any agent of the other rules, and sees in each step as many examples as
+all N of them together (batch N b). So its score is what the agents could reach if they pooled their data.
 """
 
 from decaf_lora.algorithms.contract import Rule

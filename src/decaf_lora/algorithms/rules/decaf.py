@@ -6,18 +6,18 @@ Saadati, Jiang, Waite, Ganguly, Balu, Hegde, Sarkar, arXiv 2505.21382. Messages 
 d_out) numbers per layer, never a dense update. Mixing the product has no consensus interference; the price is
 the truncation tail, the part of Z_i beyond rank r.
 
-The paper leaves open how U S V^T is split into B and A. The product is the same for every split (gauge),
-the training after it is not, since Adam works per coordinate. `gauge` selects (lowrank.py has the formulas);
-the default is the choice that our study supports (docs/study-decaf.md), and differs from the literal
-balanced reading of the paper. `moments` says what becomes of Adam's moments, which live in the old frame:
-kept, reset, or rotated along with the factors.
+The paper leaves open how U S V^T is split into B and A. The product is the same for every split (gauge); the
+training after it is not, since Adam works per coordinate. `gauge` selects the split (lowrank.py has the formulas).
+The default is the gauge that our study supports (docs/study-decaf.md); the literal reading of the paper would be
+"balanced". Adam's moments belong to the old frame of the factors: `moments` keeps them, resets them, or transports
+them into the new frame.
 
 With several exchanges in a round the factors are stacked and forwarded, and truncated once, at the end:
-Z_i = sum_j (W_m .. W_1)_ij s_j B_j A_j. `relay_rank` R bounds the stack: between exchanges it is cut to rank R,
+Z_i = sum_j (W_m .. W_1)_ij s_j B_j A_j. `relay_rank` R bounds the stack: between two exchanges it is cut to rank R,
 
-    (A_i, B_i) <- TSVD_R(sum_j (W_t)_ij B_j A_j),    what is cut off is recorded as `recompression`.
+    (A_i, B_i) <- TSVD_R(sum_j (W_t)_ij B_j A_j),    and the norm of what was cut is recorded as `recompression`.
 
-`truncation_feedback` f keeps what a truncation cuts and adds it to the agent's next one (feedback.py).
+`truncation_feedback` f keeps what a truncation cuts, and adds f times it to the agent's next mix (feedback.py).
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def decaf(
     """Product gossip with truncation.
 
     Args:
-        gauge: one of `GAUGES`, or "rotated", the default rotated one.
+        gauge: how the truncated product is split into factors: one of `GAUGES`, or "rotated" for `DEFAULT_GAUGE`.
         order: train then mix, or mix then train.
-        moments: what becomes of Adam's moments after the factors changed frame.
-        reference: the frame that rotated gauges turn to, the neighbourhood's plain factor average or the agent's own
-            factors before mixing.
-        relay_rank: with several exchanges in a round, the rank (at least r) to which stacks are cut between them; None
-            forwards them whole.
+        moments: what happens to Adam's moments after mixing, when the frame of the factors has changed.
+        reference: the frame that rotated and anchored gauges turn to: the neighbourhood's plain factor average, or the
+            agent's own factors before mixing.
+        relay_rank: with several exchanges in a round, the rank to which stacks are cut between them, at least 1 (below
+            the adapters' rank it counts as that). None: stacks are forwarded whole.
         tracking: lay gradient tracking over it (transforms/tracking.py), with `tracking_gamma`.
         tracking_gamma: in (0, 1], how far a correction moves at an update.
         truncation_feedback: how much of what was cut comes back, in (0, 1] (transforms/feedback.py); None: off.
@@ -90,8 +90,8 @@ def decaf(
         raise UserError(f"algorithm.relay_rank: {relay_rank} is below 1; give a rank, or leave it unset.")
 
     def init(adapter: Adapter, setting: Setting) -> Tensors:
-        # A's scale is a constant of the run: averages of unrelated frames shrink, and a scale taken from
-        # them collapses the adapter when agents start independently.
+        # The norm of A's rows is fixed here for the whole run. Averages of unrelated frames shrink: a norm taken from
+        # them would collapse the adapters of agents that start independently.
         state = {
             f"a_scale/{k}": (a.square().sum(-1).sum(-1) / adapter.rank_of(k).to(a)).sqrt() for k, a in adapter.A.items()
         }
@@ -144,7 +144,7 @@ def decaf(
         message=send_factors,
         combine=combine,
         relay=None if relay_rank is None else relay,
-        # The other gauges are turned onto the plain factor average already.
+        # All other gauges turn the new factors onto the plain factor average: its frame is theirs.
         turn=_turn if reference == "own" or gauge in ("balanced", "orthonormal") else None,
         stacks=frozenset({"A", "B"}),
         truncates=True,
@@ -187,7 +187,7 @@ def decaf_tracked(
 
 
 def _stacked_products(tensors: Tensors, layers: list[str]) -> tuple[Tensor, Tensor]:
-    """(L, n, q, d_in), (L, n, d_out, q): factors of layers of one shape."""
+    """Factors of L layers of one shape, stacked: A (L, n, q, d_in), B (L, n, d_out, q)."""
     return torch.stack([tensors[f"A/{k}"] for k in layers]), torch.stack([tensors[f"B/{k}"] for k in layers])
 
 
@@ -202,10 +202,20 @@ def _mix(
     scale: Tensor,
     carried: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    """(L, g, r, d_in), (L, g, d_out, r): the new factors of layers of one shape for the group's receivers.
+    """The new factors of L layers of one shape, for the g receivers of a group.
 
-    `a_scale` and `scale` (L, g): the receivers' own norm of a row of A, and LoRA scale. `carried`: factors of what is
-    added to their mixed products; then two more of the same rank are returned, of what the truncation cut.
+    Args:
+        inbox, group: what arrived, and the receivers.
+        layers: names of the L layers.
+        gauge: one of `GAUGES`.
+        rank: of the receivers, r.
+        own: the frame to turn to, A (L, g, r, d_in) and B (L, g, d_out, r); None: the neighbourhood's average.
+        a_scale, scale: (L, g) each receiver's norm of a row of A, and LoRA scale.
+        carried: products to add to the mixed ones, A (L, g, q, d_in) and B (L, g, d_out, q); None: none.
+
+    Returns:
+        A (L, g, r, d_in), B (L, g, d_out, r), then A and B of rank q of what the truncation cut (rank 0 if nothing is
+        carried).
     """
     a = inbox.stacked([f"A/{k}" for k in layers], group)
     b = inbox.stacked([f"B/{k}" for k in layers], group)
@@ -214,7 +224,8 @@ def _mix(
     if theirs is not None:
         weights = weights * theirs.to(weights)
     if own is not None or carried is not None or not all(bool((x == x[:, :1]).all()) for x in (a_scale, scale)):
-        # Frame, scale or what is added differ between receivers, so equal rows of the mixing matrix cannot be shared.
+        # Receivers differ in frame, scale or carried product, so one result cannot serve all that have an equal row of
+        # the mixing matrix.
         a, b, weights = a[:, expand], b[:, expand], weights[..., expand, :]
         expand = torch.arange(len(group.receivers))
     else:
@@ -236,8 +247,13 @@ def _mix(
 
 
 def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Tensor]:
-    """The mixed products cut to `rank` (between the adapters' own and the layers' full one), all else averaged;
-    (n,) Frobenius norm of what was cut, over all layers."""
+    """What an agent sends on between two exchanges: the mixed products cut to a rank, all other tensors averaged.
+
+    `rank` is raised to the adapters' own and limited to the full rank of a layer.
+
+    Returns:
+        The message, name -> (n, ...), and the Frobenius norm (n,) of what was cut, over all layers.
+    """
     stacked = {f"{factor}/{k}" for factor in "AB" for k in adapter.layers}
     message = average_all(inbox, [k for k in inbox.tensors if k not in stacked and owner(k) != "scale"])
     cut = torch.zeros(inbox.num_receivers, dtype=torch.float64)
@@ -250,7 +266,7 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
         for group in inbox.groups:
             sent_a, sent_b = (inbox.stacked([f"{factor}/{k}" for k in layers], group) for factor in "AB")
             weights, theirs = group.weights.to(sent_a), inbox.scales(layers, group)
-            if theirs is not None:  # what is sent on stands for s B A itself
+            if theirs is not None:  # the factors sent on hold s B A itself, so their scale is 1
                 weights, scale = weights * theirs.to(weights), torch.ones_like(scale)
             out = lowrank.mix_truncate(sent_a, sent_b, weights, kept, gauge="balanced_rotated")
             new_a[:, group.receivers], new_b[:, group.receivers] = out.A[:, group.expand], out.B[:, group.expand]
@@ -276,7 +292,7 @@ def _turn(old: Adapter, inbox: Inbox, new: Adapter) -> Tensors:
 
 
 def _within(adapter: Adapter, layer: str, frames: Tensor) -> Tensor:
-    """Frame changes (n, r, r) that turn what lies within an agent's rank and leave the rest as it is."""
+    """`frames` (n, r, r) restricted to each agent's own rank; the identity beyond it."""
     if not adapter.ranks:
         return frames
     inside = torch.arange(frames.shape[-1]) < adapter.rank_of(layer)[:, None]
@@ -285,7 +301,10 @@ def _within(adapter: Adapter, layer: str, frames: Tensor) -> Tensor:
 
 
 def _rotate(state: Tensors, moments: Tensors, power: int) -> Tensors:
-    """Carries moments (n, ...) into the new frame: A' = P A, B' = B P^T, elementwise squares for the second."""
+    """Moments (n, ...) in the new frame: P m for A, m P^T for B.
+
+    power: 1 for the first moment; 2 for the second, which is turned by the elementwise square of P.
+    """
     turned = {}
     for key, tensor in moments.items():
         factor, layer = factor_and_layer(key)

@@ -19,17 +19,20 @@ from decaf_lora.kinds import Kind
 
 
 def send_factors(adapter: Adapter, state: Tensors, round_: Round) -> Tensors:
-    """Both factors and the extras."""
+    """`Rule.message`: both factors and the extras."""
     return adapter.message()
 
 
 def average_factors(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> Combined:
-    """Every tensor that was sent is replaced by its weighted average."""
+    """`Rule.combine`: every tensor that was sent is replaced by its weighted average."""
     return Combined(adapter.with_tensors(average_tensors(adapter, inbox)), state)
 
 
 def with_moments(rule: Rule, moments: str) -> Rule:
-    """`rule` with Adam's moments kept or reset after mixing; factor averages change no frame."""
+    """`rule` with Adam's moments kept ("keep") or set to 0 ("reset") after mixing.
+
+    Averages of factors change no frame, so there is nothing to transport. Raises UserError for anything else.
+    """
     if moments not in ("keep", "reset"):
         raise UserError(f"algorithm.moments: {rule.name} takes keep or reset, not {moments!r}.")
     return rule._replace(moments=reset_moments) if moments == "reset" else rule
@@ -47,7 +50,7 @@ def dlora(
 
     Args:
         order: train then mix, or mix then train.
-        moments: what becomes of Adam's moments after mixing.
+        moments: whether Adam's moments are kept or set to 0 after mixing.
         tracking: lay gradient tracking over it (transforms/tracking.py), with `tracking_gamma`.
         tracking_gamma: in (0, 1], how far a correction moves at an update.
         quasi_global: the decay of quasi-global momentum (transforms/quasi_global.py); None: off.

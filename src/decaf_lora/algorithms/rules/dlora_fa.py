@@ -3,8 +3,8 @@
     A_i = A_0                   B_i <- sum_j Pi_ij B_j
 
 Saadati et al., arXiv 2505.21382; which factor is frozen follows LoRA-FA (arXiv 2308.03303) and FFA-LoRA
-(arXiv 2403.12313). With one A for all agents, averaging B is averaging the product exactly. Independent
-starts have no common A: agents then mix B's of different frames, which is allowed and loses accuracy.
+(arXiv 2403.12313). With one A for all agents, averaging B averages the products exactly. With independent starts
+there is no common A: agents then mix B's of different frames, which is allowed and loses accuracy.
 """
 
 from typing import Literal

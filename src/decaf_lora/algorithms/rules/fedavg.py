@@ -2,8 +2,8 @@
 
     A <- sum_j (n_j / n) A_j    B <- sum_j (n_j / n) B_j
 
-McMahan et al., arXiv 1602.05629; Zhang et al. (FedIT), arXiv 2305.05644. It is DLoRA on the complete graph
-with weights n_j / n, and with equal sample sizes exactly that; the same code serves. An agent sends its
+McMahan et al., arXiv 1602.05629; Zhang et al. (FedIT), arXiv 2305.05644. The update is that of DLoRA on the complete
+graph with the weights n_j / n, and runs the same code; with equal sample sizes the two are equal. An agent sends its
 adapter once a round, to the server.
 """
 

@@ -1,1 +1,1 @@
-"""What lies over a rule, whichever it is: one file a transform, its formula on top."""
+"""The transforms, options that lie over any rule: one file each, its formula on top."""

@@ -23,17 +23,21 @@ State = dict[str, Tensors]
 
 
 class Mixed(NamedTuple):
-    """What an algorithm makes of what arrived."""
+    """What `Algorithm.combine` returns."""
 
     adapter: Adapter
     state: State
     inbox: Inbox
-    """What arrived, as the rule saw it: without what belongs to transforms, and decoded."""
+    """What arrived, as the rule saw it: decoded, and without the tensors of transforms."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """A rule with transforms over it: `algorithms.decaf() | algorithms.tracking() | algorithms.int8()`.
+
+    Args:
+        rule: what agents train, send and combine.
+        transforms: the options over the rule, the first one next to the rule.
 
     Raises:
         UserError: a transform is there twice, or cannot lie over the rule.
@@ -69,7 +73,7 @@ class Algorithm:
 
     @property
     def stacks(self) -> frozenset[str]:
-        """`Rule.stacks`, and those of the transforms."""
+        """`stacks` of the rule and of all transforms."""
         return self.rule.stacks.union(*(transform.stacks for transform in self.transforms))
 
     @property
@@ -79,7 +83,7 @@ class Algorithm:
 
     @property
     def relays(self) -> bool:
-        """Whether several exchanges in a round are made one by one, with `relay` between them."""
+        """Whether several exchanges in a round are made one by one, with `relay` between two of them."""
         return self.rule.relay is not None
 
     def trains(self, round_: Round) -> frozenset[Factor]:
@@ -100,7 +104,7 @@ class Algorithm:
         return state
 
     def steer(self, state: State, gradients: Tensors, round_: Round) -> tuple[Tensors, State]:
-        """(gradients, state) before an optimizer step; the same object where nothing steers."""
+        """(gradients, state) for an optimizer step; the very same gradients if no transform steers."""
         for transform in self.transforms:
             if transform.steer is not None:
                 gradients, own = transform.steer(state[transform.name], gradients, round_)
@@ -108,7 +112,7 @@ class Algorithm:
         return gradients, state
 
     def send(self, adapter: Adapter, state: State, round_: Round) -> tuple[Tensors, State]:
-        """The message name -> (n, ...) of an exchange, and the state to go on with once it has been made."""
+        """The message of an exchange, name -> (n, ...), and the state to go on with once the exchange is made."""
         message = self.rule.message(adapter, state["rule"], round_)
         for transform in self.transforms:
             if transform.send is not None:
@@ -117,7 +121,7 @@ class Algorithm:
         return message, state
 
     def relay(self, adapter: Adapter, inbox: Inbox, round_: Round) -> tuple[Tensors, Tensor]:
-        """The message of the next of several exchanges in a round, and (n,) the norm of what it leaves out."""
+        """The message of the next exchange of a round, and the norms (n,) of what it leaves out; see `Rule.relay`."""
         if self.rule.relay is None:
             raise RuntimeError(f"{self.name} relays nothing")
         names = {transform.name for transform in self.transforms}
@@ -126,14 +130,14 @@ class Algorithm:
         return message | {name: inbox.average(name) for name in inbox.tensors if name not in own}, cut
 
     def relayed(self, adapter: Adapter, state: State, inbox: Inbox, round_: Round) -> State:
-        """The state after an exchange that is not the round's last."""
+        """The state after an exchange that is not the last of its round."""
         for transform in self.transforms:
             if transform.relayed is not None:
                 state = {**state, transform.name: transform.relayed(adapter, state[transform.name], inbox, round_)}
         return state
 
     def combine(self, adapter: Adapter, state: State, inbox: Inbox, round_: Round) -> Mixed:
-        """The new adapters and state; `state` is the one that `send` returned."""
+        """The new adapters and state. `state` must be the one that `send` returned."""
         for transform in reversed(self.transforms):
             if transform.receive is not None:
                 inbox, own = transform.receive(adapter, state[transform.name], inbox, round_)
@@ -148,7 +152,7 @@ class Algorithm:
         return Mixed(new, state, inbox)
 
     def moments(self, state: State, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
-        """What becomes of the optimizer's moments after `combine`; the same objects where they are kept."""
+        """The optimizer's moments to go on with after `combine`; the very same objects if all parts keep them."""
         first, second = self.rule.moments(state["rule"], first, second)
         for transform in self.transforms:
             if transform.moments is not None:

@@ -2,11 +2,11 @@
 
     Z_i = sum_j Pi_ij s_j B_j A_j + f s_i R_i ;   s_i B_i A_i = TSVD_r(Z_i) ;   s_i R_i <- TSVD_r(Z_i - TSVD_r(Z_i))
 
-R_i = 0 at the start. It is the next r singular directions of the same Z_i, so it costs no second SVD, stays a product
-of rank r, which needs no frame, and is never sent. f in (0, 1] is the leak. With f = 1, and where rank 2 r holds Z_i,
-nothing is lost: Pi is doubly stochastic, so sum_i s_i (B_i A_i + R_i) does not change by mixing. What lies beyond
-rank 2 r is lost as before, and so is what a relay cuts between the exchanges of a round. The records' `tail` stays
-what truncating the messages alone would cut.
+R_i = 0 at the start. R_i holds the next r singular directions of the same Z_i, so it costs no second SVD. It is kept as
+a product of rank r, which needs no frame, and is never sent. f in (0, 1] is the leak. With f = 1, and where rank 2 r
+holds Z_i, nothing is lost: Pi is doubly stochastic, so mixing does not change sum_i s_i (B_i A_i + R_i). What lies
+beyond rank 2 r is lost as before, and so is what a relay cuts between the exchanges of a round. The records' `tail`
+still says what truncating the messages alone would cut.
 
 Error feedback: Seide, Fu, Droppo, Li and Yu, Interspeech 2014; Karimireddy, Rebjock, Stich and Jaggi, arXiv 1901.09847,
 there for compressed gradients. The leak, the low rank of the memory, and its use on the product consensus are ours.
@@ -27,7 +27,7 @@ from decaf_lora.errors import UserError
 
 
 def feedback(leak: float = 1.0) -> Transform:
-    """Truncation error feedback. The state has A/LAYER (n, r, d_in) and B/LAYER (n, d_out, r), R_i.
+    """Truncation error feedback. The state holds R_i as A/LAYER (n, r, d_in) and B/LAYER (n, d_out, r).
 
     Args:
         leak: f in (0, 1], how much of what was cut comes back.

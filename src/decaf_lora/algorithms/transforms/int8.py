@@ -8,13 +8,13 @@ Error feedback: Seide, Fu, Droppo, Li and Yu, Interspeech 2014; Karimireddy, Reb
 Rounding is to the nearest, half to even, so runs stay reproducible. What differs from those papers: the parameters
 themselves are sent (and corrections, with tracking), not gradients.
 
-- The sender reads itself as all others do. Pi is doubly stochastic, so a mean of plainly averaged tensors is kept with
-  what is still to be sent: sum_i (x_i + e_i) does not change by an exchange. (Were its own share exact, every
-  round's error would stay in the sum.) Through the same sum, tracking's corrections and their e add up to 0.
+- The sender reads its own message rounded, as all others do. Pi is doubly stochastic, so for plainly averaged tensors
+  an exchange does not change sum_i (x_i + e_i): no part of the mean is lost. (If an agent read itself exactly, the
+  error of every round would stay in the sum.) For the same reason tracking's corrections and their e add up to 0.
 - e has the frame of the factors and is turned with them (`Rule.turn`).
 - Vectors and numbers (biases, LoRA scales) are sent as they are.
-- With several exchanges in a round codes are forwarded whole to everybody within reach, not averaged on the way:
-  what is averaged would have to be rounded again in every hop. A `relay` would have to, too, and is refused.
+- With several exchanges in a round, codes are forwarded whole to everybody within reach. Averages on the way would have
+  to be rounded again at every hop. So would the stacks of a `relay`, which is refused for that reason.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError, unknown
 
 PREFIX = "int8/"
-"""Of the names in a message: int8/code/NAME is q, int8/scale/NAME is s. The state has e by NAME."""
+"""Prefix of names in a message: int8/code/NAME is q, int8/scale/NAME is s. The state holds e by NAME."""
 
 
 def int8() -> Transform:
-    """int8 messages with error feedback."""
+    """int8 messages with error feedback. Raises UserError over a rule that relays."""
 
     def check(rule: Rule) -> None:
         if rule.relay is not None:
@@ -78,15 +78,15 @@ def _is_coded(tensor: Tensor) -> bool:
 
 
 def _code(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of y (n, ...) the codes q, the scales s (n,), and what is left, y - s q."""
-    # What is not finite makes the scale so, and with it the whole tensor: it is not hidden.
+    """The codes q (n, ...) of y, the scales s (n,), and the error y - s q (n, ...)."""
+    # A number that is not finite makes the scale not finite, and with it the whole tensor: rounding never hides it.
     scale = y.abs().flatten(1).amax(1) / 127
     code = (y / _along(scale.clamp_min(torch.finfo(y.dtype).tiny), y)).round().to(torch.int8)
     return code, scale, y - code.to(y.dtype) * _along(scale, y)
 
 
 def _along(scale: Tensor, tensor: Tensor) -> Tensor:
-    """(n,) to the shape that multiplies a tensor (n, ...)."""
+    """`scale` (n,) in the shape that broadcasts with `tensor` (n, ...)."""
     return scale.view(-1, *[1] * (tensor.dim() - 1))
 
 
@@ -96,5 +96,5 @@ def _asked(messages: Literal["full", "int8"] = "full") -> Transform | None:
     return int8() if messages == "int8" else None
 
 
-# Last, so that what other transforms add to a message is coded, too.
+# Next to the network, so that the tensors that other transforms add to a message are coded, too.
 KINDS = {"int8": TransformKind(int8, "messages as int8 with error feedback", place=90, asked=_asked)}

@@ -1,4 +1,4 @@
-"""What does a table know of a transform, and where in a chain does it lie?"""
+"""What does the table of transforms hold of each, and at which place of a chain does a transform lie?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ def _never() -> Transform | None:
 
 @dataclass(frozen=True)
 class TransformKind(Kind):
-    """A transform by name; `build` takes its own arguments.
+    """A transform by name. `build` takes the transform's own arguments.
 
     Attributes:
-        place: where it lies, from 0 (next to the rule) to 100 (next to the network); of equal ones, as they were named.
-        asked: from the options of an algorithm that are its concern, by the names of the parameters, to the transform;
-            None where they do not ask for it.
+        place: from 0 (next to the rule) to 100 (next to the network). Transforms of equal place lie in the order in
+            which they were named.
+        asked: makes the transform from those options of an algorithm that ask for it; the parameters' names are the
+            options' names. Returns None where the options do not ask for the transform.
     """
 
     place: int = 50

@@ -1,4 +1,4 @@
-"""Quasi-global momentum: the momentum follows where the network went, not the agent's own gradients. No extra bytes.
+"""Quasi-global momentum: the momentum follows the change of the mixed model, not the own gradients. No extra bytes.
 
     x_i(t) = trained tensors of agent i after the mixing of round t
     each round:   d_i = x_i(t - 1) - x_i(t)             (local steps and mixing together)
@@ -6,12 +6,12 @@
     after mixing, in each tensor, with Adam's moments m, v (SGD: v = 1):
                   m_i <- ||m_i|| p / ||p||,   p = sqrt(v_i) q_i       (m_i is kept where q_i or v_i is 0)
 
-Lin, Karimireddy, Stich and Jaggi, arXiv 2102.04761: the buffer is fed by the difference of the model between two
-rounds, which holds the neighbours' progress and is smoother than local gradients on data that differ. What differs
-from the paper: a round has several local steps, in which the optimizer's own momentum goes on from the new buffer. A
-step of AdamW is -lr m / sqrt(v), so sqrt(v) q is the first moment that would step along q; its norm is taken from m,
-since a difference of factors has the scale of the learning rate and not of gradients. The second moment stays the
-agent's own. x_i(t - 1) and q_i are turned with the factors where their frame changes (`Rule.turn`).
+Lin, Karimireddy, Stich and Jaggi, arXiv 2102.04761: the buffer q is fed by the difference of the model between two
+rounds. That difference holds the neighbours' progress, and where agents' data differ it is smoother than local
+gradients. Unlike in the paper a round has several local steps, in which the optimizer's own momentum goes on from the
+new buffer. A step of AdamW is -lr m / sqrt(v), so the first moment that would step along q is sqrt(v) q. Its norm is
+taken from m, since a difference of factors has the scale of the learning rate and not of gradients. The second moment
+stays the agent's own. x_i(t - 1) and q_i are turned with the factors where their frame changes (`Rule.turn`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,10 @@ from decaf_lora.errors import UserError
 
 
 def quasi_global(mu: float = 0.9) -> Transform:
-    """Quasi-global momentum.
-
-    The state has last/NAME, x_i(t - 1), and q/NAME, q_i.
+    """Quasi-global momentum. The state holds x_i(t - 1) as last/NAME and q_i as q/NAME, each (n, ...).
 
     Args:
-        mu: in [0, 1), how much of the buffer a round keeps: 0 uses the last round only, 0.9 a long average.
+        mu: in [0, 1), the decay of the buffer over rounds: 0 uses the last round only, 0.9 a long average.
 
     Raises:
         UserError: `mu` is out of range, or the rule resets the moments or trains other factors in other rounds.

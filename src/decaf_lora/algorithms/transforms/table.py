@@ -1,4 +1,4 @@
-"""Which transforms are there, which do options or names ask for, and in which order do they lie over a rule?"""
+"""Which transforms are there, which ones do options and names ask for, and in which order do they lie over a rule?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from decaf_lora.kinds import Function, Option, Table, call, options
 Messages = Literal["full", "int8"]
 
 Placed = tuple[int, Transform]
-"""A transform with `TransformKind.place`."""
+"""(place, transform); see `TransformKind.place`."""
 
 
 def _own(function: Function, name: str) -> TransformKind:
@@ -30,12 +30,12 @@ KINDS: Table[TransformKind] = Table(
 
 
 def shared_options() -> dict[str, Option]:
-    """The options that ask for a transform, over whichever rule."""
+    """All options that ask for a transform, by name. They mean the same over every rule."""
     return {name: option for kind in KINDS.values() for name, option in options(kind.asked).items()}
 
 
 def asked(given: Mapping[str, Any]) -> list[Placed]:
-    """The transforms that options ask for."""
+    """The transforms that the options `given` ask for; all other options are ignored."""
     found = []
     for kind in KINDS.values():
         known = options(kind.asked)
@@ -45,10 +45,10 @@ def asked(given: Mapping[str, Any]) -> list[Placed]:
 
 
 def named(spec: str) -> Placed:
-    """The transform that a name means, "int8", "tracking:0.5" or "mine.py:noise:scale=0.1".
+    """The transform that a name means: "int8", "tracking:0.5" or "mine.py:noise:scale=0.1".
 
     Raises:
-        UserError: there is none of this name, or it returned something else.
+        UserError: no transform has this name, or the user's function returned something else than a Transform.
     """
     found = KINDS.find(spec)
     made = call(found.kind.build, found.name, found.argument, KINDS.field, {})
@@ -65,5 +65,5 @@ def over(algorithm: Algorithm, more: Iterable[Placed]) -> Algorithm:
 
 
 def with_options(rule: Rule, **given: Any) -> Algorithm:
-    """`rule` with the transforms that options ask for."""
+    """The algorithm of `rule` with the transforms that the options `given` ask for."""
     return over(chain(rule), asked(given))

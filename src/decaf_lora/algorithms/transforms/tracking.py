@@ -1,4 +1,4 @@
-"""Gradient tracking in factor coordinates: what every local step lacks to be a step of the whole network.
+"""Gradient tracking in factor coordinates: a correction makes each local step follow the gradient of all agents.
 
     G_i = mean raw gradient of agent i over its local steps;      c_i = 0 at the start
     each local step:    g <- g + c_i                                      (before clipping and the optimizer)
@@ -7,31 +7,31 @@
 Pi is doubly stochastic, so sum_i c_i = 0 for ever. gamma = 1 is gradient tracking with local steps (Di Lorenzo
 and Scutari, arXiv 1602.00591; Qu and Li, arXiv 1605.07112; with local steps Liu, Lin, Koloskova and Stich,
 arXiv 2301.01313); on a complete graph c_i = mean_j G_j - G_i, the control variates of SCAFFOLD (Karimireddy et
-al., arXiv 1910.06378). Here G and c have the shape of the trained tensors and are mixed with the same weights:
-one more message tensor for each of them. What differs from those papers: the coordinates are LoRA factors, an
-optimizer such as AdamW follows, and
+al., arXiv 1910.06378). Here G and c have the shapes of the trained tensors, and d is mixed with the same weights as
+these: each trained tensor has a second tensor in the message. Unlike in those papers the coordinates are LoRA factors
+and an optimizer such as AdamW follows. Further differences:
 
-- time. On a schedule that takes T rounds to reach everybody, c is updated once in T rounds: d_i is made in the
-  first, of all gradients since it was last made, mixed in each, and c_i <- (1 - gamma) c_i + gamma (mixed d_i -
-  G_i) in the last. On exact schedules this is the update of a complete graph. (On the demo task, one-peer
-  hypercube, updating every round from one neighbour lost most of the gain; so did G_i of one round only.)
-- steps. Agents may take unequal numbers of local steps. An agent that rests has a zero gradient; G_i is the
-  mean over the steps in which it has any other.
-- scales and ranks. Where agents differ in them, the gradients of s_i B_i A_i by a factor carry the own s_i: d_i / s_i
-  is sent and what arrives is multiplied by s_i. What lies beyond an agent's rank it cannot use; its part of sum_i
-  c_i is lost.
-- frames. A product can be split in many ways, so factors, and gradients with them, have a frame (A' = P A,
-  B' = B P^T). Messages are mixed as the plain factor average is mixed, that is in the frames they were sent
-  in, which the sums above take for one. Where a rule moves on from the average's frame (`Rule.turn`) c
-  and what is in transit are turned by the same P. Frames of neighbours that differ cost accuracy of c; the
-  sum over agents stays 0 as long as no P differs from another.
-- misses. Where agents may miss each other (in a mesh) an end may add an exchange that the other has not added, and
-  sum_i c_i would stay off 0 for ever. So c is also kept by edge,
+- time. On a schedule that takes T rounds to reach everybody, c is updated once in T rounds. In the first of them d_i
+  is made, from all gradients since it was last made; in each of them d_i is mixed; in the last of them
+  c_i <- (1 - gamma) c_i + gamma (mixed d_i - G_i). On exact schedules this is the update of a complete graph. (On the
+  demo task with the one-peer hypercube, updating every round from one neighbour lost most of the gain; so did a G_i
+  of one round only.)
+- steps. Agents may take unequal numbers of local steps. An agent that rests has a zero gradient; G_i is the mean over
+  the steps whose gradient is not zero.
+- scales and ranks. Where agents differ in scale, the gradient of a factor of s_i B_i A_i carries the agent's own s_i.
+  So d_i / s_i is sent, and what arrives is multiplied by the receiver's s_i. Where agents differ in rank, a receiver
+  cannot use what lies beyond its own rank; that part of sum_i c_i is lost.
+- frames. A product can be split in many ways, so factors, and their gradients, have a frame (A' = P A, B' = B P^T).
+  Messages are mixed as the plain factor average is, in the frames in which they were sent; the sums above assume that
+  these agree. Where a rule leaves the frame of that average (`Rule.turn`), c and the d in transit are turned by the
+  same P. Where neighbours' frames differ, c loses accuracy; its sum over agents stays 0 as long as all P are equal.
+- misses. In a mesh agents may miss each other. One end of an edge may then add an exchange that the other end has not
+  added, and sum_i c_i would stay off 0 for ever. So c is also kept by edge,
 
-      c_i = sum_j f_ij,    f_ij <- f_ij + gamma Pi_ij (d_j - d_i) = -f_ji,
+      c_i = sum_j f_ij,    f_ij <- f_ij + gamma Pi_ij (d_j - d_i) = -f_ji.
 
-  and where the ends of an edge find that they did not add the same exchanges (`Inbox.forget`), both take f out of c
-  and begin anew. Memory: one adapter for each neighbour.
+  Where the ends of an edge find that they did not add the same exchanges (`Inbox.forget`), both take f out of c and
+  begin anew. Memory: one adapter for each neighbour.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
 PREFIX = "tracking/"
-"""Of the names in a message: d travels as tracking/NAME. The state has c/NAME, sum/NAME (of gradients) and steps; over
-a period also own/NAME (G) and mixing/NAME (d on its way), in a mesh f/NEIGHBOUR/NAME."""
+"""Prefix of names in a message: d travels as tracking/NAME. The state holds c/NAME, sum/NAME (of gradients) and steps;
+over a period also own/NAME (G) and mixing/NAME (d in transit); in a mesh also f/NEIGHBOUR/NAME."""
 
 
 def tracking(gamma: float = 1.0) -> Transform:
@@ -110,7 +110,7 @@ def tracking(gamma: float = 1.0) -> Transform:
             news = _over_scale(change.old, take("mixing/", state), 1)
             c = {name: (1 - gamma) * t + gamma * (news[name] - own[name]) for name, t in c.items()}
             state = state | put("c/", change.old.trim(c))
-        if round_.period == 1:  # nothing is on its way between rounds
+        if round_.period == 1:  # no d is in transit between rounds
             state = leave("own/", leave("mixing/", state))
         return turned(state, change.frames)
 
@@ -120,10 +120,10 @@ def tracking(gamma: float = 1.0) -> Transform:
 
 
 def _booked(adapter: Adapter, state: Tensors, inbox: Inbox, gamma: float) -> Tensors:
-    """The accounts f of the edges of one agent after an exchange.
+    """The state of one agent with the accounts f of its edges brought up to date after an exchange.
 
-    An account that is emptied leaves c, too: c_i of after the exchange is c_i - gamma G_i and what does not depend on
-    G_i, so that f / gamma is added to G_i.
+    An account that is emptied must leave c, too. `after` computes c_i from -gamma G_i and terms without G_i, so adding
+    f / gamma to G_i takes f out of c_i.
     """
     state = dict(state)
     for j in sorted(inbox.forget):
@@ -141,13 +141,13 @@ def _booked(adapter: Adapter, state: Tensors, inbox: Inbox, gamma: float) -> Ten
 
 
 def _means(state: Tensors) -> Tensors:
-    """name -> (n, ...) G, the mean gradient since it was last sent; 0 before the first step."""
+    """G: name -> (n, ...), the mean gradient since d was last made; 0 before the first step."""
     steps = state["steps"].clamp_min(1)
     return {name: t / steps.view(-1, *[1] * (t.dim() - 1)) for name, t in take("sum/", state).items()}
 
 
 def _over_scale(adapter: Adapter, gradients: Tensors, power: int) -> Tensors:
-    """Gradients of the factors times s_i^power, where agents differ in scale."""
+    """Gradients of the factors times s_i^power where agents differ in rank or scale; else as they are."""
     if not adapter.ranks:
         return gradients
     scales = {f"{group}/{k}": s.pow(power)[:, None, None] for group in "AB" for k, s in adapter.scale.items()}
