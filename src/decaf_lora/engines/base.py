@@ -1,4 +1,4 @@
-"""Where do agents live and how do messages travel? The contract of an engine."""
+"""The contract of an engine: where do agents live, and how do messages travel?"""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from decaf_lora.graphs import Graph
 T = TypeVar("T")
 
 Sizes = Mapping[str, tuple[int, Sequence[int]]]
-"""Tensor of a message -> (axis, size along it of each of the N agents), where agents differ. What lies beyond an
-agent's size is 0 and does not travel."""
+"""Name of a message's tensor -> (axis, the size along it of each of the N agents), for tensors whose size differs
+between agents. What lies beyond an agent's own size is 0 and does not travel."""
 
 
 def _nothing() -> None:
@@ -23,19 +23,19 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Pending(Generic[T]):
-    """What is on its way while the process does other things. Either method is called, once."""
+    """A result that is on its way while the process does other things. Call one of the two methods, once."""
 
     wait: Callable[[], T]
-    """Returns it once it is here. Several that are under way may be waited for in any order."""
+    """Blocks until the result is here, and returns it. Several results may be waited for in any order."""
     abandon: Callable[[], object] = _nothing
-    """Gives it up: nobody will use it. The process is then free for what comes next."""
+    """Gives the result up; afterwards the process is free for other exchanges."""
 
 
 class Engine(Protocol):
-    """Places the agents and moves their messages; the round itself is in run.py and the same for all.
+    """Places the agents and moves their messages. The round itself (run.py) is the same on every engine.
 
-    Where agents live in several processes that keep step, all of them call every method, in the same order. In a mesh
-    each process is the main process of its own agent, and collectives are about that agent alone.
+    Where agents live in several processes that keep step, all processes call every method, in the same order. In a mesh
+    each process is the main process of its own agent, and `gather`, `collect` and `scatter` are about that agent alone.
     """
 
     num_agents: int
@@ -43,74 +43,91 @@ class Engine(Protocol):
     agents: list[int]
     """Numbers of the n agents that this process holds, ascending."""
     reports: list[int]
-    """Numbers of the agents that `gather` and `collect` bring together, ascending: all N, or in a mesh the own one."""
+    """Numbers of the agents that `gather` and `collect` bring together, ascending: all N; in a mesh this agent only."""
     is_main: bool
     """Whether this process prints and writes."""
 
     def start(self, message: Tensors, graph: Graph, exchange: int, sizes: Sizes | None = None) -> Pending[Inbox]:
-        """Starts an exchange: every agent's message to its neighbours, and what they send.
+        """Starts an exchange: sends every agent's message to its neighbours, and receives theirs.
 
         Args:
             message: name -> (n, ...), of this process's agents.
             graph: who listens to whom.
-            exchange: its number, (round - 1) * gossip_steps + hop, from 0: the same for all who take part in it.
+            exchange: number of the exchange, (round - 1) * gossip_steps + hop, from 0: the same for all who take part.
             sizes: what of the message travels, where agents differ.
 
         Returns:
-            The inbox of this process's agents, each one's own message included. `Inbox.exchange` is the number that was
-            given, or a later one where the neighbours were ahead: the first exchange of a round. `message` took part in
-            it if it was made for a first one too and the run is not over there; otherwise, and if `message` is too old
-            to take part, the inbox has no senders, and `current` is asked anew.
+            The inbox of this process's agents, each one's own message included. `Inbox.exchange` is the given number,
+            or where the neighbours were ahead the first exchange of a later round. `message` can take part in that
+            later exchange only if it was made for the first exchange of a round, is not too old, and the run goes on
+            there. If it could not take part, the inbox has no senders, and the caller asks `current` again.
         """
 
     def current(self, exchange: int) -> tuple[int, bool]:
-        """Asked before an exchange is started: the one to take part in, and whether to catch up first.
+        """Which exchange to take part in next; asked before an exchange is started.
 
-        It is `exchange`, or the first one of a later round that the neighbours are at.
+        Args:
+            exchange: number of the agents' next exchange.
+
+        Returns:
+            `exchange`, or the first exchange of a later round if the neighbours are there already; and whether to call
+            `catch_up` before it.
         """
 
     def catch_up(self, tensors: Tensors) -> Inbox:
-        """What the neighbours hold, for an agent that is late or comes back.
+        """The neighbours' adapters, for an agent that is late or comes back.
 
         Args:
-            tensors: as for `hold`, of the agents as they are; in the inbox they have no weight.
+            tensors: this process's agents as they are, as for `hold`.
 
         Returns:
-            `Inbox.exchange` is the one to take part in next: the first of a round, or one beyond the last if the run is
-            over.
+            The neighbours' adapters with equal weights; the agents' own has weight 0, unless no neighbour is ahead any
+            more. `Inbox.exchange` is the exchange to take part in next: the first of a round, or one beyond the last if
+            the run is over.
         """
 
     def hold(self, tensors: Tensors) -> None:
-        """The agents between two exchanges, name -> (n, ...): what a neighbour gets that catches up."""
+        """Keeps the agents as they are between two exchanges, for neighbours that catch up.
+
+        Args:
+            tensors: name -> (n, ...).
+        """
 
     def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
-        """Bytes that such an exchange moves between processes, mean over the agents reported; None in one process."""
+        """Bytes that an exchange of such a message moves between processes, mean over the agents reported.
+
+        None where all agents live in one process. The arguments are those of `start`.
+        """
 
     def gather(self, tensors: Tensors) -> Tensors:
-        """name -> (n, ...) of this process to the agents reported, in every process. Use it for small tensors."""
+        """Brings the tensors of all agents together in every process. Use it for small tensors.
+
+        name -> (n, ...) of this process to name -> (len(reports), ...).
+        """
 
     def collect(self, tensors: Tensors) -> Pending[Tensors]:
         """Like `gather`, but only the main process receives the result; the others get {} once their part has been
         sent. Use it for large tensors."""
 
     def scatter(self, tensors: Tensors) -> Tensors:
-        """name -> tensors of the agents reported, in the main process, to name -> (n, ...), everybody's own agents.
+        """Hands every process the tensors of its own agents, from the main process.
 
-        What the other processes pass is ignored.
+        name -> (len(reports), ...) in the main process to name -> (n, ...) in each. What the other processes pass is
+        ignored.
         """
 
     def anyone_stops(self, asked: bool) -> bool:
-        """Whether any process was asked to stop, so that those that keep step stop in the same one."""
+        """Whether any process was asked to stop, so that processes that keep step stop at the same step."""
 
     def snapshot(self) -> dict[str, Any]:
-        """What the engine needs to go on from a checkpoint: values for JSON."""
+        """What a checkpoint must hold for the engine to go on from it, in JSON's types."""
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Goes back to a snapshot; it may be of another engine, whose values mean nothing here."""
+        """Goes back to a snapshot. Values of another kind of engine are ignored."""
 
 
 class InStep:
-    """What is the same for all engines whose agents are always in the same exchange."""
+    """The part of the contract that all engines share whose agents are always in the same exchange."""
 
     def current(self, exchange: int) -> tuple[int, bool]:
         """Nobody is ahead."""
@@ -121,7 +138,7 @@ class InStep:
         raise RuntimeError("agents that keep step have nothing to catch up with")
 
     def hold(self, tensors: Tensors) -> None:
-        """Nobody will ask."""
+        """Nothing to keep: no neighbour ever catches up."""
 
     def snapshot(self) -> dict[str, Any]:
         """Nothing is kept between exchanges."""

@@ -1,8 +1,8 @@
-"""Who is here? The processes of one launch: how they meet, agree, and learn of each other's failures.
+"""How do the processes of one launch meet, agree, and learn of each other's failures?
 
-What the processes say to each other besides tensors (who is here, the configuration, errors) goes through torch's
-key-value store, as JSON. A process that fails tells the others why through the store; one that dies is noticed by the
-broken connection. Either way every process ends with a `UserError`, and one of them prints it.
+All that the processes say to each other besides tensors (who is here, the configuration, errors) goes through torch's
+key-value store, as JSON. A process that fails tells the others why through the store. A process that dies is noticed
+by the broken connection. Either way every process ends with a `UserError`, and exactly one of them prints it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from decaf_lora.errors import UserError
 _T = TypeVar("_T")
 
 ROLL_CALL = 3.0
-"""Seconds in which the processes that are left must answer after a connection broke."""
+"""Seconds in which the remaining processes must answer after a connection broke."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,11 @@ class Launch:
 def connect(backend: str = "auto", device: str = "auto", timeout: float = 600.0) -> Processes:
     """Joins the processes of this launch; returns once all are there.
 
-    `backend` is auto, gloo, nccl or another one of torch.distributed; auto takes NCCL where every process has a GPU
-    of its own, else gloo. `device` is auto, cpu, cuda or cuda:K; auto and cuda take the process's own GPU. `timeout`:
-    seconds to wait for a process that does not come, or falls silent.
+    Args:
+        backend: auto, gloo, nccl or another one of torch.distributed. auto takes NCCL where every process has a GPU of
+            its own, else gloo.
+        device: auto, cpu, cuda or cuda:K. auto and cuda take the process's own GPU.
+        timeout: seconds to wait for a process that does not come, or falls silent.
 
     Raises:
         UserError: no launcher, a backend that is not built in, a port in use, a process that does not come (by rank).
@@ -146,7 +148,7 @@ def _open_store(launch: Launch, timeout: float) -> Store:
         return TCPStore(launch.address, launch.port, launch.world_size, hosts, limit, wait_for_workers=False)
 
     try:
-        store = _in_time(join, timeout + 1)  # it has a limit of its own where nobody listens
+        store = _in_time(join, timeout + 1)  # where nobody listens, TCPStore itself gives up after `timeout`
     except _SilentError:
         raise UserError(
             f"port: what listens on {where} does not answer as rank 0 of this run within {timeout:g} s; is the port "
@@ -170,7 +172,7 @@ class _SilentError(RuntimeError):
 
 
 def _in_time(call: Callable[[], _T], seconds: float) -> _T:
-    """What `call` returns or raises; `_SilentError` if that takes longer. The call then stays behind in its thread."""
+    """What `call` returns or raises; `_SilentError` if it takes longer, and then its thread is left to itself."""
     done: Future[_T] = Future()
 
     def run() -> None:
@@ -179,7 +181,7 @@ def _in_time(call: Callable[[], _T], seconds: float) -> _T:
         except BaseException as error:
             done.set_exception(error)
 
-    # Not a pool: at the end of the program it would wait for its threads.
+    # Not a thread pool: the interpreter waits for a pool's threads before it exits.
     threading.Thread(target=run, daemon=True).start()
     try:
         return done.result(timeout=seconds)
@@ -188,9 +190,12 @@ def _in_time(call: Callable[[], _T], seconds: float) -> _T:
 
 
 class _PatientStore:
-    """A store that is waited for until `deadline` (of `time.monotonic`), and `patience` seconds at most.
+    """A store whose every call ends: at `deadline` (of `time.monotonic`), and after `patience` seconds at most.
 
-    torch itself waits for ever for a store that falls silent, because the process that keeps it was stopped.
+    torch itself waits for ever where the process that keeps the store was stopped, so that the store falls silent.
+
+    Raises:
+        _SilentError: from every call once one was not answered in time.
     """
 
     def __init__(self, store: Store, patience: float) -> None:
@@ -199,7 +204,7 @@ class _PatientStore:
 
     @contextlib.contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """Waits no longer than `deadline` within, but a second at least."""
+        """Within the block no call waits beyond `deadline`; each is given a second at least."""
         before, self.deadline = self.deadline, deadline
         try:
             yield
@@ -241,9 +246,16 @@ def _reason(error: BaseException) -> str:
 
 
 class Processes:
-    """The processes of one launch, joined by `connect`; a context manager that says good-bye to the others.
+    """The processes of one launch, joined by `connect`.
 
-    An exception that leaves the `with` block is told to the other processes, which then end with it too.
+    In a `with` block, an exception that leaves the block is told to the other processes, which end with it too.
+
+    Args:
+        launch: what the launcher says about this process.
+        store: torch's key-value store, shared by all processes.
+        device: of this process.
+        backend: that moves the messages.
+        timeout: seconds to wait for a process that falls silent.
     """
 
     def __init__(self, launch: Launch, store: Store, device: str, backend: str, timeout: float) -> None:
@@ -305,7 +317,14 @@ class Processes:
         return torch.device("cpu" if self.backend == "gloo" else self.device)
 
     def share(self, what: str, value: Any) -> list[Any]:
-        """The JSON `value` of every process, in the order of ranks.
+        """Exchanges a value: every process gives its own, and gets those of all.
+
+        Args:
+            what: the subject, for errors.
+            value: in JSON's types.
+
+        Returns:
+            The values in the order of ranks.
 
         Raises:
             UserError: a process has failed, or does not answer in time; says which.
@@ -342,23 +361,23 @@ class Processes:
         return error
 
     def _told(self) -> UserError:
-        """The error that another process has met and prints."""
+        """The failure that another process has told and prints; quiet here."""
         error = UserError(self._store.get("failure").decode())
         error.quiet = True
         return error
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A broken or silent connection within becomes a UserError that says which ranks are gone."""
+        """Within the block a broken or silent connection becomes a UserError that says which ranks are gone."""
         self._waits = True
         try:
             yield
-        except RuntimeError as error:  # torch's errors of gloo, NCCL and the store all are
+        except RuntimeError as error:  # torch's base class for errors of gloo, NCCL and the store
             raise self._lost(error) from error
         self._waits = False
 
     def _answer(self) -> None:
-        """Answers a roll call, in a thread: where one rank is gone, others may wait for ranks that are not."""
+        """Answers a roll call, in a thread of its own: this process may itself be waiting for another rank."""
         with contextlib.suppress(RuntimeError):
             while not self._store.check(["roll call"]):
                 if self._closed.wait(0.2):
@@ -366,7 +385,10 @@ class Processes:
             self._store.set(f"survivor/{self.rank}", "waits" if self._waits else "busy")
 
     def _lost(self, cause: RuntimeError) -> UserError:
-        """Who is gone? Those who are left answer a roll call; the first who waits for others prints the result."""
+        """The error for a lost connection, which says who is gone.
+
+        The remaining processes answer a roll call. The first of them that was waiting for others prints the error.
+        """
         kept = "What was saved is kept; go on from the last checkpoint with --resume."
         keys = [f"survivor/{rank}" for rank in range(self.world_size)]
         until = time.monotonic() + min(ROLL_CALL, self.timeout)
@@ -399,15 +421,15 @@ class Processes:
             )
         else:
             error = UserError(f"ranks: the connection between them broke ({_reason(cause)}). {kept}")
-        # Who is busy learns it later, from the store.
+        # A busy process learns of the failure later, from the store.
         error.quiet = self.rank != next((rank for rank in here if rank not in busy), self.rank)
         return error
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A UserError that any process meets within ends all of them, before anything is written or sent.
+        """A UserError that any process raises within the block is raised by all of them at its end.
 
-        One line tells it: the first process that met it prints.
+        So all processes end before anything is written or sent. The first process that raised it prints it.
         """
         found: UserError | None = None
         try:
@@ -426,10 +448,14 @@ class Processes:
         raise failure from found
 
     def agree(self, values: dict[str, Any], what: str) -> None:
-        """Checks that every process has the same `values`.
+        """Checks that every process has the same values.
+
+        Args:
+            values: field -> value in JSON's types.
+            what: the subject, for errors.
 
         Raises:
-            UserError: on all of them, names every field that differs and the ranks' values.
+            UserError: in every process; names every field that differs, and the ranks' values.
         """
         everybody = self.share(what, values)
         faults = []

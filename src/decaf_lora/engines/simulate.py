@@ -31,7 +31,7 @@ class Simulate(InStep):
         return Pending(lambda: inbox)
 
     def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
-        """There is no wire."""
+        """None: nothing leaves the process."""
         return None
 
     def gather(self, tensors: Tensors) -> Tensors:

@@ -1,15 +1,15 @@
 """Agents split over the processes of torchrun: messages go point to point, and only where an edge needs them.
 
-Rank r of W holds a contiguous block of the N agents, the first N mod W ranks one more than the others. In an
-exchange a message crosses between two ranks once, however many agents of the receiving rank listen to it; all that
-goes from one rank to another in an exchange is one flat buffer, and all buffers are sent and received as one batch
-(gloo between CPUs, NCCL between GPUs).
+Rank r of W holds a contiguous block of the N agents; the first N mod W ranks hold one more than the others. In an
+exchange a message crosses between two ranks once, however many agents of the receiving rank listen to it. All that one
+rank sends to another in an exchange is one flat buffer. All buffers are sent and received as one batch (gloo between
+CPUs, NCCL between GPUs).
 
-Batches are posted and waited for apart, so several can be under way while the processes compute (gloo moves them in
-threads of its own, NCCL in its own stream) or talk about other things. That cannot deadlock: all ranks post the same
-batches and collectives in the same order. gloo matches the sends and receives of a pair of ranks first to first and
-blocks nobody who has not come to wait; NCCL runs what was posted in that order on every rank, so that the oldest that
-is not done has, or will have, all its partners. What lies on CPUs goes through gloo beside NCCL and does not queue
+Posting a batch and waiting for it are separate calls. So several batches can be under way while the processes compute
+(gloo moves them in threads of its own, NCCL in its own stream) or use collectives. That cannot deadlock, since all
+ranks post the same batches and collectives in the same order. gloo matches the sends and receives of a pair of ranks in
+that order, and blocks a rank only when it waits. NCCL runs operations in that order on every rank, so the oldest
+unfinished one has, or will have, all its partners. Tensors on CPUs go through gloo even beside NCCL, and do not queue
 behind messages between GPUs.
 """
 
@@ -39,22 +39,27 @@ class _Plan:
     """One rank's part of an exchange on one graph."""
 
     send: dict[int, list[int]]
-    """rank -> those of this rank's agents that it listens to."""
+    """Other rank -> the agents of this rank that the other rank listens to."""
     receive: dict[int, list[int]]
-    """rank -> those of its agents that this rank listens to."""
+    """Other rank -> the agents of the other rank that this rank listens to."""
     senders: list[int]
-    """Whose messages are here in the end, ascending."""
+    """Agents whose messages are here after the exchange, ascending."""
     groups: tuple[Group, ...]
-    """Who of this rank's agents listens to whom of the senders."""
+    """Which of this rank's agents listens to which of the senders."""
     crossings: np.ndarray
-    """(N,) to how many other ranks each agent's message goes."""
+    """(N,) the number of other ranks to which each agent's message goes."""
 
 
 class Torchrun(InStep):
-    """The engine of `processes`: this rank's share of `num_agents` agents.
+    """The engine of one process of several: it holds this rank's share of the agents.
 
-    For `Run(..., engine=functools.partial(Torchrun, processes=processes))`. With the `wire` "bfloat16", what crosses
-    between processes is rounded; an agent reads itself, and the agents of its own process, exactly.
+    For `Run(..., engine=functools.partial(Torchrun, processes=processes))`.
+
+    Args:
+        num_agents: N, of the whole run.
+        processes: of the launch, from `connect`.
+        wire: "exact", or "bfloat16" to round messages between processes. An agent reads itself, and the agents of its
+            own process, exactly in either case.
 
     Raises:
         UserError: more processes than agents, or an unknown wire.
@@ -76,11 +81,11 @@ class Torchrun(InStep):
         self.agents = self.blocks[processes.rank]
         self.reports = list(range(num_agents))
         self.bytes_sent = 0
-        """What this rank has handed to the transport in exchanges, so far."""
+        """Bytes of all exchanges that this rank has handed to the transport so far."""
         self._plan_for = functools.lru_cache(maxsize=64)(self._plan)
 
     def start(self, message: Tensors, graph: Graph, exchange: int, sizes: Sizes | None = None) -> Pending[Inbox]:
-        """Every rank sends each other rank one buffer, with the messages it needs; to this rank's agents' inbox."""
+        """Sends each other rank one buffer with the messages that it needs; see `Engine.start`."""
         plan, me = self._plan_for(graph), self.processes.rank
         parcels = Parcels(message, self.wire, sizes)
         device = next(iter(message.values())).device
@@ -101,11 +106,11 @@ class Torchrun(InStep):
             tensors = {name: torch.cat([known[rank][name] for rank in ranks]) for name in message}
             return Inbox.from_weights(tensors, graph.weights, plan.senders, self.agents, exchange, plan.groups)
 
-        # What was sent must be received all the same, or the next batch would meet it.
+        # An exchange that is given up must still be received: otherwise the next batch would receive its buffers.
         return Pending(arrive, transfer.wait)
 
     def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
-        """Bytes that an exchange of such messages moves between ranks, mean over all N agents."""
+        """Bytes that an exchange of such a message moves between ranks, mean over all N agents."""
         parcels, crossings = Parcels(message, self.wire, sizes), self._plan_for(graph).crossings
         return float(sum(parcels.size(agent) * int(k) for agent, k in enumerate(crossings)) / self.num_agents)
 
@@ -113,7 +118,7 @@ class Torchrun(InStep):
         """name -> (n, ...) of this rank to (N, ...) of all, on every rank."""
         rows, device = Rows(tensors), next(iter(tensors.values())).device
         mine = rows.write(tensors, self._lane(device))
-        # Ranks differ by at most one agent: the shorter are filled, as all_gather wants equal sizes.
+        # all_gather needs equal sizes, and ranks differ by at most one agent: the shorter ones are filled up.
         largest = len(self.blocks[0])
         filled = torch.cat([mine, mine.new_zeros(largest - len(mine), rows.size)])
         parts = [torch.empty_like(filled) for _ in self.blocks]
@@ -122,7 +127,7 @@ class Torchrun(InStep):
         return rows.read(torch.cat([p[: len(b)] for p, b in zip(parts, self.blocks, strict=True)]), device)
 
     def collect(self, tensors: Tensors) -> Pending[Tensors]:
-        """name -> (n, ...) of this rank to (N, ...) of all on rank 0; {} on the others, once theirs has left."""
+        """name -> (n, ...) of this rank to (N, ...) on rank 0; {} on the others once their part has been sent."""
         rows, device = Rows(tensors), next(iter(tensors.values())).device
         mine = rows.write(tensors, self._lane(device))
         if not self.is_main:
@@ -143,7 +148,7 @@ class Torchrun(InStep):
         return Pending(arrive, transfer.wait)
 
     def scatter(self, tensors: Tensors) -> Tensors:
-        """name -> (N, ...) of rank 0 to everybody's own rows; on rank 0's device there, on the CPU elsewhere."""
+        """name -> (N, ...) on rank 0 to each rank's own (n, ...), which lies on the CPU on all ranks but 0."""
         shapes = {k: (str(t.dtype).removeprefix("torch."), list(t.shape[1:])) for k, t in tensors.items()}
         shapes = self.processes.share("shapes", shapes if self.is_main else None)[0]
         rows = Rows({k: torch.empty(1, *shape, dtype=getattr(torch, dtype)) for k, (dtype, shape) in shapes.items()})
@@ -151,7 +156,7 @@ class Torchrun(InStep):
             buffer = torch.empty(len(self.agents), rows.size, dtype=torch.uint8)
             self._post({}, {0: buffer}).wait()
             return rows.read(buffer, torch.device("cpu"))
-        # One rank at a time: all at once would hold everybody's rows a second time.
+        # One rank at a time: buffers for all ranks at once would hold all rows a second time.
         for rank, block in enumerate(self.blocks[1:], start=1):
             self._post({rank: rows.write({k: t[block] for k, t in tensors.items()}, torch.device("cpu"))}, {}).wait()
         return {k: t[self.agents] for k, t in tensors.items()}
@@ -164,11 +169,11 @@ class Torchrun(InStep):
         return bool(flags)
 
     def _lane(self, device: torch.device) -> torch.device:
-        """Where tensors of `device` are sent from, and received."""
+        """The device on which buffers for tensors of `device` are sent and received."""
         return device if device.type == "cpu" else self.processes.transport
 
     def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> Pending[None]:
-        """Starts to send and receive all buffers (by rank) as one batch, and keeps them until they are waited for."""
+        """Starts to send and receive all buffers (by rank) as one batch; keeps the buffers until `wait` returns."""
         operations = [dist.P2POp(dist.isend, buffer, rank) for rank, buffer in outgoing.items()]
         operations += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in incoming.items()]
         works: list[Any] = []

@@ -17,7 +17,7 @@ Wire = Literal["exact", "bfloat16"]
 
 
 def as_wire(name: str) -> Wire:
-    """The wire of that name; UserError if there is none."""
+    """The wire of that name. Raises UserError if there is none."""
     if name == "int8":
         raise UserError(
             "wire: int8 between processes would have no error feedback; use --algorithm.messages int8, which has."
@@ -74,15 +74,21 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _numbers(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Some columns of bytes (k, b) to the numbers that they hold, in one row."""
-    # A copy, as a view may start at any byte; `contiguous` would leave a single row where it is.
+    """Columns of bytes (k, b) to the numbers that they hold, as one flat row."""
+    # A copy: a view may start at any byte, and numbers must be aligned. `contiguous` would not copy a single row.
     return part.clone(memory_format=torch.contiguous_format).flatten().view(dtype)
 
 
 class Parcels:
-    """Messages name -> (k, ...) of some agents as one flat buffer of bytes, and back.
+    """Messages of some agents as one flat buffer of bytes, and back.
 
-    Agents of the same sizes lie together, in the order of the first; each one's row holds its own part only.
+    Agents of the same sizes (one profile) lie together in the buffer; profiles lie in the order of their first agents.
+    An agent's row holds only its own part of the message.
+
+    Args:
+        message: name -> (k, ...); gives names, shapes and dtypes.
+        wire: how floating-point numbers are written.
+        sizes: what of the message travels, where agents differ.
     """
 
     def __init__(self, message: Tensors, wire: Wire, sizes: Sizes | None) -> None:
@@ -95,7 +101,14 @@ class Parcels:
         return self._rows_of(self._profile(agent)).size
 
     def write(self, message: Tensors, first: int, agents: Sequence[int], device: torch.device) -> Tensor:
-        """The messages of `agents` to bytes on `device`; row 0 of `message` is that of agent `first`."""
+        """The messages of some agents as bytes.
+
+        Args:
+            message: name -> (n, ...), of consecutive agents.
+            first: number of the agent in row 0 of `message`.
+            agents: numbers of the agents to write.
+            device: where the bytes go.
+        """
         parts = []
         for profile, places in self._profiles(agents).items():
             chosen = [agents[place] - first for place in places]
@@ -104,7 +117,7 @@ class Parcels:
         return torch.cat(parts)
 
     def read(self, buffer: Tensor, agents: Sequence[int], device: torch.device) -> Tensors:
-        """Bytes to name -> (k, ...) on `device`."""
+        """The messages of `agents` in a buffer of bytes: name -> (k, ...) on `device`."""
         if not self.sizes:
             return self._rows_of(()).read(buffer.view(len(agents), -1), device)
         message = {k: t.new_zeros(len(agents), *t.shape[1:], device=device) for k, t in self.shapes.items()}
@@ -122,14 +135,14 @@ class Parcels:
         return tuple(sizes[agent] for _, sizes in self.sizes.values())
 
     def _profiles(self, agents: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
-        """Sizes of every tensor that has some -> places in `agents` of those who have them."""
+        """Profile (the size of every tensor in `sizes`) -> positions in `agents` of those that have it."""
         places: dict[tuple[int, ...], list[int]] = {}
         for place, agent in enumerate(agents):
             places.setdefault(self._profile(agent), []).append(place)
         return places
 
     def _cut(self, message: Tensors, profile: tuple[int, ...]) -> Tensors:
-        """Views of the part that agents with this profile have."""
+        """Views of the part of `message` that agents with this profile send."""
         own = {k: message[k].narrow(axis, 0, n) for (k, (axis, _)), n in zip(self.sizes.items(), profile, strict=True)}
         return {**message, **own}
 

@@ -1,4 +1,4 @@
-"""Links over the network: one stream of gRPC with mutual TLS for each edge of the graph (`decaf-lora[mesh]`)."""
+"""Links over the network: one gRPC stream with mutual TLS for each edge of the graph (`decaf-lora[mesh]`)."""
 
 from decaf_lora.errors import UserError
 

@@ -1,4 +1,4 @@
-"""How does a frame become bytes? The messages of mesh.proto, with a bound on everything that is received."""
+"""How does a frame become bytes? As a message of mesh.proto; everything that is received has a bound."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import decaf_lora.engines.links.mesh_pb2 as pb
 from decaf_lora.engines.mesh.frames import DIGEST, PART, At, Closed, Data, Frame, Get, Have, Hello, Last, Ping
 
 MOST_BYTES = PART + 1024
-"""Bytes of an encoded frame: a part of a payload, and what says where it belongs."""
+"""The most bytes of an encoded frame: a part of a payload, and the fields that say where it belongs."""
 
 MOST_FACTS = PART
-"""Bytes of what a hello says about its sender's run."""
+"""The most bytes of the facts in a hello."""
 
 
 class BadFrameError(ValueError):
@@ -19,11 +19,11 @@ class BadFrameError(ValueError):
 
 
 ALIVE = pb.Frame(alive=pb.Alive()).SerializeToString()
-"""The link's own frame: the first of a connection, and what shows that a silent end still runs."""
+"""The link's own frame. It opens every connection, and shows that an end with nothing to say still runs."""
 
 
 def encode(frame: Frame) -> bytes:
-    """The bytes of a frame, at most `MOST_BYTES`."""
+    """The bytes of a frame. Raises BadFrameError if they are more than `MOST_BYTES`."""
     out = pb.Frame(next=frame.next)
     match frame:
         case Hello():
@@ -55,7 +55,7 @@ def decode(received: bytes) -> Frame | None:
     """The frame that the bytes hold; None for the link's own `ALIVE`.
 
     Raises:
-        BadFrameError: the bytes are no frame, or a part of it is longer, or a number larger, than any frame's.
+        BadFrameError: the bytes are no frame, or a field is longer or larger than that of any frame.
     """
     if len(received) > MOST_BYTES:
         raise BadFrameError(f"a frame of {len(received)} bytes, more than {MOST_BYTES}")

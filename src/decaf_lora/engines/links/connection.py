@@ -1,4 +1,4 @@
-"""One connection: what is read, what is written, and when is it over?"""
+"""One connection to a neighbour: what is read, what is written, and when is it over?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ended(Exception):  # noqa: N818 - an event, not an error
 
 
 class Connection:
-    """A stream between this agent and a neighbour, in the loop's thread.
+    """A stream between this agent and a neighbour. All its methods run in the event loop's thread.
 
     Args:
         peer: number of the neighbour.
@@ -43,16 +43,16 @@ class Connection:
         self._finishing = False
         self.began = time.monotonic()
         self.over = asyncio.Event()
-        """Set once nothing is read or written any more."""
+        """Set once the connection neither reads nor writes any more."""
         self.heard = False
-        """Whether a frame has come: only then does the other end accept this one, for certain."""
+        """Whether a frame has arrived. Only then is it certain that the other end accepts this connection."""
         self.told_up = False
-        """Whether the owner has been told that it is up."""
+        """Whether the owner has been told that the connection is up."""
         self.sent = self.received = 0
-        """Bytes of frames."""
+        """Bytes of frames so far."""
 
     def put(self, frame: Frame) -> None:
-        """Queues a frame; a neighbour that lets too much pile up does not read, and the connection ends."""
+        """Queues a frame. Ends the connection if too much waits: the neighbour does not read."""
         self._queue.append(frame)
         self._queued += _size(frame)
         self._filled.set()
@@ -82,7 +82,7 @@ class Connection:
             read: the next bytes of the stream.
             write: puts bytes into the stream; returns when the stream takes more.
             close: says that this end writes no more.
-            deliver: what to do with a frame (None: the link's own); the next is read when it returns.
+            deliver: what to do with a frame (None: the link's own `ALIVE`); the next is read once it returns.
 
         Raises:
             Ended: says why.
@@ -139,7 +139,7 @@ class Connection:
                 if not self._queue:
                     await write(codec.ALIVE)
         except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
-            pass  # the reader learns why
+            pass  # the reader meets the same error, and reports it
         await self._stop
 
 

@@ -1,9 +1,9 @@
-"""Links: how do frames get from one machine to another? One bidirectional stream of gRPC an edge, over mutual TLS.
+"""Links: how do frames get from one machine to another? One bidirectional gRPC stream for each edge, over mutual TLS.
 
-An edge has one end that dials (`engines.mesh.link.dialler`), again and again, and one that listens. grpc.aio runs in a
-thread with an event loop of its own; the owner's `Events` are called in a second thread, one call at a time, and the
-next frame of a neighbour is read only when the owner has dealt with the last: what it cannot take in waits at the
-sender.
+Of the two ends of an edge one dials again and again (`engines.mesh.link.dialler`), and the other listens. grpc.aio runs
+in a thread with an event loop of its own. The owner's `Events` are called in a second thread, one call at a time. The
+next frame of a neighbour is read only once the owner has dealt with the last one, so frames that the owner cannot take
+yet wait at their sender.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OPTIONS = [
 
 
 def check_free(address: str) -> None:
-    """Raises UserError if host:port cannot be listened on: taken, or not this machine's. gRPC says it in many lines."""
+    """Raises UserError if host:port is taken, or not of this machine: in one line, where gRPC writes many."""
     host, _, port = address.rpartition(":")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -59,15 +59,15 @@ def check_free(address: str) -> None:
 
 
 class Links:
-    """The connections of an agent to its neighbours; `engines.mesh.link.Link` for the protocol over it.
+    """The connections of an agent to its neighbours: the `engines.mesh.link.Link` that the protocol uses.
 
     Args:
         own: name, certificate and key of this agent.
         neighbours: the other ends of its edges.
-        version: of the federation file, for what is said to people.
+        version: of the federation file, for messages to people.
         listen: host:port to bind; needed where a neighbour dials. Port 0 takes a free one (see `port`).
         timing: when a neighbour is lost, and when it is tried again.
-        most_queued: bytes that may wait for a neighbour. One that lets more pile up does not read, and is cut off.
+        most_queued: bytes that may wait for a neighbour. A neighbour that lets more wait is cut off.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class Links:
         self._status = {number: Status(False, time.time(), "not yet connected") for number in self._neighbours}
         self._stopping = False
         self.port: int | None = None
-        """The port that is listened on."""
+        """The port that this agent listens on; None if it does not."""
         self.failure: BaseException | None = None
-        """What the owner has raised in a call of its `Events`: a bug, for its own thread to raise again."""
+        """The first exception that a call of the owner's `Events` has raised: a bug, for the owner to raise again."""
 
     # For the owner
 
@@ -121,7 +121,7 @@ class Links:
             raise
 
     def stop(self) -> None:
-        """Sends what is queued, ends all connections, and returns when no event is called any more."""
+        """Sends what is queued and ends all connections. Once it returns, no event is called any more."""
         if self._stopping:
             return
         self._stopping = True
@@ -138,9 +138,9 @@ class Links:
         return peer in self._up
 
     def send(self, peer: int, frame: Frame) -> None:
-        """Queues a frame on the newest connection to `peer`; dropped if there is none. Does not wait.
+        """Queues a frame on the newest connection to `peer`, without waiting; without a connection it is dropped.
 
-        A frame's payload is kept, not copied, until it goes out.
+        The frame's payload is kept, not copied, until it is sent.
         """
         connection = self._up.get(peer)
         if connection is not None:
@@ -153,7 +153,7 @@ class Links:
             self._loop.call_soon_threadsafe(self._punish, connection, reason)
 
     def status(self, peer: int) -> Status:
-        """How the edge to `peer` is."""
+        """The state of the edge to `peer`."""
         connection = self._up.get(peer)
         said = self._status[peer]
         if connection is None:
@@ -224,18 +224,18 @@ class Links:
                 told = ""
                 if time.monotonic() - connection.began > self._timing.last_retry:
                     wait = self._timing.first_retry
-            elif why != told:  # the same answer has the same reason
+            elif why != told:  # a failure that was explained before needs no second diagnosis
                 told = why
                 asking = self._loop.create_task(self._explain(neighbour, why))
                 self._asking.add(asking)
                 asking.add_done_callback(self._asking.discard)
-            # At random, so that all who have lost the same end do not come back in one moment.
+            # A random pause, so that neighbours that lost the same end do not all come back at one moment.
             pause = max(wait * random.uniform(0.5, 1), self._not_before[neighbour.number] - time.monotonic())
             await asyncio.sleep(pause)
             wait = min(2 * wait, self._timing.last_retry)
 
     async def _explain(self, neighbour: Neighbour, why: str) -> None:
-        """Finds out why a neighbour cannot be connected to, while it is dialled again."""
+        """Finds out why a neighbour cannot be reached, while it is dialled again, and notes the reason."""
         said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version)
         LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
         self._tell(self._note, neighbour.number, why if said.kind == "up" else said.why)
@@ -243,7 +243,7 @@ class Links:
     # The end that listens
 
     async def _answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        """Somebody dials who has the certificate of a neighbour: is it the one of the name that is claimed?"""
+        """Serves a dialler that holds some neighbour's certificate, if the certificate is that of the claimed name."""
         claimed = dict(context.invocation_metadata() or ()).get("agent")
         neighbour = next((n for n in self._neighbours.values() if n.name == claimed and n.dials), None)
         if neighbour is None or tls.shown(context) != neighbour.pin:
@@ -254,7 +254,7 @@ class Links:
         else:
 
             async def close() -> None:
-                raise Ended("this agent stops")  # the stream ends with this method
+                raise Ended("this agent stops")  # leaving this method ends the stream
 
             await self._carry(self._connection(neighbour), context.read, context.write, close)
 
@@ -272,7 +272,7 @@ class Links:
         write: Callable[[bytes], Awaitable[None]],
         close: Callable[[], Awaitable[None]],
     ) -> str:
-        """Carries frames until the connection is over, and says why it is. It supersedes the one before."""
+        """Carries frames until the connection is over; returns why it ended. It supersedes the connection before."""
         before = self._newest.get(connection.peer)
         self._newest[connection.peer] = connection
         why = "the stream was cancelled"
@@ -294,7 +294,7 @@ class Links:
         return why
 
     def _punish(self, connection: Connection, reason: str) -> None:
-        """Ends a connection whose other end broke a rule, and has it wait before the next."""
+        """Ends a connection whose other end broke a rule; a new one is refused for a while."""
         self._not_before[connection.peer] = time.monotonic() + self._timing.last_retry
         LOG.warning("%s: %s", self._neighbours[connection.peer].name, reason)
         connection.end(reason)
@@ -308,7 +308,7 @@ class Links:
             await self._loop.run_in_executor(self._owner, self._called, self._hand_over, connection, frame)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Has the owner's thread make a call, after those before."""
+        """Queues a call for the owner's thread."""
         with contextlib.suppress(RuntimeError):  # it is shut down
             self._owner.submit(self._called, call, *arguments)
 

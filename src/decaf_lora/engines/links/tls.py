@@ -1,8 +1,8 @@
-"""Who may talk, and why was somebody refused? TLS with both ends' certificates pinned.
+"""Who may connect, and why was a connection refused? TLS with both ends' certificates pinned.
 
-No authority vouches for anybody: an end trusts the certificates of its neighbours, as they are, and nothing else. An
-agent's certificate may not sign others, so that a chain is never longer than itself. gRPC offers no switch for TLS
-1.3 alone; two of these ends negotiate it.
+There is no certificate authority: an end trusts the certificates of its neighbours and nothing else. An agent's
+certificate may not sign others, so a chain has one certificate. gRPC has no switch to demand TLS 1.3; two agents of
+this package negotiate it.
 """
 
 from __future__ import annotations
@@ -55,24 +55,30 @@ def sha256(pem: bytes) -> str:
 
 
 def listening(own: Own, neighbours: Sequence[Pinned]) -> grpc.ServerCredentials:
-    """Credentials of the end that is dialled: it asks for a certificate, and takes those of its neighbours only."""
+    """Credentials of the end that is dialled: it asks for a certificate, and accepts its neighbours' only."""
     roots = b"".join(neighbour.certificate for neighbour in neighbours)
     return grpc.ssl_server_credentials([(own.key, own.certificate)], roots, require_client_auth=True)
 
 
 def dialling(own: Own, neighbour: Pinned) -> grpc.ChannelCredentials:
-    """Credentials of the end that dials: it shows its certificate, and takes this neighbour's only."""
+    """Credentials of the end that dials: it shows its own certificate, and accepts this neighbour's only."""
     return grpc.ssl_channel_credentials(neighbour.certificate, own.key, own.certificate)
 
 
 def shown(context: grpc.aio.ServicerContext) -> str | None:
-    """SHA-256 of the certificate that a dialler has shown and proved to own; None where there is not exactly one."""
+    """SHA-256 of the certificate that a dialler has shown and proved to own; None unless it showed exactly one."""
     found = context.auth_context().get("x509_pem_cert", [])
     return sha256(found[0]) if len(found) == 1 else None
 
 
 def invalid(pem: bytes, name: str, now: datetime | None = None) -> str | None:
-    """Why the certificate of `name` is not valid at `now` (default: by this machine's clock), or None."""
+    """Why a certificate is not valid; None if it is.
+
+    Args:
+        pem: the certificate.
+        name: of its owner, for the text.
+        now: the time to check; None: by this machine's clock.
+    """
     now = now or datetime.now(UTC)
     certificate = x509.load_pem_x509_certificate(pem)
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -88,19 +94,21 @@ class Answer(NamedTuple):
     """How an attempt to connect went."""
 
     kind: Literal["up", "not reached", "refused", "own"]
-    """`own`: this agent itself has to be mended first."""
+    """`own`: the fault lies with this agent itself, which did not try."""
     why: str
-    """One sentence, with what to do."""
+    """One sentence, with the remedy."""
 
 
 def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 5.0) -> Answer:
     """Whether this agent can connect to a neighbour that it dials, and if not, why.
 
-    Tries it with the standard library, whose errors say more than gRPC's. The end that refuses a certificate does not
-    say why (its own log does), so what it could be is to be asked.
+    The attempt uses the standard library, whose errors say more than gRPC's. An end that refuses a certificate says why
+    only in its own log, so the remedy is then to ask its owner.
 
     Args:
-        version: of the federation file that this agent goes by.
+        mine: this agent's certificate and key.
+        neighbour: the end to connect to; it has an address.
+        version: of this agent's federation file, for the remedy.
         timeout: seconds to wait for each answer.
     """
     name, address = neighbour.name, neighbour.address
@@ -132,10 +140,11 @@ def diagnose(mine: Own, neighbour: Pinned, version: int, timeout: float = 5.0) -
             der = secure.getpeercert(binary_form=True)
             if der is None or hashlib.sha256(der).hexdigest() != neighbour.pin:
                 return stranger
-            # Of TLS 1.3: the dialler believes that it is in before the other end has looked at its certificate.
+            # With TLS 1.3 the dialler's handshake ends before the other end has checked its certificate. Only a byte
+            # from the other end shows that it was accepted.
             return Answer("up", f"{name} answers at {address}.") if secure.recv(1) else refused
     except ssl.SSLCertVerificationError:
-        # Whoever answers need not have the certificate of the file, so the one of the file says whether it is that.
+        # The certificate that was shown is not known here. If the pinned one is outdated, that is the likely reason.
         outdated = _outdated(neighbour.certificate, name)
         return Answer("refused", outdated) if outdated else stranger
     except (ssl.SSLError, ConnectionResetError, BrokenPipeError) as error:

@@ -10,50 +10,58 @@ from decaf_lora.engines.mesh.edge import Edge
 
 @dataclass(frozen=True)
 class Plan:
-    """What an agent whose local steps are done should do."""
+    """What an agent does next, once its local steps are done."""
 
     exchange: int
-    """The exchange to open; with `catch_up` the first one after catching up, as far as is known."""
+    """The exchange to open. With `catch_up` it is the first one after catching up, as far as is known yet."""
     catch_up: bool
     """Whether to take the neighbours' average first."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """The exchanges of a run, from one agent's side."""
+    """The exchanges of a run, numbered from 1, as one agent sees them."""
 
     row: Callable[[int], frozenset[int]]
     """exchange -> the neighbours in it."""
     last: int
+    """The last exchange of the run."""
     hops: int
-    """Exchanges in a round. Who is late comes back with the first of a round, since a message is made for its hop."""
+    """Exchanges in a round. A message is made for its place in the round, so an agent that is late comes back with the
+    first exchange of a round."""
     catch_up: int
-    """Who is so many exchanges behind takes the neighbours' average instead of jumping."""
+    """An agent that is this many exchanges behind takes the neighbours' average instead of jumping ahead."""
 
     def hop(self, exchange: int) -> int:
         """Place of an exchange in its round, from 0."""
         return (exchange - 1) % self.hops
 
     def first(self, exchange: int) -> int:
-        """The first exchange of a round, from `exchange` on."""
+        """The lowest exchange, from `exchange` on, that is the first of a round."""
         return exchange + -self.hop(exchange) % self.hops
 
     def leads(self, edge: Edge, exchange: int) -> bool:
-        """Whether a neighbour has closed an exchange from `exchange` on that it shares with this agent.
+        """Whether a neighbour has closed, without this agent, an exchange (from `exchange` on) that the two share.
 
-        On a schedule a neighbour may be further along only because the two have not met since.
+        A higher number alone does not mean that: on a schedule the two may just not have shared an exchange since.
         """
         return any(edge.peer in self.row(e) for e in range(exchange, edge.next))
 
     def ahead(self, edges: Iterable[Edge], exchange: int) -> int:
-        """The highest `next` of the neighbours in reach that lead an agent at `exchange`; 0 if nobody does."""
+        """The highest `next` of the neighbours in reach that lead (`leads`) an agent at `exchange`; 0 if none does."""
         return max((edge.next for edge in edges if edge.heard and self.leads(edge, exchange)), default=0)
 
     def plan(self, edges: Iterable[Edge], number: int, restarted: bool) -> Plan:
-        """What an agent does whose next exchange is `number`.
+        """What an agent does next.
 
-        Behind by 1 while another is too: the next exchange, those ahead wait. By 2, or if nobody is as far back: the
-        exchange that the others are at. By more, or after a restart: their average.
+        If it is behind by 1 and so is some neighbour: its next exchange; the neighbours ahead wait. If it is behind by
+        2, or by 1 as the only one: the exchange that the others are at. If it is behind by `catch_up` or more, or
+        behind after a restart: it takes the others' average first.
+
+        Args:
+            edges: to all neighbours.
+            number: the agent's next exchange.
+            restarted: whether its process has just started.
         """
         heard = [edge for edge in edges if edge.heard]
         lead = self.ahead(heard, number) - number

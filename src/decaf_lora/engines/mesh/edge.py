@@ -1,4 +1,4 @@
-"""One edge as one of its ends sees it: is the neighbour up, what of it is here, how long is it waited for?"""
+"""One edge, as one of its ends sees it: is the neighbour up, what has arrived, how long to wait for the rest?"""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from decaf_lora.engines.mesh.frames import Data, Last
 
 
 class Verdict(Enum):
-    """What a neighbour came to in an exchange."""
+    """How an exchange went with one neighbour."""
 
     USED = "used"
     DECLINED = "declined"
-    """It said that it does not use this agent's message, or has closed the exchange without sending its own."""
+    """The neighbour said that it does not use this agent's message, or closed the exchange without sending its own."""
     SILENT = "silent"
-    """Patience ended and its message is not here."""
+    """Patience ended, and the neighbour's message is not here."""
     CUT_OFF = "cut off"
-    """Patience ended with its message here, its answer missing and the link down. The neighbour may have used this
-    agent's message: the only way to a one-sided use but for a crash."""
+    """Patience ended with the neighbour's message here, its answer missing and the link down. The neighbour may have
+    used this agent's message. Besides a crash this is the only way to a use on one side alone."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A sound message of a neighbour."""
+    """A message of a neighbour that has passed the owner's check."""
 
     exchange: int
     digest: bytes
     record: bytes
     content: Any
-    """What the owner's check made of the payload."""
+    """What the owner's check returned for the payload."""
 
 
 @dataclass
 class Assembly:
-    """A payload of which the first parts are here."""
+    """A payload whose first parts have arrived."""
 
     digest: bytes
     parts: int
     pieces: list[bytes] = field(default_factory=list)
 
     def add(self, frame: Data | Last) -> bool:
-        """Adds the next part; false for one that is here already.
+        """Adds the next part; false if the part is here already.
 
         Raises:
             ValueError: a part was left out.
@@ -70,11 +70,14 @@ class Assembly:
 
 @dataclass
 class Saved:
-    """What of an edge goes into a checkpoint, beside the tensor f of its account."""
+    """The part of an edge that goes into a checkpoint, besides the tensors f of its account."""
 
     record: bytes = EMPTY
+    """Hash chain over the exchanges in the account (account.py)."""
     used: tuple[int, bytes] = (0, b"")
+    """Exchange and digest of the neighbour's message that was used last."""
     misses: int = 0
+    """Exchanges without the neighbour since."""
 
 
 @dataclass
@@ -87,44 +90,46 @@ class Edge:
     saved: Saved = field(default_factory=Saved)
     connection: int | None = None
     latest: int = -1
-    """Number of the newest connection that there has been."""
+    """Number of the newest connection so far; -1 before the first."""
     heard: bool = False
     """Whether the neighbour's hello is here on this connection: only then does it count as up."""
     next: int = 0
     """The lowest exchange that the neighbour may still close; 0 before its first hello."""
     life: int | None = None
+    """Random number of the neighbour's process (`frames.Hello`); None before its first hello."""
     message: Kept | None = None
-    """Its message of the open exchange."""
+    """The neighbour's message of the open exchange."""
     newest: Kept | None = None
-    """Its newest message of a later exchange. An older one is never needed: its sender has closed that exchange."""
+    """The neighbour's newest message of a later exchange. Older ones are never needed: it has closed them."""
     coming: tuple[int, Assembly] | None = None
     """Exchange and parts of a message that is not yet whole."""
     fresh: bool = False
-    """Whether the last part that was received had not been here before."""
+    """Whether the last part that arrived was a new one."""
     adapter: Assembly | None = None
-    """Its adapter, as far as it is here."""
+    """The neighbour's adapter, as far as it has arrived."""
     sent: bytes = b""
     """Digest of this agent's message of the open exchange to this neighbour; empty if there is none."""
     sent_record: bytes = EMPTY
+    """Record of the edge that went with that message."""
     had: bool = False
-    """Whether it has said `have` of that message."""
+    """Whether the neighbour has said `have` of that message."""
     declined: bool = False
-    """Whether it has said `closed` of that message."""
+    """Whether the neighbour has said `closed` of that message."""
     since: float = 0.0
-    """When it last made progress in the open exchange: the opening, a new part, the first hello."""
+    """When the neighbour last made progress in the open exchange: the opening, a new part, the first hello."""
     greeted: bool = False
     """Whether a hello has counted as progress in the open exchange."""
     changed: float = 0.0
     """When `heard` last changed."""
     settled: float | None = None
-    """When it was certain whether its message of the open exchange is used."""
+    """When it became certain whether the neighbour takes part in the open exchange; None before."""
     mute: bool = False
-    """Whether it has left this agent's message of the open exchange unanswered for so long that its connections are
-    refused until its patience has ended, as if the link were down."""
+    """Whether the neighbour has left this agent's message of the open exchange unanswered for too long. Its connections
+    are then refused until patience with it has ended, as if the link were down."""
     rejected: int = 0
     """Bad messages since the last sound one."""
     served: tuple[int | None, int] = (None, -1)
-    """Connection and own `next` of the last adapter that was sent to it."""
+    """Connection, and this agent's `next`, when an adapter was last sent to the neighbour."""
 
     @property
     def usable(self) -> bool:
@@ -136,20 +141,25 @@ class Edge:
         return self.declined or (self.next > exchange and self.message is None)
 
     def expires(self, exchange: int, down: float) -> float:
-        """When patience with an unsettled neighbour ends; `down` is the most it lasts for one that is out of reach
-        and of whose message of the open exchange nothing is here."""
+        """When patience with a neighbour ends of whom nothing is certain yet.
+
+        Args:
+            exchange: the open one.
+            down: seconds that patience lasts at most with a neighbour that is out of reach and has sent nothing of its
+                message of that exchange.
+        """
         if self.heard:
-            # With its message here and the link up its answer is certain.
+            # With its message here and the link up, its answer will come for certain.
             return math.inf if self.message is not None else self.since + self.patience
         nothing = self.message is None and (self.coming is None or self.coming[0] != exchange)
         return max(self.since, self.changed) + (min(self.patience, down) if nothing else self.patience)
 
     def owes(self, exchange: int) -> bool:
-        """Whether its message of the open exchange is here and it is up, but has not answered this agent's."""
+        """Whether the neighbour is up and has sent its message of the open exchange, but not answered this agent's."""
         return self.heard and self.message is not None and not self.usable and not self.refuses(exchange)
 
     def verdict(self, exchange: int) -> Verdict:
-        """What this neighbour came to, once it is no longer waited for."""
+        """How the exchange went with this neighbour, once it is no longer waited for."""
         if self.usable:
             return Verdict.USED
         if self.refuses(exchange):
@@ -157,13 +167,13 @@ class Edge:
         return Verdict.SILENT if self.message is None else Verdict.CUT_OFF
 
     def opened(self, exchange: int, now: float) -> None:
-        """This agent opens an exchange: what is here of it moves up, what is older goes."""
+        """This agent opens an exchange: a message of it that is here already becomes `message`; older ones go."""
         self.message = self.newest if self.newest is not None and self.newest.exchange == exchange else None
         self.passed(exchange)
         self.since, self.greeted = now, False
 
     def passed(self, exchange: int) -> None:
-        """Everything up to `exchange` is over for this agent, but for an open one."""
+        """Forgets what belongs to exchanges up to `exchange`, which are over or (`opened`) just beginning."""
         if self.newest is not None and self.newest.exchange <= exchange:
             self.newest = None
         if self.coming is not None and self.coming[0] < exchange:
@@ -171,7 +181,7 @@ class Edge:
         self.sent, self.had, self.declined, self.settled, self.mute = b"", False, False, None, False
 
     def receive(self, frame: Data) -> tuple[bytes, bytes] | None:
-        """Takes a part of a message; (payload, its SHA-256) once all parts are here.
+        """Takes a part of a message; returns (payload, its SHA-256) once all parts are here, else None.
 
         Raises:
             ValueError: a part was left out.
@@ -186,7 +196,7 @@ class Edge:
         return assembly.content()
 
     def receive_adapter(self, frame: Last) -> tuple[bytes, bytes] | None:
-        """The same for a part of an adapter."""
+        """Takes a part of an adapter; otherwise like `receive`."""
         if self.adapter is None or self.adapter.digest != frame.digest:
             self.adapter = Assembly(frame.digest, frame.parts)
         assembly = self.adapter
@@ -197,11 +207,11 @@ class Edge:
         return assembly.content()
 
     def holds(self, digest: bytes) -> bool:
-        """Whether the message of that name is here."""
+        """Whether a message with this digest is here."""
         return any(kept is not None and kept.digest == digest for kept in (self.message, self.newest))
 
     def forget_life(self) -> None:
-        """The neighbour's process is another one: nothing of the old counts."""
+        """Forgets all that came from the neighbour's former process: it has started a new one."""
         self.message = self.newest = self.coming = self.adapter = None
         self.had = self.declined = False
         self.rejected = 0

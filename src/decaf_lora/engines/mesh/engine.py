@@ -1,6 +1,6 @@
 """The mesh as an engine: one agent in this process, its neighbours anywhere, and no server.
 
-The protocol (peer.py) is told by two threads, that of the run and that of the link, which take turns by a lock.
+Two threads call the protocol (peer.py): that of the run and that of the link. A lock makes them take turns.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from decaf_lora.graphs import Graph, Schedule
 T = TypeVar("T")
 
 AT_LEAST = 60.0
-"""Seconds of patience at least, where it follows from how long rounds take."""
+"""The least seconds of patience, where patience follows from how long the own rounds take."""
 
 
 class WaitedOutError(UserError):
     """This agent has waited for neighbours as long as it may.
 
     Attributes:
-        exit_code: 3, of a command that ends with it.
-        alone: no neighbour was in reach, rather than none that answered.
-        missing: names of the neighbours that it waited for.
+        exit_code: 3, the exit code of a command that ends with this error.
+        alone: whether no neighbour was in reach; else some were, and none answered.
+        missing: names of the neighbours that the agent waited for.
     """
 
     exit_code = 3
@@ -69,13 +69,13 @@ class Mesh:
     Args:
         agent: number of this agent.
         schedule: the graph of every exchange.
-        rounds: of the run.
+        rounds: number of rounds of the run.
         gossip_steps: exchanges in a round.
-        names: of all agents, for what is said to people.
-        limits: how long to wait and how much to accept; None: the defaults, with patience from the own rounds.
-        own_pace: whether patience is 3 times the median of the own rounds, and at least `AT_LEAST`; None: if no limits
-            are given.
-        clock: seconds.
+        names: of all agents, for messages to people; None: "agent 0" and so on.
+        limits: how long to wait and how much to accept; None: the defaults.
+        own_pace: whether patience follows from the own rounds: 3 times their median duration, and at least `AT_LEAST`.
+            None: it does if no `limits` are given.
+        clock: seconds, ascending.
     """
 
     is_main = True
@@ -103,11 +103,11 @@ class Mesh:
         self._templates: list[Template] = []
         self._norms: list[float] = []
         self._held = b""
-        """The adapter after the last exchange: what a late neighbour begins with."""
+        """Bytes of the adapter after the last exchange, with which a late neighbour begins."""
         self._held_template: Template
         self._saved, self._closed = dict[int, Saved](), 0
         self._open: tuple[int, Tensors] | None = None
-        """Exchange that was started and not yet waited for, from 1, and this agent's message in it."""
+        """The exchange (from 1) that was started and not yet waited for, and this agent's message in it."""
         self._stopped = False
         self._began, self._durations = clock(), list[float]()
 
@@ -116,16 +116,18 @@ class Mesh:
     def connect(
         self, templates: Sequence[tuple[Tensors, Sizes]], held: Tensors, link: Link, facts: bytes = b""
     ) -> None:
-        """Makes the protocol ready, from the checkpoint if one was restored; the link may then be started.
+        """Makes the protocol ready, from the checkpoint if one was restored. Start the link afterwards.
 
         Args:
-            templates: for each exchange of a round what this agent's message looks like, and what of it travels.
-            held: what `hold` gets.
-            link: to the neighbours; it tells this engine what happens (`link.Events`).
-            facts: what else both ends of an edge must agree on.
+            templates: for each exchange of a round, a message of this agent, and what of it travels; the values do not
+                matter.
+            held: the agent's tensors as for `hold`.
+            link: to the neighbours; tells this engine what happens (`link.Events`).
+            facts: what both ends of an edge must agree on besides their messages.
         """
         self._templates = [Template(message, sizes) for message, sizes in templates]
-        # A neighbour's first message may come before this agent's own, and hold what is 0 in a template: gradients.
+        # A neighbour's first message may arrive before this agent's own exists for comparison. The norm of a template
+        # is then too small, since gradients are 0 in it.
         self._norms = [LARGEST * norm(message) for message, _ in templates]
         self._held_template, self._began = Template(held, {}), self.clock()
         self.hold(held)
@@ -146,12 +148,12 @@ class Mesh:
             limits=limits,
             closed=self._closed,
             saved=self._saved,
-            restarted=True,  # also a first start waits for one neighbour: the run may have begun without this agent
+            restarted=True,  # a first start waits for one neighbour, too: the run may have begun without this agent
             facts=own,
         )
 
     def template(self, hop: int = 0) -> Template:
-        """What the messages of an exchange of a round look like."""
+        """The template of the messages of one exchange of a round; hop: its place in the round, from 0."""
         return self._templates[hop]
 
     def _graph(self, exchange: int) -> Graph:
@@ -164,13 +166,13 @@ class Mesh:
             self._lock.notify_all()
 
     def on_frame(self, peer: int, connection: int, frame: Frame) -> None:
-        """A frame has arrived."""
+        """A frame has arrived; see `link.Events`."""
         with self._lock:
             self.peer.on_frame(peer, connection, frame)
             self._lock.notify_all()
 
     def on_down(self, peer: int, connection: int) -> None:
-        """A connection is down."""
+        """A connection is down; see `link.Events`."""
         with self._lock:
             self.peer.on_down(peer, connection)
             self._lock.notify_all()
@@ -178,21 +180,21 @@ class Mesh:
     # What the protocol asks
 
     def agree(self, peer: int, facts: bytes) -> None:
-        """Both ends send the same kind of messages."""
+        """Checks that a neighbour belongs to the same run and sends the same kind of messages; see `Owner.agree`."""
         if facts != self.peer.facts:
             raise RejectionError("its messages have other names, shapes or types, or it runs another federation")
 
     def check(self, peer: int, exchange: int, payload: bytes) -> Tensors:
-        """A neighbour's message, before it is answered."""
+        """Reads and checks a neighbour's message; see `Owner.check`."""
         hop = (exchange - 1) % self.gossip_steps
         return self._templates[hop].unpack(payload, peer, self._norms[hop])
 
     def check_adapter(self, peer: int, payload: bytes) -> Tensors:
-        """A neighbour's adapter, for one who catches up."""
+        """Reads and checks a neighbour's adapter; see `Owner.check_adapter`."""
         return self._held_template.unpack(payload, peer, norm(self._held_template.message))
 
     def adapter(self) -> bytes:
-        """What a late neighbour begins with."""
+        """The adapter with which a late neighbour begins, as bytes; see `Owner.adapter`."""
         return self._held
 
     # The contract
@@ -201,7 +203,7 @@ class Mesh:
         """Sends this agent's message (name -> (1, ...)) to the neighbours of an exchange; see `Engine.start`."""
         with self._lock:
             if self._open is not None:
-                return Pending(self._wait)  # it was started before, and given up in between
+                return Pending(self._wait)  # the exchange was started before, and then given up
             number, hop = exchange + 1, exchange % self.gossip_steps
             if self.peer.phase is not Phase.IDLE or (hop and number != self.peer.closed + 1):
                 inbox = self._by_itself(message, exchange) if hop else self._without_senders(self.last)
@@ -214,8 +216,10 @@ class Mesh:
         return Pending(self._wait)
 
     def current(self, exchange: int) -> tuple[int, bool]:
-        """The exchange to take part in, and whether to catch up first; at the start of the process waits for one
-        neighbour, since the run may have gone on."""
+        """The exchange to take part in, and whether to catch up first; see `Engine.current`.
+
+        At the start of the process it waits for one neighbour, since the run may have gone on without this agent.
+        """
         with self._lock:
             if self._open is not None:
                 return self._open[0] - 1, False
@@ -225,7 +229,7 @@ class Mesh:
             return max(exchange, plan.exchange - 1), plan.catch_up
 
     def catch_up(self, tensors: Tensors) -> Inbox:
-        """The average of the neighbours that are ahead; the agent's own adapter if nobody is any more."""
+        """The adapters of the neighbours that are ahead; see `Engine.catch_up`."""
         with self._lock:
             self.peer.catch_up()
             caught = self._until(lambda: self.peer.caught_up)
@@ -242,28 +246,28 @@ class Mesh:
             self._held = pack(tensors, {}, self.agent)
 
     def wire_bytes(self, message: Tensors, graph: Graph, sizes: Sizes | None = None) -> float | None:
-        """Bytes of this agent's message, once for each neighbour."""
+        """Bytes that this agent sends: its message, once for each neighbour."""
         size = sum(t.numel() * t.element_size() for t in own_part(message, sizes or {}, self.agent).values())
         return float(size * graph.degree(self.agent))
 
     def gather(self, tensors: Tensors) -> Tensors:
-        """This process reports on its own agent alone."""
+        """`tensors` as they are: this process reports on its own agent alone."""
         return tensors
 
     def collect(self, tensors: Tensors) -> Pending[Tensors]:
-        """This process reports on its own agent alone."""
+        """`tensors` as they are: this process reports on its own agent alone."""
         return Pending(lambda: tensors)
 
     def scatter(self, tensors: Tensors) -> Tensors:
-        """This process reports on its own agent alone."""
+        """`tensors` as they are: this process holds its own agent alone."""
         return tensors
 
     def anyone_stops(self, asked: bool) -> bool:
-        """Nobody keeps step with this process."""
+        """`asked` as it is: no other process keeps step with this one."""
         return asked
 
     def snapshot(self) -> dict[str, Any]:
-        """The last exchange that is part of the run, and the records of the edges after it."""
+        """The last exchange that is over (`closed`), and what was kept of each edge after it (`edges`)."""
         edges = {
             str(j): {"record": saved.record.hex(), "used": [saved.used[0], saved.used[1].hex()], "misses": saved.misses}
             for j, saved in self._saved.items()
@@ -271,7 +275,11 @@ class Mesh:
         return {"closed": self._closed, "edges": edges}
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Goes back to a snapshot; before `connect`, since neighbours are told at once what is closed."""
+        """Goes back to a snapshot. Call it before `connect`, which tells neighbours at once what is closed.
+
+        Raises:
+            RuntimeError: `connect` was called before.
+        """
         if self._templates:
             raise RuntimeError("a mesh is restored before it is connected")
         self._closed = int(values.get("closed", 0))
@@ -283,14 +291,18 @@ class Mesh:
         }
 
     def finish(self) -> None:
-        """The result is on disk: tells the neighbours, and serves those that are late until nobody needs it."""
+        """Call it once the result is on disk: tells the neighbours, and serves late ones until none needs this agent.
+
+        Raises:
+            StoppedError: `stop` was called.
+        """
         with self._lock:
             if self.peer.phase is Phase.CLOSED_ALL:
                 self.peer.finish()
             self._until(lambda: self.peer.phase is Phase.LEFT or None)
 
     def status(self) -> dict[str, Any]:
-        """What this agent and its neighbours are at, as values for JSON; from any thread."""
+        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread."""
         with self._lock:
             peer = self.peer
             neighbours = {
@@ -309,7 +321,7 @@ class Mesh:
         return max(exchange - 1, 0) // self.gossip_steps + 1
 
     def stop(self) -> None:
-        """Ends what waits for neighbours with a `StoppedError`; from any thread, or a signal."""
+        """Ends whatever waits for neighbours with a `StoppedError`. May be called from any thread, or a signal."""
         with self._lock:
             self._stopped = True
             self._lock.notify_all()
@@ -317,7 +329,7 @@ class Mesh:
     # Waiting
 
     def _until(self, found: Callable[[], T | None]) -> T:
-        """Waits until `found` finds something; the lock is held, and free while nothing happens.
+        """Waits until `found` returns something, and returns that. The caller holds the lock; waiting releases it.
 
         Raises:
             WaitedOutError: the protocol has given up.
@@ -343,8 +355,8 @@ class Mesh:
             self._keep(outcome.exchange, outcome.edges)
             self._time_round(asked)
         if not outcome.took_part:
-            # A round that is left in a later exchange ends there, with all weight on this agent itself: the neighbours
-            # that it heard before have mixed with it, too.
+            # An agent that leaves a round after its first exchange ends the round there, with all weight on itself. The
+            # round still counts: the neighbours of its earlier exchanges have mixed with it.
             if (asked - 1) % self.gossip_steps:
                 return self._by_itself(message, asked - 1)
             return self._without_senders(outcome.exchange)
@@ -368,7 +380,7 @@ class Mesh:
         self._closed, self._saved = closed, edges
 
     def _time_round(self, number: int) -> None:
-        """Patience follows from the own rounds, where it is not given."""
+        """Notes how long a round took and sets patience by it, if patience follows from the own rounds."""
         if self._own_pace and (number - 1) % self.gossip_steps == 0:
             now = self.clock()
             self._durations.append(now - self._began)
@@ -379,7 +391,7 @@ class Mesh:
         return self._inbox(message, {}, np.eye(self.num_agents), exchange)
 
     def _without_senders(self, exchange: int) -> Inbox:
-        """Of a message that came too late for its exchange: there is a next one, or the run is over."""
+        """The inbox for a message that came too late: the agent takes part in a later exchange, or the run is over."""
         return Inbox({}, (), 1, exchange=exchange)
 
     def _inbox(
@@ -393,7 +405,7 @@ class Mesh:
         waited: Mapping[int, float] | None = None,
         rejected: tuple[str, ...] = (),
     ) -> Inbox:
-        """The own message and those that arrived, in ascending order of agents."""
+        """The inbox of this agent: its own message and those that arrived, in ascending order of agents."""
         everybody = {**contents, self.agent: message}
         senders = sorted(everybody)
         tensors = {name: torch.cat([everybody[j][name].to(t.device) for j in senders]) for name, t in message.items()}

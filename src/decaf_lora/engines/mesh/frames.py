@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 PART = 1 << 20
-"""Bytes of a payload that a frame carries at most."""
+"""The most bytes of a payload that one frame carries."""
 
 DIGEST = 32
 """Bytes of a digest, and of an edge's record."""
@@ -47,7 +47,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Have:
-    """The receiver's message `digest` of exchange `exchange` is here and sound, or was used."""
+    """Says to the receiver: your message `digest` of exchange `exchange` is here and sound, or was used."""
 
     next: int
     exchange: int
@@ -56,7 +56,7 @@ class Have:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The receiver's message `digest` of exchange `exchange` is not, and will not be, used."""
+    """Says to the receiver: your message `digest` of exchange `exchange` was not used and will not be."""
 
     next: int
     exchange: int
@@ -105,16 +105,19 @@ def split(payload: bytes, size: int = PART) -> Iterator[bytes]:
 
 
 def adapter_frames(next_: int, payload: bytes) -> Iterator[Last]:
-    """The frames that carry an adapter."""
+    """The frames that carry an adapter. next_: the sender's `next`."""
     digest, parts = hashlib.sha256(payload).digest(), list(split(payload))
     for part, piece in enumerate(parts):
         yield Last(next_, part, len(parts), digest, piece)
 
 
 def fault(frame: Frame, last: int, most_parts: int) -> str | None:
-    """What is impossible about a frame in a run of exchanges 1 to `last`; None if nothing is.
+    """Why a frame is impossible, for an error; None if it is not.
 
-    most_parts: the most parts that a payload may have.
+    Args:
+        frame: what arrived.
+        last: the last exchange of the run; the first is 1.
+        most_parts: the most parts that a payload may have.
     """
     if not 1 <= frame.next <= last + 1:
         return f"next is {frame.next}, not 1 to {last + 1}"

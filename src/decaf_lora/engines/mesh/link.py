@@ -1,7 +1,7 @@
 """Links: what does the protocol ask of a transport?
 
-The transport authenticates neighbours, keeps one connection an edge, reconnects, and takes a connection for down when
-the other end falls silent (its own pings). It knows no exchange and no tensor.
+The transport authenticates neighbours, keeps one connection for each edge, reconnects, and with pings of its own
+notices when the other end falls silent. It knows nothing of exchanges and tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from decaf_lora.engines.mesh.frames import Frame
 class Events(Protocol):
     """What a link tells its owner. The link makes these calls one after another, never two at once.
 
-    `connection` numbers the connections of this process to a neighbour, ascending: a new one supersedes the old at
-    once, and calls that name an old one are ignored.
+    `connection` is the number of a connection of this process to a neighbour. Numbers ascend. A new connection
+    supersedes the old one at once, and calls that name an old one are ignored.
     """
 
     def on_up(self, peer: int, connection: int) -> None:
@@ -35,9 +35,9 @@ class Link(Protocol):
         """Whether a connection to neighbour `peer` is up."""
 
     def send(self, peer: int, frame: Frame) -> None:
-        """Queues a frame on the newest connection to `peer`; dropped if there is none.
+        """Queues a frame on the newest connection to `peer`; without a connection the frame is dropped.
 
-        Neither waits nor calls back into the owner.
+        The call neither waits nor calls back into the owner.
         """
 
     def close(self, peer: int, reason: str) -> None:
@@ -45,9 +45,13 @@ class Link(Protocol):
 
 
 def dialler(first: str, second: str, listens: frozenset[str]) -> str:
-    """The one end of an edge that dials: the only end that can reach the other, else the name that sorts first.
+    """Which end of an edge dials: the only one that can reach the other, or else the name that sorts first.
 
-    If both ends dialled, two connections could replace each other for ever. listens: names that can be dialled.
+    One end must be chosen: if both dialled, two connections could replace each other for ever.
+
+    Args:
+        first, second: names of the ends.
+        listens: names that can be dialled.
 
     Raises:
         ValueError: neither end can be dialled.

@@ -1,4 +1,4 @@
-"""What the protocol asks of its owner and tells it, and the limits that the owner sets."""
+"""What does the protocol ask of its owner, what does it tell the owner, and which limits does the owner set?"""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ class Limits:
     """How long to wait, in seconds, and how much to accept. All agents of a run have the same."""
 
     patience: float = 60.0
-    """D: a neighbour that makes no progress for this long is no longer waited for."""
+    """D: a neighbour that makes no progress for so many seconds is no longer waited for."""
     give_up: float = 86_400.0
-    """How long an exchange may be open with nobody to use in it before the agent ends."""
+    """How long an exchange may stay open without any neighbour to use before the agent ends."""
     linger: float = 86_400.0
-    """How long a finished agent serves a neighbour that is out of reach, and how long one that is not finished waits
-    while no neighbour is up at all."""
+    """How long a finished agent stays for a neighbour that is out of reach, and how long an unfinished agent waits
+    while no neighbour at all is up."""
     down: float = 1.0
-    """The most that a neighbour is waited for that is out of reach and has sent nothing."""
+    """How long to wait at most for a neighbour that is out of reach and has sent nothing in this exchange."""
     answer: float = 10.0
-    """A neighbour that is up and has sent its message, but does not answer for so many times D, counts as hanging."""
+    """In units of D: a neighbour that is up and has sent its message, but does not answer for so long, is hanging."""
     misses: int = 3
-    """After so many exchanges without a neighbour the account of its edge is emptied."""
+    """After so many exchanges in a row without a neighbour the account of its edge is emptied."""
     catch_up: int = 3
-    """Who is so many exchanges behind takes the neighbours' average instead of jumping."""
+    """An agent that is this many exchanges behind takes the neighbours' average instead of jumping ahead."""
     rejections: int = 3
-    """After so many bad messages in a row every further one ends the connection."""
+    """From so many bad messages in a row on, every bad one ends the connection."""
     most_parts: int = 4096
-    """Parts of a payload at most."""
+    """The most parts that a payload may have."""
 
 
 class Phase(Enum):
     """What an agent is doing, as far as the protocol knows."""
 
     IDLE = "idle"
-    """No exchange is open: local steps, or not started."""
+    """No exchange is open: the agent takes local steps, or has not started."""
     OPEN = "open"
     CATCHING_UP = "catching up"
     CLOSED_ALL = "closed all"
@@ -57,20 +57,20 @@ class Outcome:
     exchange: int
     """The exchange that took place: the one that was opened, or a later one that the neighbours were at."""
     took_part: bool
-    """Whether this agent took part in it: not if it left it for a later one that its message was not made for, or if
-    the run is over."""
+    """Whether this agent's message took part. It did not if the agent left its exchange for a later one that the
+    message was not made for, or if the run is over."""
     verdicts: dict[int, Verdict]
-    """Of every neighbour in it."""
+    """How the exchange went with each of its neighbours."""
     contents: dict[int, Any]
-    """Of every neighbour that is used, what the check made of its payload."""
+    """Neighbour that is used -> what the owner's check returned for its payload."""
     emptied: frozenset[int]
     """Neighbours whose accounts are emptied before this exchange is added."""
     waited: dict[int, float]
-    """Seconds from the opening until it was certain whether a neighbour takes part."""
+    """Neighbour -> seconds from the opening until it was certain whether the neighbour takes part."""
     left: dict[int, dict[int, Verdict]] = field(default_factory=dict)
-    """Earlier exchanges that were opened and left, with nobody to use in them, for this one."""
+    """Earlier exchange -> verdicts; exchanges that were opened, had nobody to use, and were left for this one."""
     edges: dict[int, Saved] = field(default_factory=dict)
-    """What goes into a checkpoint made after this exchange."""
+    """Neighbour -> what of its edge goes into a checkpoint made after this exchange."""
 
 
 @dataclass(frozen=True)
@@ -80,34 +80,34 @@ class CaughtUp:
     exchange: int
     """The next exchange to take part in; one above the last if the run is over."""
     contents: dict[int, Any]
-    """Of every neighbour that answered, what the check made of its adapter."""
+    """Neighbour that answered -> what the owner's check returned for its adapter."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an agent has ended before the run did: it has waited as long as it may."""
+    """Why an agent has ended before the run: it has waited as long as it may."""
 
     alone: bool
-    """No neighbour has been in reach, rather than none that answers."""
+    """Whether no neighbour was in reach; else some were, and none answered."""
     missing: list[int]
-    """The neighbours that it waited for."""
+    """The neighbours that the agent waited for."""
 
 
 class RejectionError(Exception):
-    """What a neighbour sent is not usable, for the reason that the text says."""
+    """A neighbour sent what cannot be used; the text says why."""
 
 
 class Owner(Protocol):
-    """Who knows what payloads mean. Each of the first three raises `RejectionError` with a reason."""
+    """The one who knows what payloads mean. The first three methods raise `RejectionError` to refuse."""
 
     def agree(self, peer: int, facts: bytes) -> None:
-        """Compares the facts of a neighbour's hello with the own ones."""
+        """Checks that the facts in a neighbour's hello agree with this agent's."""
 
     def check(self, peer: int, exchange: int, payload: bytes) -> Any:
-        """A message, before it is answered; what it returns is kept instead of the payload."""
+        """Checks a message before it is answered; the result is kept instead of the payload."""
 
     def check_adapter(self, peer: int, payload: bytes) -> Any:
-        """An adapter that a neighbour sent to one who catches up."""
+        """Checks an adapter of a neighbour, while this agent catches up; the result is kept instead of the payload."""
 
     def adapter(self) -> bytes:
         """This agent's newest adapter."""

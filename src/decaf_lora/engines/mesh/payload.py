@@ -1,7 +1,7 @@
 """Payloads: how does a message become bytes, and which bytes may become a message?
 
-safetensors, so nothing that arrives is ever executed. What arrives is compared with what a message of that exchange
-looks like before any of it is used.
+Payloads are safetensors files, so nothing that arrives is ever executed. Before any of it is used, a payload is
+compared with a template of the messages of its exchange.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from decaf_lora.engines.base import Sizes
 from decaf_lora.engines.mesh.outcome import RejectionError
 
 LARGEST = 100.0
-"""A message whose norm is above the own one's by this factor is refused. Much that is sent begins at 0, so an own norm
-counts as at least 1, and as at least 0.01 for each number (root mean square)."""
+"""A message whose norm is more than this many times that of the own message is refused. Many messages begin at 0, so
+the own norm counts as at least 1, and as at least a root mean square of 0.01."""
 
 
 def own_part(message: Tensors, sizes: Sizes, agent: int) -> Tensors:
-    """An agent's message, name -> (1, ...), without what lies beyond the agent's own size."""
+    """The part of a message that travels: without what lies beyond the agent's own size.
+
+    Args:
+        message: name -> (1, ...).
+        sizes: of every agent, where agents differ.
+        agent: number of the agent that sends it.
+    """
     return {name: _cut(name, tensor, sizes, agent) for name, tensor in message.items()}
 
 
@@ -36,24 +42,32 @@ def pack(message: Tensors, sizes: Sizes, agent: int) -> bytes:
 
 
 def norm(message: Tensors) -> float:
-    """Frobenius norm over all floating-point tensors of a message; not finite if one of them is not."""
+    """Frobenius norm of all floating-point tensors of a message together; not finite if one of them is not."""
     floats = [t for t in message.values() if t.is_floating_point()]
     return math.sqrt(sum(float(t.double().square().sum()) for t in floats))
 
 
 @dataclass(frozen=True)
 class Template:
-    """What the messages of an exchange look like; the values do not matter."""
+    """What the messages of an exchange look like. Only names, shapes and dtypes count, not the values."""
 
     message: Tensors
     """name -> (1, ...), of this agent."""
     sizes: Sizes
 
     def unpack(self, payload: bytes, sender: int, own_norm: float) -> Tensors:
-        """A neighbour's message, name -> (1, ...), filled up with zeros beyond its own size.
+        """A neighbour's message, filled up with zeros beyond the neighbour's own size.
+
+        Args:
+            payload: bytes of a safetensors file.
+            sender: number of the neighbour.
+            own_norm: norm of this agent's message, for comparison.
+
+        Returns:
+            name -> (1, ...).
 
         Raises:
-            RejectionError: it is not such a message; says what is wrong with it.
+            RejectionError: the payload is no message of this kind; says why.
         """
         try:
             tensors = load(payload)

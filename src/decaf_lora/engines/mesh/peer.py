@@ -1,11 +1,11 @@
-"""The protocol of an exchange, at one agent: what is sent, who is waited for, and whose message is used?
+"""The protocol of an exchange at one agent: what is sent, who is waited for, and whose message is used?
 
-Two phases. Every agent sends its message to its neighbours, and says `have` of each sound one that arrives. A
-neighbour is used only if its message and its `have` are both here, so without faults both ends use an edge or neither
-does. Who does not answer within its patience is left out, and its weight goes to this agent itself.
+An exchange has two phases. Every agent sends its message to its neighbours; then it answers `have` to each sound one
+that arrives. A neighbour is used only if its message and its `have` are both here, so without faults both ends use an
+edge or neither does. A neighbour that takes too long is left out, and its weight goes to this agent itself.
 
-A state machine without input, output or threads: a link calls `on_up`, `on_frame` and `on_down`; the owner calls
-`plan`, `open`, `catch_up`, `finish`, and `tick` no later than `deadline` says. The rules are verified in `model/`.
+`Peer` is a state machine without input, output or threads. A link calls `on_up`, `on_frame` and `on_down`; the owner
+calls `plan`, `open`, `catch_up`, `finish`, and `tick` no later than `deadline`. The rules are verified in `model/`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Peer:
         neighbours: numbers of all agents with which it ever exchanges.
         row: exchange -> the neighbours in it.
         last: the last exchange of the run.
-        hops: exchanges in a round. Who is late comes back with the first of a round.
+        hops: exchanges in a round. An agent that is late comes back with the first of a round.
         life: 64 random bits, new at each start of the process.
-        closed: the exchange through which a checkpoint reaches; 0 at a first start.
-        saved: peer -> what that checkpoint says of its edge.
-        restarted: whether this agent may have been in the run before, so that others may be ahead.
-        facts: what the hello says besides.
+        closed: the last exchange in the checkpoint; 0 without one.
+        saved: neighbour -> what the checkpoint holds of its edge.
+        restarted: whether others may be ahead, so that `plan` first waits to hear of one neighbour.
+        facts: bytes in the hello that both ends of an edge must agree on.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Peer:
         self.failure: Failure | None = None
         self.caught_up: CaughtUp | None = None
         self.rejections: deque[tuple[int, str]] = deque(maxlen=100)
-        """Neighbours that sent what was not usable, and why; for the owner to take out."""
+        """(neighbour, why) for what was refused; the owner empties it."""
         self._link, self._owner, self._clock, self.facts = link, owner, clock, facts
         self._restarted = restarted and closed < last
         self._told = self.next
@@ -86,26 +86,26 @@ class Peer:
     def next(self) -> int:
         """The lowest exchange that this agent may still close, as it tells its neighbours.
 
-        The last exchange counts as closed only once its result is on disk: who has told the end is not waited for.
+        The last exchange counts as closed only once its result is on disk, since neighbours then stop waiting for it.
         """
         return self.course.last if self.phase is Phase.CLOSED_ALL else self.closed + 1
 
     @property
     def exchange(self) -> int | None:
-        """The open exchange."""
+        """The open exchange; None if none is."""
         return self.closed + 1 if self.phase is Phase.OPEN else None
 
     # What the owner asks
 
     def plan(self) -> Plan | None:
-        """What to do now that the local steps are done; None if that is not known before a neighbour is up."""
+        """What to do once the local steps are done; None while that depends on a neighbour that is not up yet."""
         if self._restarted and not self._heard():
             return None
         restarted, self._restarted = self._restarted, False
         return self.course.plan(self.edges.values(), self.closed + 1, restarted)
 
     def open(self, exchange: int, payload: bytes) -> None:
-        """Opens an exchange, the next or one that `plan` named, with this agent's message; closes all below it."""
+        """Opens the next exchange, or the one that `plan` named, with this agent's message; all below it are closed."""
         assert self.phase is Phase.IDLE
         assert self._outcome is None
         assert exchange == self.closed + 1 or (
@@ -133,16 +133,16 @@ class Peer:
         self._advance()
 
     def take(self) -> Outcome | None:
-        """The exchange that is over, once."""
+        """The exchange that is over, returned once; None if none is."""
         outcome, self._outcome = self._outcome, None
         return outcome
 
     def saved(self) -> dict[int, Saved]:
-        """What of the edges goes into a checkpoint, as of now."""
+        """Neighbour -> what of its edge goes into a checkpoint made now."""
         return {j: replace(edge.saved) for j, edge in self.edges.items()}
 
     def be_patient(self, seconds: float) -> None:
-        """Sets D, where it follows from how long the own rounds take."""
+        """Sets patience, D, in seconds; it may follow from how long the own rounds take."""
         for edge in self.edges.values():
             if edge.patience == self.limits.patience:
                 edge.patience = seconds
@@ -154,7 +154,7 @@ class Peer:
         return [edge.peer for edge in self._waited_for()] if self.phase is Phase.OPEN else []
 
     def tick(self) -> None:
-        """Time has passed."""
+        """Does what has become due; call it no later than `deadline`."""
         self._advance()
 
     def deadline(self) -> float:
@@ -171,13 +171,13 @@ class Peer:
             times += [e.changed + self.limits.linger for e in self.edges.values() if not e.heard]
         if self._waits and not self._heard():
             times.append(alone)
-        # What was due at the last look has been dealt with; what has become due since has not.
+        # Whatever was due at the last look has been done; what has become due since has not.
         return min((t for t in times if t > self._looked), default=math.inf)
 
     # What the link tells
 
     def on_up(self, peer: int, connection: int) -> None:
-        """A new connection, which supersedes an older one at once."""
+        """A new connection, which supersedes older ones at once."""
         edge = self.edges[peer]
         if connection <= edge.latest:
             return
@@ -198,7 +198,7 @@ class Peer:
             self._advance()
 
     def on_frame(self, peer: int, connection: int, frame: Frame) -> None:
-        """A frame; dropped unread if its connection is not the newest."""
+        """A frame has arrived; it is dropped unread unless its connection is the newest."""
         edge = self.edges[peer]
         if connection != edge.connection:
             return
@@ -253,7 +253,7 @@ class Peer:
             self._ask(edge)
 
     def _data(self, edge: Edge, frame: Data) -> None:
-        """A part of a message: kept until all are here, then checked, then answered."""
+        """A part of a message: kept until all parts are here; the message is then checked and answered."""
         whole = frame.part == frame.parts - 1
         if frame.exchange <= self.closed:
             if whole:
@@ -265,7 +265,7 @@ class Peer:
                 self._answer(edge, frame, Have)
             return
         if edge.newest is not None and self.exchange != frame.exchange < edge.newest.exchange:
-            return  # its sender has closed that exchange since
+            return  # its sender has closed that exchange meanwhile
         received = edge.receive(frame)
         if edge.fresh and frame.exchange == self.exchange:
             edge.since = self._clock()
@@ -329,7 +329,7 @@ class Peer:
             self._send(edge, Data(self.next, self.exchange, part, len(parts), edge.sent, edge.sent_record, piece))
 
     def _announce(self) -> None:
-        """Tells a new `next` on every connection, also where the other's hello is not here yet."""
+        """Tells a new `next` on every connection, also before the other end's hello."""
         if self.next != self._told:
             self._told = self.next
             for edge in self.edges.values():
@@ -382,7 +382,7 @@ class Peer:
         return max(edge.since, edge.changed) + self.limits.answer * self.limits.patience
 
     def _waited_for(self) -> list[Edge]:
-        """Neighbours with whom patience has not ended, and of whom nothing is certain yet, at the last look."""
+        """Edges that, at the last look, were not settled and whose neighbours had patience left."""
         assert self.exchange is not None
         return [
             edge
@@ -430,8 +430,8 @@ class Peer:
         if self._waited_for():
             return False
         verdicts = {edge.peer: edge.verdict(exchange) for edge in row}
-        # On a schedule, who has lost today's partners goes on to where others wait for it. On a fixed graph there
-        # are no others: nobody trains rounds alone, since who did would pull the others along by its number.
+        # On a schedule, an agent without today's partners goes on to where others wait for it. On a fixed graph there
+        # are no others. No agent trains rounds alone: it would pull the others along by its higher number.
         others = [e for e in self._heard() if e.peer not in verdicts and e.next >= exchange]
         if not row or Verdict.USED in verdicts.values():
             self._close(row, verdicts)
@@ -455,7 +455,7 @@ class Peer:
                 kept = edge.message
                 assert kept is not None
                 contents[edge.peer] = kept.content
-                # Both ends compare the same two records, those that were sent, so both empty the account or neither.
+                # Both ends compare the two records that were sent, so both empty the account or neither does.
                 if kept.record != edge.sent_record:
                     emptied.add(edge.peer)
                     saved.record = EMPTY
@@ -475,7 +475,7 @@ class Peer:
         self._outcome = Outcome(exchange, True, verdicts, contents, gone, waited, self._left, self.saved())
 
     def _leave(self, ahead: int, verdicts: dict[int, Verdict]) -> None:
-        """Gives up the open exchange for that which the neighbours are at."""
+        """Gives up the open exchange for the one that the neighbours are at."""
         exchange, target = self.closed + 1, self.course.first(ahead)
         first = self.course.hop(exchange) == 0
         late = first and ahead - exchange >= self.limits.catch_up
@@ -509,7 +509,7 @@ class Peer:
                 return
         target = self.course.first(max(self.course.ahead(self.edges.values(), number), number))
         adapters = self._adapters if target > number else {}
-        for edge in self.edges.values():  # the state is fresh, whatever the others have come to meanwhile
+        for edge in self.edges.values():  # the algorithm's state starts afresh, so all accounts are empty
             edge.saved.record, edge.saved.misses = EMPTY, 0
         if target > number:
             self._pass(target - 1)
