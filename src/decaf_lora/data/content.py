@@ -1,6 +1,6 @@
-"""Are these the same data as before? Hashes of what files hold, whatever their times say.
+"""Are these the same data as before? Hashes of the content of files, whatever their times say.
 
-A file that was unpacked, copied or restored can have the time of the one that it replaces, so what is cached is
+A file that was unpacked, copied or restored can have the modification time of the file that it replaces. So caches are
 keyed by content.
 """
 
@@ -17,7 +17,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 _known: dict[tuple[Any, ...], str] = {}
-"""Hashes of files that this process has read. The system sets `st_ctime` itself: nobody can give it an old value."""
+"""State of a file (`_state`) -> its hash, for files that this process has read. The state includes `st_ctime`, which
+only the system sets: no program can give it an old value."""
 
 
 def digest(path: Path) -> str:
@@ -30,7 +31,7 @@ def digest(path: Path) -> str:
 
 
 def digest_all(root: Path) -> str:
-    """SHA-256 of a folder: the path and the bytes of every file below it that is not hidden."""
+    """SHA-256 over the path of a folder, and the paths and bytes of all files below it that are not hidden."""
     files = sorted(_files(root))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(digest, files))
@@ -41,7 +42,10 @@ def digest_all(root: Path) -> str:
 
 
 def state(names: Iterable[str]) -> str:
-    """A short text that changes whenever a file of these does, or below these; names of no file do not count."""
+    """A short text that changes whenever one of these files changes, or a file below one of these folders.
+
+    Nothing is read: the text is made from the sizes, times and places of the files. A name of no file is constant.
+    """
     found = hashlib.sha256()
     for name in names:
         path = Path(name).expanduser()
@@ -51,7 +55,13 @@ def state(names: Iterable[str]) -> str:
 
 
 def of_rows(rows: Dataset, columns: Iterable[str], folder: str = "") -> str:
-    """SHA-256 of columns of `rows` in their order; of images that are paths, what the files hold."""
+    """SHA-256 of some columns of a data set, in the order of its rows.
+
+    Args:
+        rows: the data set.
+        columns: names of the columns.
+        folder: where relative paths of images count from; images given by paths count by the content of their files.
+    """
     chosen = sorted(set(columns))
     found = hashlib.sha256(repr(chosen).encode())
     if not chosen:

@@ -1,7 +1,8 @@
 """How is a table with delimiters (CSV, TSV) read? As its writer meant it, or not at all.
 
-The delimiter and the meaning of quotes are found from the file. One clear reading is taken, and told if it is not
-the usual one; of two the user has to choose. All faulty lines are named at once, by their number in the file.
+The delimiter and the meaning of quotes are found from the file. A single clear reading is taken, with a warning if it
+is not the usual one. Between two possible readings the user has to choose. All faulty lines are named at once, by their
+number in the file.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ Row = tuple[int, list[str]]
 
 
 class Dialect(NamedTuple):
+    """How the fields of a row are told apart."""
+
     delimiter: str
     quotes: bool
     """Whether a quote at the beginning of a field encloses it."""
@@ -41,10 +44,23 @@ class Dialect(NamedTuple):
 def read_delimited(
     raw: bytes, encoding: str, path: Path, suffix: str, config: TaskConfig, wanted: Sequence[str]
 ) -> tuple[pa.Table, list[str]]:
-    """The table that the bytes of a file hold, with its places, and what the user should know about the reading.
+    """Reads a table with delimiters.
 
-    Columns of whole numbers, numbers and truth values get these types; an empty field is missing. Raises UserError
-    for faulty lines, and for files that can be read in two ways.
+    Columns of whole numbers, numbers or truth values get these types. An empty field is a missing value.
+
+    Args:
+        raw: content of the file.
+        encoding: of the text.
+        path: of the file, for errors.
+        suffix: .csv or .tsv, which says the usual delimiter.
+        config: may give the delimiter and the meaning of quotes.
+        wanted: columns that the task needs.
+
+    Returns:
+        The table, with the column `PLACE`, and warnings for the user about how it was read.
+
+    Raises:
+        UserError: the file is empty, has faulty lines, or can be read in two ways.
     """
     csv.field_size_limit(sys.maxsize)  # the library's default refuses texts of 128 KB
     notes: list[str] = []
@@ -96,8 +112,10 @@ def typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _rows(raw: bytes, encoding: str, dialect: Dialect) -> Iterator[Row]:
-    """All rows that are not blank. Raises csv.Error, with the number of the row's first line as its second
-    argument, for quotes that do not enclose a field."""
+    """All rows that are not blank.
+
+    Raises csv.Error for a quote that encloses no field; its second argument is the number of the row's first line.
+    """
     stream = io.TextIOWrapper(io.BytesIO(raw), encoding=encoding, newline="")
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if dialect.quotes else csv.QUOTE_NONE
     reader = csv.reader(stream, delimiter=dialect.delimiter, quoting=quoting, strict=True)
@@ -122,7 +140,7 @@ def _header(fields: Sequence[str], path: Path, wanted: Sequence[str]) -> list[st
 
 
 def _width(fields: Sequence[str], header: Sequence[str]) -> int:
-    """Number of fields, without empty ones beyond the header: some programs end every line with a delimiter."""
+    """Number of fields. Empty ones beyond the header do not count: some programs end every line with a delimiter."""
     count = len(fields)
     while count > len(header) and not fields[count - 1]:
         count -= 1
@@ -177,7 +195,11 @@ def _even(rows: Sequence[Sequence[str]], width: int) -> bool:
 
 
 def _quotes(raw: bytes, encoding: str, path: Path, config: TaskConfig, delimiter: str) -> tuple[bool, list[str]]:
-    """Whether quotes enclose fields. Where they cannot, and all lines fit as they stand, they are plain characters."""
+    """Whether quotes enclose fields, and warnings for the user.
+
+    Quotes are plain characters where they cannot enclose fields and all lines have the right number of fields as they
+    stand.
+    """
     if b'"' not in raw and '"'.encode(encoding) not in raw:
         return True, []
     if config.quoting is not None:
@@ -227,8 +249,11 @@ def _fits(rows: Iterable[Row]) -> bool:
 
 
 def _crossed(raw: bytes, encoding: str, delimiter: str) -> tuple[int, int] | None:
-    """First line and number of lines of a quoted field that runs over what could be whole rows; None if there is
-    none, or if other fields show that quotes enclose: those that hold a delimiter in one line, or doubled quotes."""
+    """A quoted field whose lines could also be rows of their own: its first line, and its number of lines.
+
+    None if there is no such field, or if another field shows that quotes enclose: one that holds a delimiter within one
+    line, or doubled quotes.
+    """
     width, found = 0, None
     for line, fields in _rows(raw, encoding, Dialect(delimiter, True)):
         width = width or len(fields)

@@ -1,7 +1,7 @@
-"""Which encoding is a text file in? UTF-8 if it can be; another one only if no second makes sense.
+"""Which encoding is a text file in? UTF-8 if it can be; else another one, if it is the only one that makes sense.
 
-A wrong guess changes letters without a word, so a guess is told with words from the file, and where none or several
-encodings make sense the user has to say which.
+A wrong guess changes letters without a word. So every guess is told, with words from the file as a sample. Where no
+encoding makes sense, or several do, the user has to choose.
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ _BESIDE_WORDS = "\N{NO-BREAK SPACE}“”„‘’‚«»‹›…–—"
 
 
 def encoding_of(raw: bytes, name: str, given: str | None = None) -> tuple[str, str | None]:
-    """The encoding of the file `name` that holds `raw`, and a sentence for the user if it was guessed.
+    """Finds the encoding of a text file.
 
-    `given` is checked instead. Raises UserError if the bytes do not fit, or no single encoding makes sense.
+    Args:
+        raw: content of the file.
+        name: of the file, for messages.
+        given: the encoding that the user gives, which is only checked; None: find it.
+
+    Returns:
+        The encoding as Python calls it, and a warning for the user if it was guessed.
+
+    Raises:
+        UserError: the bytes do not fit the given encoding, or no single encoding makes sense.
     """
     if given is not None:
         try:
@@ -101,8 +110,11 @@ def _makes_sense(raw: bytes, encoding: str) -> bool:
 
 
 def _is_western(word: str) -> bool:
-    """Whether letters above ASCII are in `word` as western languages have them. Read as Windows-1252, text of another
-    encoding has runs of such letters, capitals within words, and signs beside or within them."""
+    """Whether the letters and signs above ASCII in `word` stand where western languages have them.
+
+    Text of another encoding, read as Windows-1252, has runs of such letters, capitals within words, and signs beside or
+    within words.
+    """
     run = 0
     for before, sign, after in zip(" " + word, word, word[1:] + " ", strict=False):
         run = run + 1 if sign.isalpha() and not sign.isascii() else 0
@@ -121,5 +133,5 @@ def _is_western(word: str) -> bool:
 
 
 def _strange(text: str) -> bool:
-    """Whether there are characters that no text has: control characters, or code points that mean nothing."""
+    """Whether `text` has characters that real text has not: control characters, or code points without a meaning."""
     return any(c not in "\t\r\n\f" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in set(text))

@@ -40,9 +40,9 @@ class Examples(NamedTuple):
     classes: list[str]
     """Names of the classes; empty if the data is used without labels."""
     named: bool
-    """Whether the data or the user gave the names; false if they are just numbers."""
+    """Whether the data or the user gave the names; false if the names are just numbers."""
     content: str = ""
-    """A hash of all the examples in their order, by which a resumed run knows them."""
+    """A hash of all examples in their order, by which a resumed run checks that they are the same."""
 
 
 def load(
@@ -53,12 +53,18 @@ def load(
     image: str | None = None,
     order: Sequence[str] = (),
 ) -> Examples:
-    """The examples that `config` names, with the columns that a task needs.
+    """Reads the examples that a task's configuration names.
 
-    `columns` are pairs (field of the configuration, column); `label` and `image` are columns as well. `order` are
-    the names of a checkpoint's classes: if the data have the same ones, they are numbered in this order.
-    Raises UserError for data that cannot be read, splits and columns that do not exist, empty splits, missing
-    values, labels that are no classes or unseen in training, and images that do not decode.
+    Args:
+        config: names the data, its splits, and which examples to use.
+        columns: (field of the configuration, column) for the columns that the task needs.
+        label: the column of labels; None: the data is used without labels.
+        image: the column of images; None: there is none.
+        order: names of a checkpoint's classes. Data with the same classes are numbered in this order.
+
+    Raises:
+        UserError: data that cannot be read, a split or column that does not exist, an empty split, missing values,
+            labels that are no classes or unseen in training, or images that do not decode.
     """
     wanted = list(columns)
     wanted += [("label_column", label)] if label is not None else []
@@ -100,8 +106,16 @@ def load(
 
 
 def needs_text(rows: Dataset, fields: Iterable[tuple[str, str]], numbers: bool = False) -> None:
-    """UserError if a column (pairs of field and column) holds something other than text, or `numbers` where these
-    may stand for their digits."""
+    """Checks that columns hold text.
+
+    Args:
+        rows: the examples.
+        fields: (field of the configuration, column) for each column.
+        numbers: whether numbers are accepted as well, to be read as their digits.
+
+    Raises:
+        UserError: a column holds something else.
+    """
     kinds = ("string", "large_string") + ("bool", "int", "uint", "float", "decimal") * numbers
     for field, column in fields:
         feature = rows.features[column]
@@ -118,7 +132,17 @@ def needs_text(rows: Dataset, fields: Iterable[tuple[str, str]], numbers: bool =
 
 
 def needs_tokens(rows: Dataset, lengths: NDArray[np.int64], field: str, split: str) -> None:
-    """UserError for examples of which the tokenizer makes nothing: `lengths` (n,) in tokens."""
+    """Checks that the tokenizer makes at least one token of every example.
+
+    Args:
+        rows: the n examples.
+        lengths: (n,) in tokens.
+        field: of the configuration that names the column, for errors.
+        split: "train" or "test", for errors.
+
+    Raises:
+        UserError: an example has no token; gives the place of the first one.
+    """
     empty = np.flatnonzero(lengths == 0)
     if empty.size:
         raise UserError(
@@ -128,9 +152,17 @@ def needs_tokens(rows: Dataset, lengths: NDArray[np.int64], field: str, split: s
 
 
 def spread(labels: Labels, seed: int, purpose: str) -> NDArray[np.int64]:
-    """(n,) a random order of the examples of which every stretch has nearly the class mix of all.
+    """A random order of examples in which every stretch has nearly the class mix of the whole.
 
-    The j-th of a class's m examples, in random order, is put at the fraction (j + 1/2) / m.
+    The m examples of a class are put in random order, and the j-th of them goes to the fraction (j + 1/2) / m.
+
+    Args:
+        labels: (n,) class numbers.
+        seed: of the data.
+        purpose: names the draw (`randomness.py`).
+
+    Returns:
+        (n,) indices of the examples.
     """
     order = numpy_generator(seed, "data", purpose).permutation(len(labels))
     _, inverse, counts = np.unique(labels[order], return_inverse=True, return_counts=True)

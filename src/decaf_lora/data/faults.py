@@ -1,4 +1,4 @@
-"""What is wrong with a file, told at once: so many lines, the first of them by number."""
+"""What is wrong with a file? All faulty lines are told in one error: their count, and the first ones by number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN, KEPT = 5, 1000
 
 
 class Faults:
-    """Faulty lines of one file."""
+    """Collects the faulty lines of one file; true if there are any."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
@@ -20,12 +20,13 @@ class Faults:
         return self.count > 0
 
     def add(self, line: int, what: str) -> None:
+        """Notes that line number `line` is faulty; `what` is what it holds instead."""
         self.count += 1
         if len(self._known) < KEPT:
             self._known.append((line, what))
 
     def refuse(self, what: str) -> None:
-        """UserError if there were any."""
+        """Raises UserError if any line is faulty; `what` is what such lines have in common, or lack."""
         if self.count:
             lines = "line has" if self.count == 1 else "lines have"
             first = ", ".join(f"line {line} ({what})" for line, what in sorted(self._known)[:SHOWN])

@@ -13,15 +13,22 @@ from decaf_lora.errors import UserError
 
 IMAGES = frozenset(ImageFolder.EXTENSIONS)
 METADATA = frozenset(ImageFolder.METADATA_FILENAMES)
-"""Files beside images that name them and say what they are."""
+"""Names of files beside images that list the images and say what they are."""
 
 _SPLITS = {word for words in SPLIT_KEYWORDS.values() for word in words}
 
 
 def check_image_folder(root: Path, images: Sequence[Path]) -> None:
-    """UserError if it is not clear which folder is the class of an image, or if an image is in no split.
+    """Checks that every image below a folder has one split and one class.
 
-    `images` are those that belong to a split. Folders with a metadata file say themselves what their images are.
+    Where a metadata file says what the images are, their folders need not mean classes.
+
+    Args:
+        root: the folder.
+        images: the images that belong to a split.
+
+    Raises:
+        UserError: an image is in no split, or it is not clear which folder is an image's class.
     """
     below = [file for file in sorted(root.rglob("*")) if _is_image(file, root)]
     here = {file.resolve() for file in images}

@@ -1,7 +1,7 @@
 """How do images become pixel values? `Pixels` decodes and processes them when a batch asks for them.
 
-Images of more than 8 bits a channel (scans, depth maps) say nowhere which values are black and white, and PIL cuts
-them off at 255. They are scaled here, and a data set whose values do not fit the scale is refused.
+Images of more than 8 bits a channel (scans, depth maps) do not say which values are black and white, and PIL would cut
+their values off at 255. So such images are scaled here, and a data set whose values do not fit the scale is refused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ from decaf_lora.errors import UserError
 
 
 class Pixels:
-    """Images as a processor makes them: called with indices (m,), gives pixel values (m, channels, h, w).
+    """Pixel values on demand: called with indices (m,), returns (m, channels, h, w).
 
-    Images are decoded and processed for the batch that asks for them, by `workers` threads. The first ones that
-    fit into `cache` bytes are kept: few-shot learning of a large set comes back to few of its images.
+    Images are decoded and processed when a batch asks for them. The first ones are kept in memory, since few-shot
+    learning of a large set comes back to few of its images.
+
+    Args:
+        rows: the examples.
+        column: of the images.
+        processor: image processor of transformers.
+        workers: threads that decode; 0: none besides the caller's.
+        folder: where relative paths of images count from.
+        cache: bytes of pixel values to keep.
+        pixel_range: the values that become 0 and 255, of images of more than 8 bits a channel; None: the usual ones.
     """
 
     def __init__(
@@ -64,7 +73,7 @@ class Pixels:
         return torch.cat(parts)[torch.from_numpy(order[where])]
 
     def _keep(self, indices: NDArray[np.int64], pixels: Tensor) -> None:
-        """Takes as many of these images (m, channels, h, w) as there is room for."""
+        """Keeps as many of these m images (m, channels, h, w) as there is room for."""
         if self._kept is None:
             room = min(len(self._rows), int(self._cache // (pixels[0].numel() * pixels.element_size())))
             self._kept = pixels.new_empty(room, *pixels.shape[1:])
@@ -85,9 +94,13 @@ class Pixels:
 
 
 def decode_image(file: dict[str, Any], folder: str = "", pixel_range: tuple[float, float] | None = None) -> Any:
-    """A PIL image in RGB of {"bytes": ..., "path": ...}; a relative path counts from `folder`.
+    """Decodes an image to a PIL image in RGB.
 
-    `pixel_range`: the values of an image of more than 8 bits a channel that become 0 and 255.
+    Args:
+        file: {"bytes": ..., "path": ...}; the path counts if there are no bytes.
+        folder: where a relative path counts from.
+        pixel_range: the values that become 0 and 255, of an image of more than 8 bits a channel; None: 0 and 65535 for
+            whole numbers, 0 and 1 for others.
     """
     image = _opened(file, folder)
     if image.mode not in _DEEP:
@@ -98,7 +111,7 @@ def decode_image(file: dict[str, Any], folder: str = "", pixel_range: tuple[floa
 
 
 _DEEP = dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N", "I"), (0.0, 65535.0)) | {"F": (0.0, 1.0)}
-"""PIL's modes of more than 8 bits a channel, and which of their values are taken for black and white."""
+"""PIL's modes of more than 8 bits a channel -> the values that are usually black and white."""
 
 
 def _opened(file: dict[str, Any], folder: str) -> Any:
@@ -108,7 +121,7 @@ def _opened(file: dict[str, Any], folder: str) -> Any:
 
 
 def image_folder(config: TaskConfig) -> str:
-    """Where relative image paths in the data count from: beside the file that lists them."""
+    """The folder where relative image paths in the data count from: that of the file which lists them."""
     path = Path(config.data or "").expanduser()
     return str((path.parent if path.is_file() else path).resolve()) if path.exists() else ""
 
@@ -126,7 +139,20 @@ def holds_images(rows: Dataset, column: str) -> None:
 
 
 def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) -> Dataset:
-    """`rows` without the images that do not decode; UserError names them unless `config.skip_bad`."""
+    """Checks that all images decode, and that their values fit the scale from black to white.
+
+    Args:
+        config: `skip_bad` says whether to leave out images that do not decode.
+        split: "train" or "test", for messages.
+        rows: the examples.
+        column: of the images.
+
+    Returns:
+        `rows`, without the images that do not decode.
+
+    Raises:
+        UserError: images do not decode (unless `skip_bad`), or have values outside the scale.
+    """
     checked = preprocess(
         rows.select_columns([column]),
         _decodes,
@@ -153,8 +179,10 @@ def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) 
 
 
 def _decodes(batch: dict[str, list[Any]], column: str, folder: str) -> dict[str, list[Any]]:
-    """Whether each image decodes, and its lowest and highest value if it has more than 8 bits, on the scale on which
-    the usual black is 0 and the usual white 1; else NaN."""
+    """For each image whether it decodes, and the lowest and highest value of one of more than 8 bits a channel.
+
+    The values are on the scale from the usual black, 0, to the usual white, 1. They are NaN for all other images.
+    """
 
     def check(file: Any) -> tuple[bool, float, float]:
         try:
@@ -175,7 +203,7 @@ def _decodes(batch: dict[str, list[Any]], column: str, folder: str) -> dict[str,
 
 
 def _check_range(config: TaskConfig, split: str, low: NDArray[Any], high: NDArray[Any]) -> None:
-    """UserError for images whose values lie outside the scale; a warning if they fill little of it."""
+    """UserError if values lie outside the scale from black to white; a warning if they fill little of it."""
     deep = ~np.isnan(low)
     if config.pixel_range is not None or not deep.any():
         return

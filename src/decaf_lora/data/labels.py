@@ -1,7 +1,7 @@
-"""Which classes do the labels of a data set name, and which number has each?
+"""Which classes do the labels of a data set name, and which number has each class?
 
-Labels are words, truth values, whole numbers, or the numbers of a `ClassLabel` with names. An order that the user
-or a checkpoint gives is matched by name; where names could also be meant by position, both readings are shown.
+Labels are words, truth values, whole numbers, or the numbers of a `ClassLabel` with names. An order that the user or a
+checkpoint gives is matched by name. Where names could also be meant by position, an error shows both readings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from decaf_lora.errors import UserError
 Labels = NDArray[np.int64]
 
 _NOTHING = {"na", "n/a", "nan", "null", "none", "-", "?", "."}
-"""What people write into a column of numbers where there is none."""
+"""What people write into a column of numbers where a number is missing."""
 
 
 class Numbering(NamedTuple):
@@ -32,16 +32,25 @@ class Numbering(NamedTuple):
     values: list[Any]
     names: list[str]
     named: bool
-    """Whether the data or the user gave the names; false if they are just numbers."""
+    """Whether the data or the user gave the names; false if the names are just numbers."""
 
 
 def numbered(
     config: TaskConfig, splits: Mapping[str, Dataset], column: str, order: Sequence[str] = ()
 ) -> tuple[dict[str, Labels], list[str], bool]:
-    """The class numbers of every split, the names of the classes, and whether these were given.
+    """Numbers the labels of all splits.
 
-    `order`: the names of a checkpoint's classes; where they are the data's, they are numbered in this order.
-    Raises UserError for labels that are missing, that are no classes, or that training does not have.
+    Args:
+        config: may name the classes.
+        splits: "train" and "test" -> examples.
+        column: of the labels.
+        order: names of a checkpoint's classes. Data with the same classes are numbered in this order.
+
+    Returns:
+        Split -> (n,) class numbers, the names of the classes, and whether the data or the user gave these names.
+
+    Raises:
+        UserError: labels that are missing, that are no classes, or that the training split does not have.
     """
     feature = splits["train"].features[column]
     values = _values(config, splits, column, feature)
@@ -67,11 +76,12 @@ def needs_classes(labels: Labels, classes: Sequence[str]) -> None:
 
 
 def alike(name: str) -> str:
-    """What names have in common that differ in blanks, case or the coding of accents only."""
+    """A form of `name` that is equal for names which differ only in blanks, case or the coding of accents."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def listed(names: Sequence[Any], most: int = 5) -> str:
+    """The first `most` names for a message, and how many more there are."""
     return ", ".join(str(n) for n in names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 
@@ -158,7 +168,10 @@ def _numbering(config: TaskConfig, values: Mapping[str, list[Any]], own: list[st
 
 
 def _in_order(numbering: Numbering, order: Sequence[str]) -> Numbering:
-    """The same classes as a checkpoint numbers them; numbers without names take the checkpoint's names."""
+    """The classes in the order of a checkpoint's, if both have the same names.
+
+    Classes that are numbers without names take the checkpoint's names, if there are as many.
+    """
     keys = [alike(name) for name in numbering.names]
     wanted = [alike(name) for name in order]
     if sorted(keys) == sorted(wanted) and len(set(keys)) == len(keys):
@@ -193,7 +206,7 @@ def _refuse_strange(
 
 
 def _tell_alike(values: Mapping[str, list[Any]]) -> None:
-    """A warning of words that differ in blanks or case only, and count as different classes all the same."""
+    """Warns of labels that differ only in blanks or case, and so count as different classes."""
     words = Counter(v for of_split in values.values() for v in of_split if isinstance(v, str))
     groups: dict[str, list[str]] = {}
     for word in sorted(words):

@@ -14,9 +14,17 @@ from decaf_lora.data.tables import writable_cache
 def preprocess(
     rows: Dataset, function: Callable[..., Any], config: TaskConfig, title: str, **arguments: Any
 ) -> Dataset:
-    """`rows` mapped in batches by `function`, whose columns replace the old ones.
+    """Maps the rows of a data set in batches; the result is cached on disk by the contents of all arguments.
 
-    Cached on disk by the contents of all arguments, in `config.num_workers` processes, with a progress bar.
+    Args:
+        rows: the data set.
+        function: columns of a batch, and `arguments` -> the new columns, which replace all old ones.
+        config: `num_workers` processes map.
+        title: of the progress bar.
+        arguments: further arguments of `function`.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     with writable_cache():
         return rows.map(

@@ -1,4 +1,4 @@
-"""What kind of file is it, and where in it does a row come from? For messages that a person looks up in an editor."""
+"""What kind of file is it, and where in it does a row stand? For messages whose places a person finds in an editor."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from datasets import Dataset
 
 PLACE = "decaf:place"
-"""A column of such places, which the readers of files add and `load` takes away again."""
+"""Name of the column of places (`place`), which the readers of files add."""
 
 
 def place(rows: Dataset, index: int) -> str:
-    """`line 17`, `line 3 of test.csv`, or the row's number where the source has no lines."""
+    """Where a row comes from: `line 3 of test.csv`, or `row 2` where the source has no lines."""
     return str(rows[index][PLACE]) if PLACE in rows.column_names else f"row {index}"
 
 
@@ -27,7 +27,7 @@ def suffix_of(path: Path) -> str:
 
 
 def stem_of(path: Path) -> str:
-    """The name without that suffix and those of packed files: `a` of `a.csv.gz`."""
+    """The name of a file without the suffix of `suffix_of` and those of packed files: `a` of `a.csv.gz`."""
     while path.suffix.lower() in _PACKED:
         path = path.with_suffix("")
     return path.stem

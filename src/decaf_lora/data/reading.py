@@ -33,7 +33,18 @@ def looks_local(name: str) -> bool:
 
 
 def read(config: TaskConfig, wanted: Sequence[str] = ()) -> dict[str, Dataset]:
-    """The splits `train` and, unless a share is held out, `test`. `wanted` are the columns that the task needs."""
+    """Reads the splits of a data set.
+
+    Args:
+        config: names the data and its splits.
+        wanted: columns that the task needs.
+
+    Returns:
+        "train", and unless a share of it is to be held out also "test" -> rows.
+
+    Raises:
+        UserError: the data cannot be read or fetched, or a split does not exist.
+    """
     if config.data is None:
         raise UserError("task.data: not set; name a data set of the Hugging Face Hub or a local path.")
     found = _open(config, wanted)
@@ -53,7 +64,7 @@ def read(config: TaskConfig, wanted: Sequence[str] = ()) -> dict[str, Dataset]:
 
 
 def _sliced(found: DatasetDict, split: str) -> Dataset:
-    """A slice such as `train[:10%]`, or a sum of splits and slices."""
+    """The rows of a slice such as `train[:10%]`, or of a sum of splits and slices."""
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in found.items()})
     except (ValueError, AssertionError) as error:
@@ -113,7 +124,7 @@ def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> Da
 
 
 def _cache(key: str) -> str:
-    """A folder in the cache for what `datasets` makes of files of this content."""
+    """The folder in the cache for what `datasets` makes of files; key: a hash of their content."""
     return str(cache_folder() / key)
 
 
@@ -141,7 +152,10 @@ def _folder(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDic
 
 
 def _sites(path: Path, config: TaskConfig, column: str, wanted: Sequence[str]) -> DatasetDict:
-    """The files of a folder, a file a site, as one split with the names of the files in `column`; and the test set."""
+    """The files of a folder, one for each site, joined to one split, and the file of the test set if there is one.
+
+    `column` is added to the joined split; it holds the name of the file that a row comes from.
+    """
     files = [file for file in sorted(path.iterdir()) if _kind(file) in ("table", "text")] if path.is_dir() else []
     _refuse_unused(config, {suffix_of(file) for file in files})
     tests = [file for file in files if stem_of(file) == (config.test_split or "test")]
@@ -193,7 +207,7 @@ def _images(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> Dat
 
 
 def _describes_itself(path: Path) -> bool:
-    """Whether a folder says itself, as those of the Hub do, which of its files are what."""
+    """Whether a folder says itself which of its files are which split, as many folders of the Hub do."""
     card = path / "README.md"
     return (path / ".huggingface.yaml").exists() or (
         card.is_file() and bool(re.match(r"---\s*\n(.*\n)*?configs:", card.read_text(errors="replace")))
@@ -201,7 +215,7 @@ def _describes_itself(path: Path) -> bool:
 
 
 def _split_files(path: Path, config: TaskConfig) -> dict[str, list[Path]]:
-    """The files of every split, by the names of files and folders as `datasets` understands them."""
+    """Split -> files, by the names of files and folders as `datasets` understands them."""
     with _as_lines(config, path):
         try:
             base = path.resolve().as_posix()
@@ -245,7 +259,7 @@ def _tell_ignored(path: Path, used: set[Path]) -> None:
 
 
 def _refuse_unused(config: TaskConfig, suffixes: set[str]) -> None:
-    """UserError for an option of files that are not there."""
+    """UserError for an option that is meant for a kind of file that the data does not have."""
     needed = {
         "delimiter": {".csv", ".tsv"},
         "quoting": {".csv", ".tsv"},
@@ -254,7 +268,7 @@ def _refuse_unused(config: TaskConfig, suffixes: set[str]) -> None:
     for field, those in needed.items():
         if getattr(config, field) is not None and not suffixes & those:
             raise UserError(f"task.{field}: {config.data} has no file that it is for; leave it out.")
-    if config.subset is not None and ".xlsx" not in suffixes:  # a recipe names that of its own data
+    if config.subset is not None and ".xlsx" not in suffixes:  # only a warning: it may be of a recipe's own data
         warnings.warn(f"task.subset: {config.data} has no subsets; {config.subset!r} is not used.", stacklevel=2)
 
 
@@ -264,7 +278,7 @@ def _whole(found: Any) -> DatasetDict:
 
 @contextmanager
 def _as_lines(config: TaskConfig, path: Path) -> Iterator[None]:
-    """What `datasets` raises, as one line that names the field; what it says itself is left out."""
+    """Turns whatever `datasets` raises into a UserError that names the field, and silences its own messages."""
     with writable_cache(), _quiet():
         try:
             yield

@@ -1,4 +1,4 @@
-"""How are JSON, Excel and plain text files read? Into columns, with the place of every row in its file."""
+"""How are JSON, Excel and plain text files read? Each becomes a table, with the place of every row in its file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ from decaf_lora.data.places import PLACE, suffix_of
 from decaf_lora.errors import UserError
 
 Record = tuple[int, Any]
-"""Line or number of an example in its file, and its value."""
+"""(line or number of an example in its file, its value)."""
 
 
 def read_json(raw: bytes, encoding: str, path: Path, wanted: Sequence[str]) -> pa.Table:
-    """The examples of a JSON file: objects line by line, a list of objects, or an object of columns.
+    """Reads a JSON file: one object a line, a list of objects, or an object of columns.
 
-    Raises UserError for what is no JSON, what is no object, and columns of `wanted` with values of several kinds.
+    Args:
+        raw: content of the file.
+        encoding: of the text.
+        path: of the file, for errors.
+        wanted: columns that the task needs.
+
+    Returns:
+        A table with the column `PLACE`.
+
+    Raises:
+        UserError: the file is no JSON or empty, an example is no object, or a wanted column holds values of several
+            kinds.
     """
     faults = Faults(path)
     lists = _whole_document(raw, encoding, path)
@@ -39,8 +50,8 @@ def read_json(raw: bytes, encoding: str, path: Path, wanted: Sequence[str]) -> p
 
 
 def read_text(raw: bytes, encoding: str, path: Path) -> pa.Table:
-    """The paragraphs of a text file, those between empty lines, in the column `text`."""
-    text = io.TextIOWrapper(io.BytesIO(raw), encoding=encoding).read()  # with \n as the only end of a line
+    """Reads a text file: each paragraph (empty lines separate them) is a row of the column `text`."""
+    text = io.TextIOWrapper(io.BytesIO(raw), encoding=encoding).read()  # all ends of lines become \n
     places, texts, line = [], [], 1
     for paragraph in text.split("\n\n"):
         if paragraph:
@@ -51,7 +62,17 @@ def read_text(raw: bytes, encoding: str, path: Path) -> pa.Table:
 
 
 def read_excel(raw: bytes, path: Path, config: TaskConfig, wanted: Sequence[str]) -> pa.Table:
-    """The only sheet of an Excel file that holds anything, or the one that `config.subset` names."""
+    """Reads the sheet of an Excel file that `config.subset` names, or the only sheet that holds anything.
+
+    Args:
+        raw: content of the file.
+        path: of the file, for errors.
+        config: may name the sheet.
+        wanted: columns that the task needs.
+
+    Raises:
+        UserError: openpyxl is missing, the file cannot be read or is empty, or it is not clear which sheet is meant.
+    """
     if importlib.util.find_spec("openpyxl") is None:
         raise UserError(f"task.data: {path} needs openpyxl; pip install 'decaf-lora[excel]', or save it as CSV.")
     import openpyxl
@@ -94,8 +115,19 @@ def table_of(
     wanted: Sequence[str],
     header: Sequence[str] = (),
 ) -> pa.Table:
-    """Records as a table with the union of their columns. What has values of several kinds becomes text, unless it
-    is `wanted`: UserError then counts the kinds."""
+    """Makes a table of records, with the union of their columns. A column with values of several kinds becomes text.
+
+    Args:
+        records: column -> value, for each row.
+        places: of the rows in the file.
+        path: of the file, for errors.
+        wanted: columns that must hold values of one kind.
+        header: columns in order, before all others.
+
+    Raises:
+        UserError: a wanted column holds values of several kinds (the message gives a place of each), or a column has
+            the name `PLACE`.
+    """
     names = list(dict.fromkeys([*header, *(name for record in records for name in record)]))
     columns = []
     for name in names:
@@ -112,7 +144,7 @@ def table_of(
 
 
 def _whole_document(raw: bytes, encoding: str, path: Path) -> Iterator[Record] | None:
-    """The examples of a file that is one JSON document; None if it has a document a line.
+    """The examples of a file that is one JSON document; None if the file may hold one document a line.
 
     Raises UserError for a document that breaks off or is nested too deeply.
     """
@@ -179,7 +211,7 @@ def _mixed(name: str, values: Sequence[Any], places: Sequence[str], path: Path) 
 def _as_text(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)):
         return value
-    return json.dumps(value, default=str)  # in ASCII, whatever it holds
+    return json.dumps(value, default=str)  # ASCII, so that half characters do no harm
 
 
 def _cell(value: Any) -> Any:

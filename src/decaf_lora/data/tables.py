@@ -1,7 +1,7 @@
-"""How does a file become a table on disk? Read once, checked, and kept by what it holds.
+"""How does a file become a table on disk? It is read once, checked, and cached by its content.
 
-The table lies memory-mapped in the cache of `datasets`, under a name made from the file's content and the options of
-its reading; a changed file is read again, whatever its time says.
+The table lies memory-mapped in the cache of `datasets`. Its name is made from the file's content and the options of
+reading, so a changed file is read again, whatever its time says.
 """
 
 from __future__ import annotations
@@ -35,18 +35,24 @@ from decaf_lora.data.structured import read_excel, read_json, read_text
 from decaf_lora.errors import UserError
 
 VERSION = 1
-"""Raised whenever the readers read something differently: what older ones have kept is then read again."""
+"""Of the readers. Raise it whenever they read something differently: tables of older versions are then not used."""
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx", ".txt")
-"""What is read here; the case of letters does not matter, and .gz, .bz2, .xz or .zip may follow."""
+"""Suffixes of the files that are read here. Case does not matter, and .gz, .bz2, .xz or .zip may follow."""
 
 _POINTER = b"version https://git-lfs"
 
 
 def read_table(path: Path, config: TaskConfig, wanted: Sequence[str]) -> Dataset:
-    """The examples of a file, with the column `PLACE`; warnings say what was guessed.
+    """The examples of a file, with the column `PLACE`. Warnings say what was guessed.
 
-    `wanted` are the columns that a task needs. Raises UserError if the file cannot be read.
+    Args:
+        path: of the file.
+        config: may give delimiter, quoting, encoding and sheet.
+        wanted: columns that the task needs.
+
+    Raises:
+        UserError: the file cannot be read, or its table cannot be cached.
     """
     options = [config.delimiter, config.quoting, config.encoding, config.subset, sorted(set(wanted))]
     with readable(path):
@@ -79,7 +85,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def writable_cache() -> Iterator[None]:
-    """UserError that names the cache for what the system refuses to write there."""
+    """Within the block, an OSError of a cache that cannot be written becomes a UserError that names the cache."""
     try:
         yield
     except OSError as error:
@@ -97,7 +103,7 @@ def _unwritable(error: OSError) -> UserError:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """UserError for what the system refuses to read."""
+    """Within the block, an OSError becomes a UserError that says that `path` cannot be read."""
     try:
         yield
     except OSError as error:
@@ -105,7 +111,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """UserError if a file is what Git LFS leaves in place of a file that was not fetched."""
+    """Raises UserError if `path` is a Git LFS pointer, the small file that stands for one not yet fetched."""
     with readable(path), path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise UserError(
@@ -153,7 +159,7 @@ def _unpacked(raw: bytes, path: Path) -> bytes:
 
 
 def _keep(table: pa.Table, path: Path) -> None:
-    """Writes a table so that no other process ever sees half of it."""
+    """Writes a table under a temporary name and renames it, so that no other process ever sees half of it."""
     with writable_cache():
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def warn_truncated(counts: dict[str, int], limit: int) -> None:
-    """One warning for all the sequences (split -> how many) that were longer than `limit` tokens."""
+    """Warns, once for all splits, of sequences that were cut. counts: split -> sequences longer than `limit` tokens."""
     if any(counts.values()):
         each = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
         warnings.warn(f"task.max_length: truncated to {limit} tokens: {each} examples.", stacklevel=3)
@@ -27,7 +27,7 @@ class Ragged:
 
     @classmethod
     def of(cls, rows: Dataset, column: str) -> Ragged:
-        """The lists of a column of what `preprocess` returns."""
+        """The sequences in a column of lists, as `preprocess` returns it."""
         chunks = rows.data.column(column).chunks if len(rows) else []
         values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
         lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
@@ -42,7 +42,7 @@ class Ragged:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(n,)"""
+        """(n,) tokens of each sequence."""
         return np.diff(self.offsets)
 
     def take(self, indices: NDArray[np.int64]) -> Ragged:
