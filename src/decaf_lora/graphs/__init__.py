@@ -1,8 +1,8 @@
 """Who listens to whom, with which weight, in which round?
 
-A `Graph` is a mixing matrix `weights (N, N)`: in one exchange agent i replaces x_i by
-`sum_j weights[i, j] x_j`. It is checked when made, and everything else (neighbours, edges, messages) is
-read from it. A `Schedule` gives the graph of every round, `compose` the graph of several exchanges in a row.
+A `Graph` is a mixing matrix `weights (N, N)`: in one exchange agent i replaces x_i by `sum_j weights[i, j] x_j`. The
+matrix is checked when the graph is made, and everything else (neighbours, edges, messages) is read from it. A
+`Schedule` gives the graph of every round. `compose` makes one graph of several exchanges in a row.
 
 Unless a constructor says otherwise its weights are Metropolis-Hastings weights,
 `1 / (1 + max(degree_i, degree_j))` on every edge and the remainder on oneself: symmetric and doubly

@@ -17,11 +17,14 @@ def from_array(array: ArrayLike, name: str, names: Sequence[str] = ()) -> Graph 
     """The graph of a file or of a function of the user's own.
 
     Args:
-        array: (N, N) a mixing matrix; (N, N) of 0 and 1 only, an adjacency, which gets Metropolis weights; or
-            (T, N, N), a mixing matrix for each round. Nothing is both: a mixing matrix of 0 and 1 only passes
-            models on and never blends them.
-        name: what tables and figures call it.
+        array: (N, N), a mixing matrix; (N, N) of 0 and 1 only, an adjacency, which gets Metropolis weights; or
+            (T, N, N), a mixing matrix for each round. A mixing matrix of 0 and 1 only would pass models on and never
+            blend them, so the two cannot be confused.
+        name: what tables and figures call the graph.
         names: (N,) of the agents, in the order of the rows.
+
+    Raises:
+        UserError: the array holds something else than numbers, or is no such matrix; names the row at fault.
     """
     try:
         matrix = np.array(array, dtype=np.float64)
@@ -34,7 +37,7 @@ def from_array(array: ArrayLike, name: str, names: Sequence[str] = ()) -> Graph 
 
 
 def _rounds(matrices: NDArray[Any], name: str) -> Schedule:
-    """The schedule of mixing matrices (T, N, N), directed ones among them, one a round."""
+    """The schedule of the mixing matrices (T, N, N), one for each round; directed ones are accepted."""
     graphs = []
     for number, matrix in enumerate(matrices):
         try:

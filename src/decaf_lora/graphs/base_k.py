@@ -16,17 +16,27 @@ from .schedule import Schedule
 def base(n: int, k: int) -> Schedule:
     """The Base-(k+1) graph: any n agents, at most k neighbours a round, the exact average in few rounds.
 
-    With b = k + 1 (Takezawa, Sato, Bao, Niwa and Yamada, "Beyond Exponential Graph", NeurIPS 2023, arXiv
-    2305.11420; theirs take at most 2 log_b(n) + 2 rounds):
+    Of three constructions the one with the fewest rounds is taken, with b = k + 1:
 
-    - hyper-hypercube: if n is a product of factors up to b, the agents fill a grid with these sides, and each
-      round averages along one axis.
-    - simple: else n = a_1 b^p_1 + a_2 b^p_2 + ... (base-b digits, falling) splits the agents into parts of as
-      many blocks of b^p. Every part averages itself; then, part after part, all later agents take the weight
-      b^p / (agents of this and all later parts) from one agent in each of its blocks, distinct ones, after
-      which the later agents' mean is everybody's; and every block averages itself again.
-    - or, if shorter, with n = p q and q without factors up to b: p groups do the simple one at a time, then
-      p agents, one a group, the hyper-hypercube.
+    - hyper-hypercube, if n is a product of factors up to b: the agents fill a grid with these sides, and each round
+      averages along one axis.
+    - simple, for any other n: the base-b digits of n = a_1 b^p_1 + a_2 b^p_2 + ... (falling powers) split the agents
+      into parts, part l with a_l blocks of b^p_l agents. First every part averages itself. Then, part after part, each
+      agent of a later part takes the weight b^p_l / (agents of part l and all later parts) from one agent in each
+      block of part l; no two take from the same agent. After that the mean of the later agents is that of all. At
+      last every block averages itself again.
+    - split, for n = p q where q has no factor up to b: p groups of q agents run the simple graph side by side; then
+      the agents at equal places of the groups run the hyper-hypercube.
+
+    Args:
+        n: number of agents.
+        k: the most neighbours of an agent in a round, at least 1.
+
+    Raises:
+        UserError: n or k is below 1.
+
+    Source: Takezawa, Sato, Bao, Niwa and Yamada, "Beyond Exponential Graph", NeurIPS 2023, arXiv 2305.11420, where the
+    graph takes at most 2 log_b(n) + 2 rounds.
     """
     check_count(n)
     if k < 1:
@@ -53,11 +63,11 @@ def base(n: int, k: int) -> Schedule:
 
 
 _Round = list[tuple[int, int, float]]
-"""The links of a round, (agent, agent, weight)."""
+"""The links of a round: (agent, other agent, weight)."""
 
 
 def _hyper_hypercube(agents: Sequence[int], k: int) -> list[_Round] | None:
-    """Rounds that average `agents` exactly, in groups of at most k + 1; None where their number has a larger prime."""
+    """Rounds that average `agents` exactly, in groups of at most k + 1; None if their number has a larger prime."""
     sides = _sides(len(agents), k + 1)
     if sides is None:
         return None
@@ -74,7 +84,7 @@ def _simple_base(agents: Sequence[int], k: int) -> list[_Round]:
     exact = _hyper_hypercube(agents, k)
     if exact is not None:
         return exact
-    parts: list[list[Sequence[int]]] = []  # of blocks
+    parts: list[list[Sequence[int]]] = []  # the blocks of every part
     left = agents
     while left:
         size = 1
@@ -97,13 +107,13 @@ def _simple_base(agents: Sequence[int], k: int) -> list[_Round]:
 
 
 def _merge(strands: Iterable[list[_Round]]) -> list[_Round]:
-    """Rounds of disjoint agents, side by side."""
+    """Rounds of disjoint sets of agents, run side by side."""
     return [list(itertools.chain(*links)) for links in itertools.zip_longest(*strands, fillvalue=[])]
 
 
 @cache
 def _sides(n: int, largest: int) -> tuple[int, ...] | None:
-    """The fewest factors of n, each from 2 to `largest`; None if there are none."""
+    """The fewest factors, each from 2 to `largest`, whose product is n; None if there are no such factors."""
     if n == 1:
         return ()
     found = [

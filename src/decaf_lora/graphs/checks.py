@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from decaf_lora.errors import UserError
 
-TOLERANCE = 1e-9  # on row sums, column sums and symmetry
-EXACT = 1e-12  # a product of mixing matrices this near to 1/N everywhere is the average
+TOLERANCE = 1e-9  # error allowed in row sums, column sums and symmetry
+EXACT = 1e-12  # a product of mixing matrices whose entries are this near to 1/N counts as the exact average
 
 
 def check_count(n: int) -> None:
@@ -91,9 +91,19 @@ def steps_from_agent_0(heard: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def check_consensus(heard: NDArray[np.bool_], field: str, remedy: str, names: Sequence[str] = ()) -> None:
-    """Whether repeating `heard` (N, N), the pattern of a doubly stochastic matrix, leads to agreement.
+    """Checks that repeated mixing leads to agreement.
 
-    One search from agent 0 is enough, directed or not: as much flows out of a set of agents as flows into it.
+    One search from agent 0 is enough, also on a directed graph: with doubly stochastic weights as much flows out of a
+    set of agents as into it.
+
+    Args:
+        heard: (N, N), where a doubly stochastic matrix is not 0.
+        field: begins the error.
+        remedy: ends the error.
+        names: (N,) of the agents, for the error; () if they only have numbers.
+
+    Raises:
+        UserError: some agents cannot be reached, or models circulate and never blend.
     """
     distances = steps_from_agent_0(heard)
     if (lost := np.flatnonzero(distances < 0)).size:
@@ -101,7 +111,7 @@ def check_consensus(heard: NDArray[np.bool_], field: str, remedy: str, names: Se
         agents = ", ".join(called[agent] for agent in lost[:10]) + (", ..." if lost.size > 10 else "")
         agents = f"agent {agents}" if lost.size == 1 else f"agents {agents}"
         raise UserError(f"{field}: {agents} cannot be reached from agent {called[0]}; link them{remedy}.")
-    # All cycles share a divisor above 1: models circulate and never blend (two agents that swap, say).
+    # If all cycles share a divisor above 1, models circulate and never blend, as with two agents that swap.
     rows, columns = np.nonzero(heard)
     divisor = int(np.gcd.reduce(distances[rows] + 1 - distances[columns]))
     if divisor > 1:
@@ -120,7 +130,14 @@ def is_average(weights: NDArray[np.float64]) -> bool:
 
 
 def misfit(kind: str, n: int, why: str, fits: Callable[[int], bool]) -> UserError:
-    """The error for a kind of graph that `n` agents cannot form; names the nearest numbers that can."""
+    """The error for a kind of graph that n agents cannot form, with the nearest numbers of agents that can.
+
+    Args:
+        kind: name of the graph.
+        n: number of agents.
+        why: the reason.
+        fits: whether so many agents can form such a graph.
+    """
     below = next(((m,) for m in range(n - 1, 0, -1) if fits(m)), ())
     above = next(m for m in itertools.count(n + 1) if fits(m))
     sizes = " or ".join(map(str, (*below, above)))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def describe(graph: Graph | Schedule) -> dict[str, Any]:
-    """What `decaf graph --json` prints: numbers, strings, lists and dicts only.
+    """A graph or schedule in JSON's types; what `decaf graph --json` prints.
 
-    Of a schedule: the period (None: random), after how many of its rounds the average is exact (None: it is
-    not), the sigma_2 of a whole period, what it amounts to a round, and the mean number of messages a round (of
-    a random one over its first 100).
+    A schedule has its `period` (None: random), the number of rounds until the average is exact (`exact_after`; None:
+    never in a period), the `sigma_2` of a whole period and its mean over a round, and the mean number of messages a
+    round (of a random schedule: over its first 100 rounds).
     """
     names = {"names": list(graph.names)} if graph.names else {}
     if isinstance(graph, Schedule):
@@ -58,7 +58,7 @@ def draw(graph: Graph, target: "str | Path | Axes") -> None:
     Args:
         target: a file (its suffix says which format), or matplotlib axes to draw into.
     """
-    # No pyplot: a library must not touch the figures and the backend of its user.
+    # Not pyplot, which would change the current figure and the backend of the caller.
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
@@ -89,7 +89,7 @@ def draw(graph: Graph, target: "str | Path | Axes") -> None:
     parent = axes.get_figure(root=True)
     assert parent is not None  # the axes are drawn into, so they are somewhere
     points_per_unit = min(extent.width, extent.height) / parent.dpi * 72 / 2.24
-    # As large as nodes can be without touching.
+    # Nodes are as large as they can be without touching.
     apart = np.linalg.norm(points[:, None] - points, axis=-1) + 9 * np.eye(len(points))
     diameter = float(np.clip(0.8 * apart.min() * points_per_unit, 5, 26))
 
@@ -113,7 +113,7 @@ def draw(graph: Graph, target: "str | Path | Axes") -> None:
     for node, (x, y) in places.items():
         label = graph.names[node] if graph.names and node != "server" else str(node)
         fitting = diameter * min(0.44, 1.56 / len(label))
-        size = max(fitting, 7) if graph.names else fitting  # a long name may stand out of its node
+        size = max(fitting, 7) if graph.names else fitting  # a long name stays readable and may leave its node
         axes.text(x, y, label, ha="center", va="center_baseline", fontsize=size, zorder=3)
 
 

@@ -18,21 +18,21 @@ from .weights import from_networkx
 FILES = (".npy", ".csv", ".txt", ".edgelist", ".adjlist", ".graphml")
 
 _HEADERS = ({"source", "target"}, {"from", "to"})
-"""The first line of an edge list in a CSV file, which is no edge."""
+"""Headers of edge lists in CSV files: such a first line is no edge."""
 
 Rows = list[list[str]]
 
 
 def read(path: Path) -> Graph | Schedule:
-    """The graph in a file, or the schedule; the suffix says how it is written.
+    """The graph or schedule in a file. The suffix says how the file is written.
 
-    - .npy: what `from_array` reads: a mixing matrix, an adjacency of 0 and 1, or one mixing matrix a round.
+    - .npy: an array for `from_array`: a mixing matrix, an adjacency of 0 and 1, or one mixing matrix for each round.
     - .csv (commas), .txt (spaces): a mixing matrix or an adjacency. The names of the agents may stand in the first
-      row, and before each row. A .csv of two columns of names is an edge list.
+      row, and before each row. A file of two columns of names is an edge list.
     - .edgelist, .adjlist, .graphml: an undirected graph as networkx writes it.
 
-    Whatever has no weights gets Metropolis weights. Agents that are named are in the order of the rows of a matrix,
-    else sorted by name.
+    A graph without weights gets Metropolis weights. The agents of a matrix are in the order of its rows; those of any
+    other file are sorted by name.
 
     Raises:
         UserError: the file is missing, cannot be read, or holds no graph that leads to agreement.
@@ -64,7 +64,7 @@ def _links(links: nx.Graph, path: Path) -> Graph:
 
 
 def _refuse_third_names(path: Path) -> None:
-    """An edge may carry data, which is not used; a third name means that names hold spaces."""
+    """Raises UserError for lines of more than two names: then names hold spaces. Data of an edge are ignored."""
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         third = line.partition("#")[0].split(maxsplit=2)[2:]
         if third and not third[0].startswith("{") and not _is_number(third[0].split()[0]):
@@ -75,7 +75,7 @@ def _refuse_third_names(path: Path) -> None:
 
 
 def _rows(path: Path) -> Rows:
-    """The filled lines of a table, in fields."""
+    """The lines of a table that are not empty, split into fields."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = [line.partition("#")[0] for line in file]
     rows = csv.reader(lines) if path.suffix.lower() == ".csv" else map(str.split, lines)

@@ -26,11 +26,11 @@ class Graph:
     """A mixing matrix, checked when it is made.
 
     Attributes:
-        weights: (N, N) float64, read-only; `weights[i, j]` is the weight agent i gives to agent j.
-        name: what tables and figures call it; for built-in kinds the name `parse` reads.
+        weights: (N, N) float64, read-only; `weights[i, j]` is the weight that agent i gives to agent j.
+        name: what tables and figures call the graph; of built-in kinds the name that `parse` reads.
         require_symmetric: False accepts a directed matrix, which must still be doubly stochastic.
-        connected: False accepts a matrix that does not connect all agents: one round of a schedule.
-        is_server: the average a server would make; see `Graph.server`.
+        connected: False accepts a matrix that does not connect all agents, for one round of a schedule.
+        is_server: whether the matrix is the average that a server makes; see `Graph.server`.
         hops: the graphs that `compose` joined, first to last; () for a single exchange.
         names: (N,) what the agents are called, all different; () if they only have numbers.
 
@@ -47,7 +47,7 @@ class Graph:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        weights = np.array(self.weights, dtype=np.float64)  # a copy: the caller's stays writeable
+        weights = np.array(self.weights, dtype=np.float64)  # a copy, so that the caller's array stays writeable
         weights.flags.writeable = False
         object.__setattr__(self, "weights", weights)
         check_rows(weights)
@@ -69,10 +69,13 @@ class Graph:
     def server(cls, counts: Sequence[float] | NDArray[Any]) -> "Graph":
         """The average of a server (FedAvg, McMahan et al. 2017): every row is `counts / counts.sum()`.
 
-        Args:
-            counts: (N,) examples of each agent, 0 or more and not all 0.
+        Only the rows sum to 1, not the columns. An agent without examples receives the average and adds nothing to it.
 
-        Only the rows sum to 1. An agent without examples receives the average and adds nothing to it.
+        Args:
+            counts: (N,) number of examples of each agent, 0 or more and not all 0.
+
+        Raises:
+            UserError: the counts have another shape, are negative or not finite, or are all 0.
         """
         sizes = np.asarray(counts, dtype=np.float64)
         if sizes.ndim != 1 or sizes.size == 0:
@@ -89,7 +92,11 @@ class Graph:
         return len(self.weights)
 
     def arranged(self, names: Sequence[str]) -> "Graph":
-        """The same graph with its agents in the order of `names`; one without names takes them as they come."""
+        """The same graph with its agents in the order of `names`. A graph without names takes these names.
+
+        Raises:
+            UserError: the graph has other names.
+        """
         if not self.names:
             return replace(self, names=tuple(names))
         if sorted(names) != sorted(self.names):
@@ -102,7 +109,7 @@ class Graph:
         return replace(self, weights=self.weights[np.ix_(order, order)], names=tuple(names))
 
     def senders(self, agent: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Whom `agent` averages over: the non-zero entries of its row, itself included.
+        """The agents that `agent` averages over, itself included: the non-zero entries of its row.
 
         Returns:
             The senders (m,) ascending and their weights (m,), which sum to 1.
@@ -130,15 +137,15 @@ class Graph:
 
     @property
     def messages_per_round(self) -> int:
-        """Directed messages an exchange takes; nobody sends to oneself.
+        """Number of directed messages in an exchange; an agent sends none to itself.
 
-        A server graph counts 2 N (N up to the server, N down), not the N (N - 1) of the matrix.
+        On a server graph there are 2 N messages (N up to the server, N down), not the N (N - 1) of the matrix.
         """
         return 2 * self.num_agents if self.is_server else int(self._links.sum())
 
     @cached_property
     def sigma_2(self) -> float:
-        """The second largest singular value: an exchange leaves at most this share of the disagreement."""
+        """The second largest singular value: the largest share of the disagreement that an exchange can leave."""
         return second_singular_value(self.weights)
 
     @property

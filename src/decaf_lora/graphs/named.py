@@ -13,17 +13,17 @@ from .checks import check_count, check_probability, misfit, steps_from_agent_0
 from .graph import Graph
 from .weights import from_networkx, metropolis
 
-DRAWS = 1000  # of a random graph, until one is connected
+DRAWS = 1000  # the most draws of a random graph until one is connected
 
 
 def ring(n: int) -> Graph:
-    """Each agent and its two neighbours, 1/3 each. [[1]] for n = 1, all 1/2 for n = 2."""
+    """Each agent averages itself and its two neighbours, 1/3 each; one agent has weight 1, two have 1/2 each."""
     check_count(n)
     return from_networkx(nx.cycle_graph(n), "ring")
 
 
 def complete(n: int) -> Graph:
-    """Everybody linked to everybody, 1/n each: the exact average in one exchange."""
+    """Every agent linked to every other one, all weights 1/n: the exact average in one exchange."""
     check_count(n)
     return from_networkx(nx.complete_graph(n), "complete")
 
@@ -35,7 +35,7 @@ def star(n: int) -> Graph:
 
 
 def line(n: int) -> Graph:
-    """0 - 1 - ... - n-1."""
+    """Agents in a chain: 0 - 1 - ... - n-1."""
     check_count(n)
     return from_networkx(nx.path_graph(n), "line")
 
@@ -49,9 +49,16 @@ def torus(rows: int, cols: int) -> Graph:
 def bipartite_hubs(n: int = 10, hubs: int = 2) -> Graph:
     """The bipartite graph of the DeCAF paper (arXiv 2505.21382): n - hubs leaves, each linked to all hubs.
 
-    The hubs are the last agents and not linked with each other. 8 + 2 takes the published weights: 0.11 an
-    edge, leaf self 0.78, hub self 0.12. They are the Metropolis weight 1/9 in two digits, so all other sizes
-    take Metropolis weights.
+    The hubs are the last agents and are not linked with each other. 8 leaves and 2 hubs take the published weights:
+    0.11 on every edge, 0.78 of a leaf on itself, 0.12 of a hub on itself. These are Metropolis weights (1/9 on an edge)
+    rounded to two digits, so all other sizes take Metropolis weights.
+
+    Args:
+        n: number of agents.
+        hubs: how many of them are hubs.
+
+    Raises:
+        UserError: there is no hub, or no leaf.
     """
     check_count(n)
     if hubs < 1:
@@ -129,7 +136,7 @@ def random_regular(n: int, degree: int, seed: int) -> Graph:
         raise misfit(f"random-regular:{degree}", n, "agents x degree must be even", lambda m: m > degree and m % 2 == 0)
     generator = random.Random(derive_seed(seed, "graph", "random-regular"))
     for _ in range(DRAWS):
-        # Dense ones as the complement of a sparse one: the pairing of networkx rarely succeeds on them.
+        # A dense graph is drawn as the complement of a sparse one: networkx rarely succeeds in drawing a dense one.
         dense = 2 * degree >= n
         links = nx.random_regular_graph(n - 1 - degree if dense else degree, n, seed=generator)
         links = nx.complement(links) if dense else links

@@ -41,7 +41,11 @@ def _two(spec: str, argument: str, separator: str, example: str) -> tuple[int, i
 
 
 def _fit(graph: Graph | Schedule, n: int, other: Callable[[], Graph | Schedule] | None = None) -> Graph | Schedule:
-    """`graph` if it has `n` agents; `other` makes the one of its kind that has, or raises what sizes there are."""
+    """`graph` if it has `n` agents.
+
+    Raises UserError otherwise. `other` makes a graph of the same kind with `n` agents, whose name becomes the remedy.
+    If `other` raises, its error says which sizes there are.
+    """
     if graph.num_agents == n:
         return graph
     sizes = f"graph: {graph.name} has {graph.num_agents} agents but the run has {n}"
@@ -158,7 +162,7 @@ def _own(function: Callable[..., Any], name: str) -> Kind:
 
 
 KINDS: Table[Kind] = Table("graph", "decaf_lora.graphs", _BUILT_IN, _own)
-"""The graphs by name. `build` takes (num_agents, argument, seed); the argument is the text after the colon, or ""."""
+"""The graphs by name. `build` takes (num_agents, argument, seed); argument: the text after the colon, or ""."""
 
 
 def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:

@@ -14,7 +14,8 @@ from .weights import metropolis
 
 
 def one_peer_exponential(n: int) -> Schedule:
-    """In round t every agent averages with the one 2^t further round the circle: one message each way out.
+    """In round t every agent averages with the agent 2^t places further round the circle: it sends and receives one
+    message.
 
     The weights are doubly stochastic but directed. A period of ceil(log2 n) rounds averages exactly if n is a
     power of 2 (Ying, Yuan, Chen, Hu, Pan and Yin, "Exponential Graph is Provably Efficient for Decentralized
@@ -31,7 +32,7 @@ def one_peer_exponential(n: int) -> Schedule:
 
 
 def one_peer_hypercube(n: int) -> Schedule:
-    """n = 2^d agents; in round t those whose numbers differ in bit t average in pairs. d rounds are exact."""
+    """n = 2^d agents; in round t those whose numbers differ in bit t average in pairs: exact after d rounds."""
     check_count(n)
     if n & (n - 1):
         raise misfit("one-peer-hypercube", n, "it needs a power of 2", lambda m: m & (m - 1) == 0)
@@ -42,7 +43,7 @@ def one_peer_hypercube(n: int) -> Schedule:
 
 
 def random_matching(n: int, seed: int) -> Schedule:
-    """Every round the agents average in pairs, matched anew at random; of an odd number one stays alone."""
+    """Every round the agents average in pairs, matched anew at random; of an odd number of agents one rests."""
     check_count(n)
 
     def at(round: int) -> Graph:
@@ -68,9 +69,17 @@ def random_edges(n: int, p: float, seed: int) -> Schedule:
 
 
 def failing(graph: Graph | Schedule, p: float, seed: int) -> Schedule:
-    """`graph` with links that fail in a round with probability `p`: both ends give its weight to themselves.
+    """A graph whose links fail, each in each round with probability p; both ends then give its weight to themselves.
 
-    The weights stay symmetric and doubly stochastic. A directed graph cannot be mended so and is refused.
+    The weights stay symmetric and doubly stochastic. On a directed graph they would not.
+
+    Args:
+        graph: the graph or schedule without failures.
+        p: in [0, 1).
+        seed: of the draws.
+
+    Raises:
+        UserError: p is out of range, or the graph is directed.
     """
     schedule = as_schedule(graph)
     n = schedule.num_agents

@@ -13,8 +13,8 @@ from decaf_lora.errors import UserError
 from .checks import check_consensus, check_count, is_average, second_singular_value
 from .graph import Graph
 
-DRAWS = 1000  # rounds of a random schedule, until all agents have heard from all others
-SAMPLE = 100  # rounds of a random schedule that `describe` counts messages over
+DRAWS = 1000  # the most rounds of a random schedule until all agents have heard from all others
+SAMPLE = 100  # rounds of a random schedule over which means are taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,15 +22,15 @@ class Schedule:
     """The graph of every round.
 
     Attributes:
-        name: what tables and figures call it.
+        name: what tables and figures call the schedule.
         num_agents: N.
-        graph_at: round -> Graph; a pure function, so that a resumed run sees the same graphs. Of a
-            periodic schedule it is asked for rounds below `period` only.
-        period: after how many rounds it starts again; None: never (a random schedule).
+        graph_at: round, from 0 -> Graph; a pure function, so that a resumed run sees the same graphs. With a period it
+            is called for rounds below `period` only.
+        period: after how many rounds the schedule starts again; None: never (a random schedule).
 
     Raises:
-        UserError: a graph has another number of agents, or a period does not connect all agents. What has no
-            period cannot be checked.
+        UserError: a graph has another number of agents, or a period does not connect all agents. A schedule without a
+            period is not checked.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Schedule:
         graphs = [self.at(round) for round in range(self.period)]
         if any(graph.is_server for graph in graphs):
             return  # everybody receives everything in that round
-        # Booleans, because the product of many small weights may underflow to 0.
+        # Booleans, since the product of many small weights could underflow to 0.
         heard = np.eye(self.num_agents, dtype=bool)
         for graph in graphs:
             heard = (graph.weights > 0) @ heard
@@ -85,7 +85,11 @@ class Schedule:
         return graph
 
     def weights_of_period(self) -> NDArray[np.float64]:
-        """(N, N) what a whole period does to the agents: `W[period - 1] @ ... @ W[0]`."""
+        """(N, N) the weights of a whole period as one exchange: `W[period - 1] @ ... @ W[0]`.
+
+        Raises:
+            UserError: the schedule has no period.
+        """
         if self.period is None:
             raise UserError(f"schedule: {self.name} never starts again, so it has no weights of a period.")
         product = np.eye(self.num_agents)
@@ -100,7 +104,7 @@ class Schedule:
 
     @cached_property
     def exact_after(self) -> int | None:
-        """After how many rounds from the start of a period all agents hold the exact average; None: not in one."""
+        """Rounds from the start of a period until all agents hold the exact average; None: not within a period."""
         product = np.eye(self.num_agents)
         for round in range(self.period or 0):
             product = self.at(round).weights @ product
@@ -110,7 +114,7 @@ class Schedule:
 
     @cached_property
     def pace(self) -> int:
-        """Rounds until what every agent sends has reached all others: the period, or counted if there is none.
+        """Rounds until every agent's message has reached all others: the period, or counted if there is none.
 
         Raises:
             UserError: a random schedule does not get there in 1000 rounds.
@@ -128,11 +132,11 @@ class Schedule:
 
     @cached_property
     def sigma_2_per_round(self) -> float:
-        """What a round leaves of the disagreement in the long run, to compare with the sigma_2 of one graph.
+        """The share of the disagreement that a round leaves in the long run; comparable with the sigma_2 of one graph.
 
-        With a period: its sigma_2 to the power of 1 / period. Without: the root of the second eigenvalue of the
-        mean of W^T W (Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE Transactions on
-        Information Theory 2006), the mean taken over the first 100 rounds.
+        With a period it is the period's sigma_2 to the power of 1 / period. Without, it is the root of the second
+        eigenvalue of the mean of W^T W over the first 100 rounds (Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip
+        algorithms", IEEE Transactions on Information Theory 2006).
         """
         if self.period is not None:
             return self.sigma_2 ** (1 / self.period) if self.exact_after is None else 0.0
@@ -140,7 +144,7 @@ class Schedule:
         return math.sqrt(second_singular_value(np.mean([W.T @ W for W in weights], axis=0)))
 
     def window(self, round: int, exchanges: int) -> Graph:
-        """The graph of `exchanges` in a row from `round` on; that of the round itself for 1."""
+        """The graph of several exchanges in a row, from `round` on; for one exchange the graph of the round itself."""
         graphs = [self.at(round + hop) for hop in range(exchanges)]
         return graphs[0] if exchanges == 1 else compose(graphs)
 
@@ -153,9 +157,9 @@ def as_schedule(graph: Graph | Schedule) -> Schedule:
 def compose(graphs: Sequence[Graph]) -> Graph:
     """Several exchanges as one: weights `W[m-1] @ ... @ W[0]`, and the graphs as `hops`.
 
-    Sending a message along the hops and mixing at each (or forwarding it whole) gives what one exchange with
-    the composed weights gives. A product that is the average but for rounding is made so exactly: its rows are
-    then equal bit by bit, as those of `complete`.
+    Sending messages along the hops and mixing at each hop (or forwarding them whole) gives the same as one exchange
+    with the composed weights. A product that is the average but for rounding is replaced by the exact average, so that
+    its rows are equal bit by bit, like those of `complete`.
     """
     product = np.eye(graphs[0].num_agents)
     for graph in graphs:

@@ -1,4 +1,4 @@
-"""Which weights does a graph of one's own get?"""
+"""Which weights does a user's own graph get?"""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from decaf_lora.errors import UserError
 from .checks import TOLERANCE, check_count
 from .graph import Graph
 
-ROUNDING = 1e-6  # what a float32 or a printed matrix may miss; `from_matrix` mends it
+ROUNDING = 1e-6  # errors of row sums below this are rounding (float32, printed digits), which `from_matrix` mends
 
 
 def metropolis(
@@ -21,8 +21,12 @@ def metropolis(
 
     Args:
         adjacency: (N, N) symmetric, non-zero where two agents are linked; the diagonal is ignored.
-        connected: False accepts a graph that does not connect all agents: one round of a schedule.
-        names: (N,) what the agents are called.
+        name: what tables and figures call the graph.
+        connected: False accepts a graph that does not connect all agents, for one round of a schedule.
+        names: (N,) what the agents are called; () if they only have numbers.
+
+    Raises:
+        UserError: the adjacency is not square or not symmetric, or does not connect all agents.
     """
     links = np.asarray(adjacency) != 0
     if links.ndim != 2 or links.shape[0] != links.shape[1]:
@@ -36,8 +40,8 @@ def metropolis(
     degrees = links.sum(axis=1)
     weights = links / (1 + np.maximum.outer(degrees, degrees))
     own = 1 - weights.sum(axis=1)
-    # Exact where no neighbour has more links than oneself: the rows of a complete graph are then equal bit by
-    # bit, and one computation serves all its agents.
+    # An agent whose neighbours have no more links than itself gets its own weight without rounding. So the rows of a
+    # complete graph are equal bit by bit, and one computation serves all its agents.
     highest = np.where(links, degrees, 0).max(axis=1, initial=0)
     np.fill_diagonal(weights, np.where(highest <= degrees, 1 / (1 + degrees), own))
     return Graph(weights, name, connected=connected, names=tuple(names))
@@ -46,8 +50,11 @@ def metropolis(
 def from_networkx(graph: nx.Graph, name: str = "networkx") -> Graph:
     """Metropolis weights on any undirected networkx graph.
 
-    Agents are its nodes in sorted order (in the order they were added where they do not sort); nodes that are strings
-    name them. Self-loops and edge weights are ignored.
+    The agents are the nodes in sorted order, or in the order in which they were added if they cannot be sorted. If all
+    nodes are strings, they name the agents. Self-loops and edge weights are ignored.
+
+    Raises:
+        UserError: the graph is directed, empty or not connected.
     """
     if graph.is_directed():
         raise UserError("graph: the networkx graph is directed; pass graph.to_undirected().")
@@ -68,16 +75,24 @@ def from_matrix(
     connected: bool = True,
     names: Sequence[str] = (),
 ) -> Graph:
-    """A user's own mixing matrix (N, N).
+    """The graph of a user's own mixing matrix.
 
-    A symmetric matrix that misses row sums of 1 by rounding only (below 1e-6: float32, or printed with few
-    digits) is mended on its diagonal; anything else must pass the checks of `Graph` as it is.
+    A symmetric matrix whose row sums differ from 1 by rounding only (by less than 1e-6: float32, or printed digits) is
+    mended on its diagonal. Any other matrix must pass the checks of `Graph` as it is.
+
+    Args:
+        weights: (N, N).
+        name: what tables and figures call the graph.
+        require_symmetric, connected, names: as in `Graph`.
+
+    Raises:
+        UserError: the matrix does not hold numbers, or fails a check of `Graph`.
     """
     try:
         matrix = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"graph: the weights are not a matrix of numbers ({error}).") from error
-    # A comparison with NaN is False: what is not finite is left for `Graph` to name.
+    # A comparison with NaN is False, so entries that are not finite are left for `Graph` to refuse.
     if matrix.ndim == 2 and np.array_equal(matrix, matrix.T):
         missing = np.abs(matrix.sum(axis=1) - 1).max(initial=0)
         if TOLERANCE < missing < ROUNDING:
