@@ -1,4 +1,4 @@
-"""Which examples does an agent see in which step? A pure function of (seed, agent, step number): nothing to save."""
+"""Which examples does an agent see in which step? A pure function of (seed, agent, step) says, so nothing is saved."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from decaf_lora.randomness import numpy_generator
 
 
 class BatchStream:
-    """The example indices that an agent sees: its shard shuffled anew every epoch, cut into batches.
+    """The batches of one agent: its shard, shuffled anew every epoch, cut into batches.
 
-    Shards smaller than a batch are gone through as often as a batch needs.
+    A batch that is larger than the shard goes through the shard several times.
+
+    Args:
+        shard: (m,) indices of the agent's training examples.
+        batch_size: examples in a batch.
+        seed: of the run.
+        agent: number of the agent.
     """
 
     def __init__(self, shard: np.ndarray, batch_size: int, seed: int, agent: int) -> None:
@@ -22,7 +28,7 @@ class BatchStream:
         self._epoch = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def batch(self, step: int) -> np.ndarray:
-        """(batch_size,) indices into the task's training examples of the agent's step number `step`."""
+        """(batch_size,) indices of the training examples in the agent's step number `step`, from 0."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.shard))
         out = np.empty(self.batch_size, dtype=np.int64)
@@ -36,7 +42,7 @@ class BatchStream:
 
 
 def local_steps(config: TrainingConfig, shards: Sequence[np.ndarray]) -> np.ndarray:
-    """(n,) optimizer steps that the agents with these shards take in a round."""
+    """(n,) optimizer steps that each of n agents takes in a round, given their shards (m_i,)."""
     if config.epochs is None:
         return np.full(len(shards), config.steps)
     return np.array([max(1, int(np.ceil(config.epochs * len(s) / config.batch_size))) for s in shards])

@@ -1,4 +1,4 @@
-"""How far apart are the agents, and what is their average? Measures of a round, without dense matrices.
+"""How far apart are the agents, and what is their average? Measured from the factors, mostly without dense matrices.
 
 mean product  Pbar = (1/N) sum_j s_j B_j A_j
 consensus distance = sqrt( (1/N) sum_i || s_i B_i A_i - Pbar ||_F^2 ), over all adapted layers
@@ -20,7 +20,7 @@ AVERAGED = "averaged"
 
 
 def distance(adapter: Adapter) -> float:
-    """Root mean square over agents of the distance of an agent's product to the mean product, all layers."""
+    """The consensus distance: the root mean square, over agents, of the distance to the mean product, all layers."""
     n, total = adapter.num_agents, 0.0
     for layers in adapter.shape_groups():
         if 2 * n * adapter.A[layers[0]].shape[1] > sum(_dimensions(adapter, layers[0])):
@@ -28,8 +28,8 @@ def distance(adapter: Adapter) -> float:
             continue
         a = double(torch.stack([adapter.A[k] for k in layers]))
         b = double(torch.stack([adapter.B[k] * adapter.scale[k][:, None, None] for k in layers]))
-        # Products are compared to the first agent's: the shift takes the part that all share out of the
-        # sums before they cancel.
+        # Differences to the first agent's product take the part that all share out of the sums. Otherwise large sums
+        # would cancel, and with them the digits of a small distance.
         inner = _centred_gram(a, b)
         trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
         total += float((trace - inner.sum((-2, -1)) / n).clamp_min(0).sum())
@@ -41,9 +41,9 @@ def _dimensions(adapter: Adapter, layer: str) -> tuple[int, int]:
 
 
 def _dense_squares(adapter: Adapter, layer: str) -> float:
-    """Sum of the squared distances of n products to their mean, by the dense mean.
+    """Sum of the squared distances of n products to their mean, from dense products.
 
-    For many agents: the Gram matrix of their factors, (2 n r)^2 numbers, would be larger than the layer.
+    It is for many agents, where the Gram matrix of their factors, (2 n r)^2 numbers, would be larger than the layer.
     """
     a, b = double(adapter.A[layer]), double(adapter.B[layer] * adapter.scale[layer][:, None, None])
     mean = torch.einsum("nor,nri->oi", b, a) / len(a)
@@ -51,7 +51,7 @@ def _dense_squares(adapter: Adapter, layer: str) -> float:
 
 
 def _centred_gram(a: Tensor, b: Tensor) -> Tensor:
-    """(L, n, n) inner products of the differences of products B_i A_i - B_0 A_0; a (L, n, r, d_in)."""
+    """(L, n, n) inner products of the differences B_i A_i - B_0 A_0; a (L, n, r, d_in), b (L, n, d_out, r)."""
     # B_i A_i - B_0 A_0 = (B_i - B_0) A_i + B_0 (A_i - A_0)
     left = torch.cat([b - b[:, :1], b[:, :1].expand_as(b)], -1)
     right = torch.cat([a, a - a[:, :1]], -2)
@@ -63,9 +63,9 @@ def _centred_gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def averaged(adapter: Adapter) -> Adapter:
-    """The averaged model as one agent: the mean of the products, truncated to the adapters' rank.
+    """The averaged model, as the adapter of one agent: the mean of the products, truncated to the adapters' rank.
 
-    Of agents that differ it has the rank and scale of `largest`. Extras are averaged plainly.
+    Where agents differ, it has the rank and scale of `largest`. Extras are averaged plainly.
     """
     a, b = dict(adapter.A), dict(adapter.B)
     n, like = adapter.num_agents, largest(adapter)
@@ -85,26 +85,30 @@ def averaged(adapter: Adapter) -> Adapter:
 
 
 def chosen(adapters: Adapter, agent: int | str) -> Adapter:
-    """One agent's adapter, or the averaged one, alone on the leading axis. Raises UserError if there is none such."""
+    """One agent's adapter, or the averaged one (`AVERAGED`), alone on the leading axis.
+
+    Raises:
+        UserError: there is no such agent.
+    """
     check_agent(agent, adapters.num_agents)
     return adapters.select([agent]) if isinstance(agent, int) else averaged(adapters)
 
 
 def check_agent(agent: int | str, num_agents: int) -> None:
-    """UserError unless `agent` is one of `num_agents`, or the averaged model."""
+    """Raises UserError unless `agent` is a number from 0 to `num_agents` - 1, or `AVERAGED`."""
     if agent != AVERAGED and not (isinstance(agent, int) and 0 <= agent < num_agents):
         raise UserError(f"agent: {agent!r} is not in this run; use 0 to {num_agents - 1} or '{AVERAGED}'.")
 
 
 def largest(adapter: Adapter) -> int:
-    """The first agent of the largest ranks."""
+    """The agent whose ranks have the largest sum over all layers; of several the first."""
     return int(torch.stack([adapter.rank_of(k) for k in adapter.layers]).sum(0).argmax())
 
 
 def neighbour_distance(adapter: Adapter, inbox: Inbox) -> float | None:
-    """Root mean square of the distances of the first receiver's product to those that its neighbours sent.
+    """Root mean square distance of the first receiver's product to the products that its neighbours sent, all layers.
 
-    A distance is over all adapted layers. None where factors of both kinds are not sent, or nobody else sent any.
+    None where the messages do not hold both factors, or no neighbour's message arrived.
     """
     if not _holds_products(adapter, inbox) or not inbox.own:
         return None
@@ -126,11 +130,18 @@ def _holds_products(adapter: Adapter, inbox: Inbox) -> bool:
 
 
 def interference_and_tail(adapter: Adapter, inbox: Inbox) -> tuple[Tensor, Tensor] | None:
-    """(n,) consensus interference and (n,) truncation tail of this round's messages, over all layers.
+    """What two rules would lose in mixing these messages, whatever the rule that sent them.
 
-    Both are Frobenius norms of what a rule would lose: interference is what mixing factors (DLoRA) does to the
-    mean product, the tail what truncating the mixed product to rank r (DeCAF) cuts off. They are measured for
-    every algorithm that sends both factors; None for others.
+    Interference is the error that mixing the factors (DLoRA) makes in the mixed product. The tail is what truncating
+    the mixed product to rank r (DeCAF) cuts off.
+
+    Args:
+        adapter: of the n receivers; gives layers, ranks and scales.
+        inbox: what arrived.
+
+    Returns:
+        Interference (n,) and tail (n,), Frobenius norms over all layers, in float64 on the CPU. None for messages that
+        do not hold both factors.
     """
     if not _holds_products(adapter, inbox):
         return None

@@ -1,6 +1,6 @@
-"""One agent's side of a round's exchange: message, neighbours, combination, and what was sent for it.
+"""The exchange of a round: send the message, receive the neighbours', combine them, and count the bytes.
 
-No task, no model and no trainer: a run, a plan and a test of theory all make their exchanges here.
+No task, model or trainer is needed, so a run, a plan and a test of theory all make their exchanges here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from decaf_lora.timing import Phases, unwatched
 
 
 def exchanges_of_round(schedule: Schedule, gossip_steps: int | Literal["period"]) -> int:
-    """How many exchanges a round has: as many as given, or as the schedule has graphs.
+    """The number of exchanges in a round.
+
+    Args:
+        schedule: the graph of every exchange.
+        gossip_steps: the number itself, or "period" for the length of the schedule's period.
 
     Raises:
-        UserError: "period" of a schedule that has none.
+        UserError: "period", and the schedule has none.
     """
     if gossip_steps != "period":
         return gossip_steps
@@ -39,19 +43,26 @@ def exchanges_of_round(schedule: Schedule, gossip_steps: int | Literal["period"]
 
 
 def rounds_to_reach_all(schedule: Schedule, gossip_steps: int) -> int:
-    """Rounds until everybody has heard of everybody; of a periodic schedule, until it starts again with a round."""
+    """Rounds until every agent has heard from all others (see `Round.period`).
+
+    With a periodic schedule: until a round begins together with a period of the schedule.
+    """
     if schedule.period is not None:
         return math.lcm(schedule.period, gossip_steps) // gossip_steps
     return math.ceil(schedule.pace / gossip_steps)
 
 
 def refuse_alone(algorithm: Algorithm, schedule: Schedule, steps: int) -> None:
-    """UserError for what an agent cannot do that talks to its neighbours alone, each on a machine of its own.
+    """Checks that agents on machines of their own, which talk to neighbours only, can run an algorithm.
 
     Args:
-        algorithm: what it is to do.
+        algorithm: what the agents are to run.
         schedule: the graph of every exchange.
         steps: exchanges in a round.
+
+    Raises:
+        UserError: the algorithm needs a server or pooled data, the schedule never repeats, or an option needs agents
+            that reach more than their neighbours or never miss one.
     """
     if algorithm.topology == "server":
         raise UserError(f"algorithm: {algorithm.name} needs a server; use decaf on the complete graph.")
@@ -78,49 +89,49 @@ def refuse_alone(algorithm: Algorithm, schedule: Schedule, steps: int) -> None:
 
 
 def _neighbours(schedule: Schedule, agent: int) -> tuple[int, ...]:
-    """All agents with which an agent ever exchanges on a schedule that repeats."""
+    """All agents with which `agent` ever exchanges, on a schedule that repeats."""
     return tuple(sorted({j for round_ in range(schedule.period or 1) for j in schedule.at(round_).neighbours(agent)}))
 
 
 class Templates(NamedTuple):
-    """What the messages of a run look like; the values mean nothing."""
+    """What the messages of a run look like. Only names, shapes and dtypes count, not the values."""
 
     hops: list[tuple[Tensors, Sizes]]
-    """For each exchange of a round a message, name -> (n, ...), and what of it travels."""
+    """For each exchange of a round: a message, name -> (n, ...), and what of it travels."""
     held: Tensors
-    """What `Engine.hold` gets."""
+    """Tensors as `Engine.hold` gets them."""
 
 
 class Started(NamedTuple):
-    """The first exchange of a round, on its way."""
+    """A round whose first exchange has been started."""
 
     round: Round
     message: Tensors
     sizes: Sizes
     state: State
-    """The state to go on with once the exchange has been made; until then the old one holds."""
+    """The state to go on with once the exchange has been made. Until then the state before it counts."""
     pending: Pending[Inbox]
 
 
 class Exchanged(NamedTuple):
-    """What an exchange has come to."""
+    """The result of the exchanges of a round."""
 
     round: Round
-    """The round that it belongs to: the one that was started, or a later one where the neighbours were ahead."""
+    """The round that took place: the one that was started, or a later one where the neighbours were ahead."""
     adapter: Adapter
     state: State
     inbox: Inbox
-    """What arrived last, as the rule saw it."""
+    """What arrived in the last exchange, as the rule saw it."""
     cut: Tensor | None
-    """(n,) norm of what was left out between the exchanges of a round; None where nothing is."""
+    """(n,) norm of what was cut off between the exchanges of a round; None for rules that cut nothing there."""
     bytes_sent: float
-    """By an agent, mean over the agents reported."""
+    """Bytes that an agent sent, mean over the agents reported."""
     wire_bytes: float | None
-    """Of them between processes, as the engine counts them."""
+    """The part of these bytes that crossed between processes, as the engine counts it; None in one process."""
 
 
 class _Costs(NamedTuple):
-    """Bytes: as `Exchanged` tells them."""
+    """The bytes of `Exchanged`."""
 
     bytes_sent: float = 0.0
     wire_bytes: float | None = None
@@ -135,8 +146,8 @@ class Exchange:
         engine: where the agents live.
         gossip_steps: exchanges in a round.
         seed: of the run.
-        ranks: layer -> rank of each of the N agents, where agents differ: they send no more than their own.
-        phase: what to be in during "exchange" and "combine".
+        ranks: layer -> rank of each of the N agents, where agents differ. An agent sends no more than its own rank.
+        phase: gives the context managers in which the phases "exchange" and "combine" run.
     """
 
     def __init__(
@@ -153,7 +164,8 @@ class Exchange:
         self.algorithm, self.schedule, self.engine = algorithm, schedule, engine
         self.gossip_steps, self.phase = gossip_steps, phase
         self._ranks = ranks or {}
-        # Of a random schedule it takes long to find, and not every one ever reaches all.
+        # The period of a random schedule takes long to find, and some never reach all agents. So it is computed only
+        # for algorithms that depend on it.
         known = schedule.period is not None or algorithm.periodic
         period = rounds_to_reach_all(schedule, gossip_steps) if known else 1
         self.setting = Setting(
@@ -177,7 +189,7 @@ class Exchange:
         return self.algorithm.init(adapter, self.setting)
 
     def templates(self, adapter: Adapter) -> Templates:
-        """What an engine must know of messages before the first arrives."""
+        """The templates of all messages, which a mesh needs before the first one arrives."""
         message, _ = self.algorithm.send(adapter, self.init(adapter), self.round(1))
         hops, everybody = [(message, self._own_sizes(message))], list(self.setting.agents)
         for _ in self._hops(1)[1:]:
@@ -186,7 +198,7 @@ class Exchange:
         return Templates(hops, self._held(adapter))
 
     def start(self, adapter: Adapter, state: State, number: int) -> Started:
-        """Sends the message of round `number`; `adapter` and `state` must stay until `finish`."""
+        """Sends the message of round `number`. `adapter` and `state` must not change until `finish`."""
         round_ = self.round(number)
         with self.phase("exchange"):
             message, state = self.algorithm.send(adapter, state, round_)
@@ -195,7 +207,7 @@ class Exchange:
         return Started(round_, message, sizes, state, pending)
 
     def finish(self, adapter: Adapter, started: Started) -> Exchanged:
-        """Waits for what was started, makes the further exchanges of the round, and combines."""
+        """Waits for the started exchange, makes the further exchanges of the round, and combines."""
         with self.phase("exchange"):
             round_, state, inbox, cut, costs = self._make(adapter, started)
         if (
@@ -210,9 +222,16 @@ class Exchange:
         return Exchanged(round_, new, state, read, cut, *costs)
 
     def meet(self, adapter: Adapter, state: State, number: int) -> tuple[int, Adapter, State]:
-        """The round to take part in next, asked before `start`: `number`, or a later one that the neighbours are at.
+        """The round to take part in next; to be asked before `start`.
 
-        Agents that are late for it, or come back, get the neighbours' average for an adapter, and a fresh state.
+        Agents that are late, or come back, take the neighbours' average for their adapter, and a fresh state.
+
+        Args:
+            adapter, state: of the agents as they are.
+            number: their next round.
+
+        Returns:
+            `number`, or the number of a later round if the neighbours are there already; adapter and state.
         """
         exchange, late = self.engine.current(self._first(number))
         if late:
@@ -226,15 +245,15 @@ class Exchange:
         return self._number(exchange), adapter, state
 
     def hold(self, adapter: Adapter) -> None:
-        """Lets the engine give the agents as they are to neighbours that catch up."""
+        """Hands the adapters to the engine, which gives them to neighbours that catch up."""
         self.engine.hold(self._held(adapter))
 
     def _held(self, adapter: Adapter) -> Tensors:
-        """What of the agents the rule ever trains, and so may combine."""
+        """The tensors that the rule trains in some round, and so may combine."""
         return adapter.message(self._trained)
 
     def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
-        """All exchanges of a round; where the neighbours have left it behind meanwhile, those of their round."""
+        """Makes all exchanges of a round. If the neighbours have gone on meanwhile, starts again with their round."""
         pending, costs = started.pending, _Costs()
         while True:
             inbox, cut, state = pending.wait(), None, started.state
@@ -247,7 +266,7 @@ class Exchange:
                 state = self.algorithm.relayed(adapter, state, inbox, self.round(number))
                 message, left_out = self.algorithm.relay(adapter, inbox, self.round(number))
                 cut = torch.zeros(()).hypot(left_out) if cut is None else cut.hypot(left_out)
-                # What is forwarded is a mixture, and has no agent's own size.
+                # A forwarded message is a mixture, so no agent's own sizes apply to it.
                 inbox = self._start(message, number, hop, {}).wait()
                 costs = self._plus(costs, message, graph, {})
                 if inbox.exchange != self._first(number) + hop:
@@ -268,19 +287,19 @@ class Exchange:
         return math.ceil(exchange / self.gossip_steps) + 1
 
     def _hops(self, number: int) -> tuple[Graph, ...]:
-        """The graphs of a round's exchanges; one that stands for all where nothing is left out between them."""
+        """The graphs of a round's exchanges; for rules that do not relay, the one composed graph of all."""
         first = self._first(number)
         graph = self._windows(first % self.schedule.period if self.schedule.period else first, self.gossip_steps)
         return graph.hops if graph.hops and self.algorithm.relays else (graph,)
 
     def _plus(self, costs: _Costs, message: Tensors, graph: Graph, sizes: Sizes) -> _Costs:
-        """`costs` and those of one more exchange."""
+        """`costs` with those of one more exchange added."""
         told = self.engine.wire_bytes(message, graph, sizes)
         wire_bytes = costs.wire_bytes if told is None else (costs.wire_bytes or 0.0) + told
         return _Costs(costs.bytes_sent + self._bytes_of(message, graph, sizes), wire_bytes)
 
     def _own_sizes(self, message: Tensors) -> Sizes:
-        """Where agents differ in rank: of their factors they send as many rows or columns as their own."""
+        """What of a message travels where agents differ in rank: as many rows of A and columns of B as the own rank."""
         sizes = {}
         for name, tensor in message.items():
             factor, layer = factor_and_layer(name)
@@ -289,10 +308,10 @@ class Exchange:
         return sizes
 
     def _bytes_of(self, message: Tensors, graph: Graph, sizes: Sizes) -> float:
-        """Bytes that an agent sends in an exchange, mean over the agents reported; to a server a message goes once.
+        """Bytes that an agent sends in an exchange, mean over the agents reported. To a server a message goes once.
 
-        Of a composed exchange: what is averaged goes to all receivers in each hop; what is stacked is forwarded
-        whole, and since all know the schedule everybody's reaches each agent once.
+        In a composed exchange, averaged tensors go to all receivers of each hop. Stacked tensors are forwarded whole;
+        since all agents know the schedule, every agent's stacked tensors reach each other agent once.
         """
         whole = averaged = np.zeros(self.engine.num_agents)
         for name, tensor in message.items():

@@ -291,10 +291,10 @@ def frame_change(A_old: Tensor, B_old: Tensor, A_new: Tensor, B_new: Tensor) -> 
 
 
 def _faster(A: Tensor, B: Tensor) -> Method:
-    """The rule measured on one core of an AMD EPYC, d 64 to 4096, m r 4 to 80, batches of 1 to 120.
+    """The faster method, by measurements on one core of an AMD EPYC: d 64 to 4096, m r 4 to 80, batches of 1 to 120.
 
     "gram" is up to 2.6 times faster on long factors, "qr" up to 2.2 times on short ones; they tie at about
-    d 256. The batch must not decide: an agent's result would depend on which others share its process. For
+    d = 256. The batch size must not decide: an agent's result would depend on which others share its process. For
     GPUs, where QR is a long chain of small kernels, "gram" is a guess.
     """
     if torch.float64 in (A.dtype, B.dtype):
@@ -356,7 +356,7 @@ def _svd_qr(As: Tensor, Bs: Tensor, w: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def _svd_gram(As: Tensor, Bs: Tensor, w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the two Gram matrices."""
+    """As `_svd_qr`, from the two Gram matrices."""
     G = torch.stack((As @ As.mT, Bs @ Bs.mT))
     # With rows of norm 1 a Gram matrix is as well conditioned as scaling makes it; the norms go to the core.
     norms = _finite(G.diagonal(dim1=-2, dim2=-1).sqrt())
@@ -392,7 +392,7 @@ def _average(X: Tensor, weights: Tensor, rank: int) -> Tensor:
     total = w.sum(-1, keepdim=True)
     if bool((total == 0).any()):
         raise UserError("weights: they sum to 0, so the factors have no average to refer to; pass reference=.")
-    # Only a frame to turn towards: float32 will do, and spares a float64 copy of all contributors.
+    # The average is only a frame to turn towards. float32 suffices and spares a float64 copy of all contributors.
     X = X[..., :rank, :].to(_result_dtype(X))
     mean = (w / total).to(X).unsqueeze(-2) @ X.flatten(-2)
     return _pad(double(mean.squeeze(-2).unflatten(-1, X.shape[-2:])), -2, rank)

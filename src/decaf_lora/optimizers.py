@@ -1,8 +1,8 @@
 """How does one optimizer step many agents at once?
 
-The trained tensors of n agents are the rows of one flat matrix (n, P), so a step is a dozen operations
-however many layers and agents there are. Every row is a separate optimizer: its own step count, its own
-moments; rows that have finished their local steps stand still.
+The trained tensors of n agents are the rows of one flat matrix (n, P). So a step is a dozen operations, however many
+layers and agents there are. Every row is an optimizer of its own, with its own moments and step count. Rows that have
+finished their local steps stand still.
 
     AdamW (Loshchilov & Hutter, arXiv 1711.05101)         SGD with momentum
     m <- b1 m + (1 - b1) g                                g <- g + wd x
@@ -33,7 +33,7 @@ class Moments:
 
     @staticmethod
     def zeros(x: Tensor, config: TrainingConfig) -> Moments:
-        """Fresh moments for x (n, P); SGD needs no second one."""
+        """Fresh moments for x (n, P). SGD needs no second moment and has an empty one, (n, 0)."""
         second = torch.zeros_like(x) if config.optimizer == "adamw" else x.new_zeros((x.shape[0], 0))
         return Moments(torch.zeros_like(x), second, torch.zeros(x.shape[0], dtype=torch.long, device=x.device))
 
@@ -46,9 +46,15 @@ def step(
     learning_rate: float | Tensor,
     active: Tensor,
 ) -> None:
-    """One step in place on x (n, P), for the rows where `active` (n,) is true.
+    """One optimizer step, in place.
 
-    `learning_rate`: of all rows, or (n, 1) float64 one a row.
+    Args:
+        x: (n, P), the trained tensors.
+        gradient: (n, P)
+        moments: of x; changed in place.
+        config: which optimizer, and its constants.
+        learning_rate: one for all rows, or (n, 1) in float64, one for each.
+        active: (n,) bool; the other rows stand still.
     """
     if not bool(active.all()):
         rows = active.nonzero(as_tuple=True)[0]
@@ -64,7 +70,7 @@ def step(
         )
         return
     moments.steps += 1
-    # In the precision of x, as a number would be.
+    # In the dtype of x, so that a tensor of rates gives the same results as a number.
     rate = learning_rate.to(x) if isinstance(learning_rate, Tensor) else learning_rate
     if config.optimizer == "sgd":
         if config.weight_decay:
@@ -87,7 +93,7 @@ def step(
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """The learning rate at `progress` in [0, 1] of the whole run: linear warm-up, then the schedule."""
+    """The learning rate at `progress` of the whole run, in [0, 1]: linear warm-up, then the schedule."""
     if progress < config.warmup:
         return config.learning_rate * progress / config.warmup
     t = (progress - config.warmup) / (1 - config.warmup)
@@ -100,7 +106,12 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
 
 
 def clip_(gradients: list[Tensor], max_norm: float) -> None:
-    """Scales every agent's gradient, rows of several (n, P) matrices, to a norm of at most `max_norm`."""
+    """Clips, in place, every agent's gradient to a Euclidean norm of at most `max_norm`.
+
+    Args:
+        gradients: matrices (n, P_k); row i of all of them together is the gradient of agent i.
+        max_norm: above 0.
+    """
     norms = torch.sqrt(sum((g.square().sum(1) for g in gradients), torch.zeros_like(gradients[0][:, 0])))
     factor = (max_norm / (norms + 1e-6)).clamp_max(1.0)
     for g in gradients:

@@ -1,7 +1,7 @@
-"""Where is there float64? One rule, for all that sums or factorizes in it.
+"""On which device is float64 computed? One rule for everything that sums or factorizes in float64.
 
 Decompositions, averages and sums over many steps need more digits than float32 has. Apple's GPUs have no float64, so
-what is computed in it goes to the CPU there, and on any other device stays where it is.
+there such work goes to the CPU. On any other device it stays where it is.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
 def work_device(device: torch.device) -> torch.device:
-    """Where to compute in float64 what lies on `device`."""
+    """The device on which float64 work on tensors of `device` is done."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def double(x: Tensor) -> Tensor:
-    """`x` in float64 on its work device, contiguous; the same tensor if it is that already."""
-    # First the device: on the way there a device without float64 must not be asked for it.
+    """`x` in float64, contiguous, on its `work_device`; the very same tensor if `x` is that already."""
+    # The move comes before the conversion, since a device without float64 cannot convert.
     return x.to(work_device(x.device)).to(torch.float64, memory_format=torch.contiguous_format)

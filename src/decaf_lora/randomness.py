@@ -1,8 +1,8 @@
 """Where do random numbers come from?
 
-Every draw names its purpose: a generator is a pure function of (seed, keys), for instance
-(seed, "batches", agent, epoch). There is no global seed and no generator state to save, so a resumed run,
-another number of processes, or another number of agents a pass draws exactly the same numbers.
+Every draw is named: its generator is a pure function of (seed, keys), for instance (seed, "batches", agent, epoch).
+There is no global seed and no generator state to save. So exactly the same numbers are drawn by a resumed run, with
+another number of processes, and with another number of agents a pass.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # graphs and partitions draw with numpy alone, and must not w
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """A 63-bit seed from `seed` and the keys that name the draw (stable over platforms and versions)."""
+    """A 63-bit seed from `seed` and the keys that name the draw; the same on all platforms and versions."""
     text = "\x1f".join([str(int(seed)), *(f"{type(key).__name__}:{key}" for key in keys)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

@@ -1,9 +1,9 @@
-"""Do agents that go through the model together compute what each computes alone? Asked once, before a run.
+"""Do agents that go through the model together compute what each computes alone? It is checked once, before a run.
 
-A layer whose input does not have the batch on its leading axis (the relative positions of DeBERTa, the chunks of
-Longformer, XLNet's sequence-first tensors) would give one agent's factors to another's examples wherever the sizes
-happen to divide. So two agents with random factors take one real example each, in evaluation mode: losses and
-gradients of both together must equal those of one after the other.
+Some layers do not have the batch on the leading axis of their input (the relative positions of DeBERTa, the chunks of
+Longformer, XLNet's sequence-first tensors). Wherever the sizes happen to divide, such a layer would apply one agent's
+factors to another agent's examples, without an error. So two agents with random factors take one real example each, in
+evaluation mode. Their losses and gradients in a common pass must equal those of two passes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,24 @@ EQUAL = 1e-4
 """Relative difference up to which results count as equal."""
 
 ROUNDED = 0.05
-"""The same where other kernels, of few digits, compute a batch of one and of two."""
+"""As `EQUAL`, in low precision, where batches of one and of two may be computed by different kernels."""
 
 
 def check(task: Task, attached: Attached, adapter: Adapter, batch: Batch, together: bool) -> bool:
-    """Whether agents may share a pass; asked only if `together`, else true.
+    """Whether agents may share a pass.
 
-    `adapter` tells shapes; `batch` holds two training examples, on the model's device. Raises UserError for adapters
-    and fully trained modules that the model never calls, so that training them would change nothing, for a model that
-    changes its own weights in a forward pass, and for a loss that is not finite before any training.
+    Args:
+        task: gives model and loss.
+        attached: the adapted layers of the model.
+        adapter: of the agents; gives shapes and scales.
+        batch: two training examples, on the model's device.
+        together: whether agents are to share a pass at all. If not, only the errors below are checked, and the result
+            is true.
+
+    Raises:
+        UserError: an adapter or fully trained module that the model never calls, so that training it would change
+            nothing; a model that changes its own weights in a forward pass; or a loss that is not finite before any
+            training.
     """
     two = _random(attached, adapter)
     use = _Use(attached)
@@ -57,18 +66,19 @@ def check(task: Task, attached: Attached, adapter: Adapter, batch: Batch, togeth
             raise
         except (RuntimeError, ValueError, IndexError):
             return False
-        if isinstance(both.loss, FakeTensor):  # a plan: shapes alone, which seldom divide by all of these
+        if isinstance(both.loss, FakeTensor):  # a plan has shapes only; wrong ones seldom divide by 5 and by 7
             return all(_divides(task, attached, adapter, batch, agents) for agents in (5, 7))
         if _equal(both, alone, EQUAL):
             return True
-        # Rounding alone also makes a difference, of a base in bfloat16 for instance. Then the shapes are kept, and
-        # only the neighbour's factors are replaced: an agent of its own gives the same numbers again.
+        # Rounding alone can make a difference, for instance with a base in bfloat16. So a second comparison keeps the
+        # shapes and replaces only the neighbour by a copy of the agent: if agents are kept apart, the agent's results
+        # are exactly as before.
         same = [_results(task, attached, two.select([i, i]), batch).of(i) for i in range(2)]
     return _equal(both, same, EQUAL) and _equal(both, alone, ROUNDED, each_tensor=False)
 
 
 def _divides(task: Task, attached: Attached, adapter: Adapter, batch: Batch, agents: int) -> bool:
-    """Whether so many agents, with an example each, have shapes that fit together."""
+    """Whether no layer refuses the shapes of so many agents with an example each."""
     try:
         _loss_only(task, attached, adapter.select([0] * agents), {k: t[[0] * agents] for k, t in batch.items()})
     except LeadingAxisError:
@@ -87,10 +97,16 @@ class _Results(NamedTuple):
 
 
 def _equal(both: _Results, each: Sequence[_Results], tolerance: float, each_tensor: bool = True) -> bool:
-    """Whether the results of agents together are those of each, up to a relative difference.
+    """Whether the results of agents together are those of each alone, up to a relative difference.
 
-    Losses are compared, and the norms of gradients: of each tensor, since that of a head may be a million times larger
-    than those of the layers that matter here; or of all as one vector.
+    Losses and gradients are compared.
+
+    Args:
+        both: results of all agents in one pass.
+        each: results of every agent alone.
+        tolerance: relative difference that is allowed.
+        each_tensor: whether each gradient is compared on its own, since that of a head may be a million times larger
+            than those of the layers that matter here; else all together as one vector.
     """
     for agent, expected in enumerate(each):
         found = both.of(agent)
@@ -103,14 +119,17 @@ def _equal(both: _Results, each: Sequence[_Results], tolerance: float, each_tens
         sizes = [float(theirs.float().norm()) for _, theirs in pairs]
         if not each_tensor:
             differences, sizes = [math.hypot(*differences)], [math.hypot(*sizes)]
-        # A gradient has been summed over the tokens, hence the factor.
+        # Gradients are allowed a tenfold difference: they are sums over tokens, which add up rounding.
         if any(difference > 10 * tolerance * size for difference, size in zip(differences, sizes, strict=True)):
             return False
     return True
 
 
 def _alone(task: Task, attached: Attached, two: Adapter, batch: Batch, agent: int, gradients: bool) -> _Results:
-    """An agent's results in a pass of its own; modules that `vmap` cannot run are called agent by agent from here."""
+    """An agent's results in a pass of its own.
+
+    If `torch.func.vmap` cannot run a fully trained module, these modules are called agent by agent from now on.
+    """
     one, own = two.select([agent]), {k: t[agent : agent + 1] for k, t in batch.items()}
     compute = _results if gradients else _loss_only
     try:
@@ -129,7 +148,7 @@ def _results(task: Task, attached: Attached, adapter: Adapter, batch: Batch) -> 
     leaves = {name: t.detach().requires_grad_() for name, t in adapter.tensors().items()}
     with torch.enable_grad(), attached.bind(adapter.with_tensors(leaves)):
         loss = task.losses(batch, adapter.num_agents)
-        if not loss.requires_grad:  # it uses nothing that is trained
+        if not loss.requires_grad:  # the loss uses no trained tensor
             return _Results(loss.float(), {})
         found = torch.autograd.grad(loss.float().sum(), list(leaves.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
@@ -143,7 +162,7 @@ def _loss_only(task: Task, attached: Attached, adapter: Adapter, batch: Batch) -
 
 
 def _random(attached: Attached, adapter: Adapter) -> Adapter:
-    """Two agents with the shapes of the first of `adapter`: factors and fully trained tensors drawn far apart."""
+    """Two agents with the shapes of the first agent of `adapter`, and very different random tensors."""
     like = adapter.select([0, 0])
 
     def draw(name: str, t: Tensor) -> Tensor:
@@ -155,7 +174,7 @@ def _random(attached: Attached, adapter: Adapter) -> Adapter:
         if group == "A":
             tensors[name] = draw(name, t) / math.sqrt(t.shape[-1])
         elif group == "B":
-            # So that an adapter adds about a third of its input's size.
+            # Of a size at which an adapter adds about a third of its input's size.
             scale = like.scale[layer][:, None, None].clamp_min(1e-6)
             tensors[name] = draw(name, t) * (0.3 / math.sqrt(t.shape[-1])) / scale
         else:
@@ -165,7 +184,7 @@ def _random(attached: Attached, adapter: Adapter) -> Adapter:
 
 
 def _refuse_start(task: Task, attached: Attached, adapter: Adapter, batch: Batch) -> None:
-    """Raises UserError unless the loss is finite where the agents start."""
+    """Raises UserError unless the loss of the start adapters is finite."""
     result = _loss_only(task, attached, adapter.select([0]), {k: t[:1] for k, t in batch.items()})
     if not bool(torch.isfinite(result.loss).all()):
         raise UserError(
@@ -175,13 +194,13 @@ def _refuse_start(task: Task, attached: Attached, adapter: Adapter, batch: Batch
 
 
 class _Use:
-    """What the model does with the layers that are to be trained: called, read, or written."""
+    """What the model does with the layers to train: does it call them, read their weights, or change these?"""
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self.called: set[str] = set()
         self.sizes: dict[str, float] = {}
-        """Norm of a weight when it was first read, by layer: code that reads one might also write it."""
+        """Layer -> norm of its weight when it was first read. Code that reads a weight may also change it."""
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -210,7 +229,7 @@ class _Use:
         return float(weight.detach().float().norm()) if isinstance(weight, Tensor) else 0.0
 
     def refuse_unused(self, model: nn.Module) -> None:
-        """Raises UserError for what would be trained without effect; warns of layers that took no part."""
+        """Raises UserError for layers whose training would have no effect; warns of layers that took no part."""
         kind = type(model).__name__
         changed = [name for name, size in self.sizes.items() if self._size(name) != size]
         if changed:
@@ -224,7 +243,7 @@ class _Use:
                 f"lora.modules_to_save: {kind} does not call {uncalled[0]} here, so that training it would change "
                 "nothing; leave it out."
             )
-        alike = {_without_numbers(name) for name in self.called}  # one expert stands for all
+        alike = {_without_numbers(name) for name in self.called}  # of experts, one that is called stands for all
         unused = [name for name in self.attached.layers if _without_numbers(name) not in alike]
         read = [name for name in unused if name in self.sizes]
         if read:
@@ -247,14 +266,14 @@ def _without_numbers(name: str) -> str:
 
 
 def _forked(attached: Attached) -> contextlib.AbstractContextManager[None]:
-    """Leaves the global generators, which a task of one's own might use, as they are."""
+    """Restores the global random generators at the end of the block: a user's task might draw from them."""
     index = attached.device.index
     return torch.random.fork_rng([index or 0] if attached.device.type == "cuda" else [])
 
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """Without the rounding of TensorFloat-32, in which a batch of one and of two can differ by 0.1 %."""
+    """Switches TensorFloat-32 off, with which batches of one and of two can differ by 0.1 %."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -5,10 +5,10 @@ Runs of two methods with the same seed share data split, start and batches, so t
     d_s = score of one - score of the other under seed s
     interval: mean(d) -+ t(n - 1) std(d) / sqrt(n)          (Student's t, both sides)
 
-Where several methods stand in one table, every pair of them is tested and the p-values are corrected together after
-Holm (Scandinavian Journal of Statistics 6, 1979), so that the chance of even one false claim in the table stays below
-`ALPHA`. All pairs are corrected, not the best against the rest alone, since which method is best was seen in the same
-numbers.
+Where several methods stand in one table, every pair of them is tested. The p-values are corrected together after Holm
+(Scandinavian Journal of Statistics 6, 1979), so that the chance of even one false claim in the table stays below
+`ALPHA`. All pairs count for the correction, not only those with the best method, since the same numbers say which
+method is best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALPHA = 0.05
 """Chance of a false claim that a table accepts; intervals are at the level 1 - ALPHA."""
 
 FEW = 5
-"""With fewer seeds than this a table says that it can tell large differences only."""
+"""With fewer seeds than this, a table warns that it can tell large differences only."""
 
 Scores = Mapping[int, float]
 """Seed -> score."""
@@ -30,10 +30,13 @@ Scores = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference of two methods over the seeds that both have.
+    """The paired difference of two methods over the seeds that both have.
 
-    `low` and `high` are the ends of its confidence interval and `p` the two-sided p-value of "no difference"; all
-    three are None where fewer than two seeds are shared.
+    Attributes:
+        seeds: number of seeds that both have.
+        mean: of the differences.
+        low, high: ends of the confidence interval of the mean; None with fewer than two seeds.
+        p: two-sided p-value of "no difference"; None with fewer than two seeds.
     """
 
     seeds: int
@@ -49,10 +52,7 @@ class Difference:
 
 
 def paired(ours: Scores, theirs: Scores) -> Difference | None:
-    """The difference `ours - theirs` over their common seeds; None if there are none.
-
-    Scores that are not finite leave their seed out.
-    """
+    """The difference `ours - theirs` over common seeds whose scores are both finite; None if there are none."""
     seeds = [s for s in ours if s in theirs and math.isfinite(ours[s]) and math.isfinite(theirs[s])]
     if not seeds:
         return None
@@ -61,7 +61,7 @@ def paired(ours: Scores, theirs: Scores) -> Difference | None:
     if len(seeds) == 1:
         return Difference(1, mean)
     largest = max(map(abs, differences))
-    # Without spread (or with that of rounding alone) Student's t is 0 / 0 or infinite.
+    # Without spread, or with rounding as the only spread, Student's t would be 0 / 0 or infinite.
     if max(differences) - min(differences) <= 1e-12 * largest:
         return Difference(len(seeds), mean, mean, mean, 1.0 if mean == 0 else 0.0)
     from scipy import stats
@@ -82,7 +82,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def all_pairs(scores: Mapping[str, Scores]) -> dict[tuple[str, str], Difference]:
-    """(one, other) -> difference `one - other`, its p-value corrected over all pairs; each pair once, in order."""
+    """(one, other) -> the difference `one - other`; each pair once, in the order of `scores`.
+
+    The p-values are corrected over all pairs (`holm`).
+    """
     pairs = {
         (one, other): difference
         for one, other in itertools.combinations(scores, 2)
@@ -100,11 +103,11 @@ class Best:
     name: str
     """The method with the best mean."""
     within_noise: tuple[str, ...]
-    """Other methods whose difference to the best may be chance; with none the best is alone."""
+    """Other methods whose difference to the best may be chance."""
     differences: dict[str, Difference]
     """Other method -> its difference to the best, `other - best`."""
     warning: str | None
-    """Why the table can claim little, or None."""
+    """Why the table can claim little; None if it has seeds enough."""
 
     @property
     def is_alone(self) -> bool:
@@ -113,7 +116,15 @@ class Best:
 
 
 def best(scores: Mapping[str, Scores], lower_is_better: bool = False) -> Best | None:
-    """The leading method of `scores`, method -> seed -> score; None unless some method has a finite score."""
+    """The leading method of a table.
+
+    Args:
+        scores: method -> seed -> score.
+        lower_is_better: whether the smallest mean leads, as for a loss.
+
+    Returns:
+        The leader and its differences to all others; None if no method has a finite score.
+    """
     means = {
         name: math.fsum(finite) / len(finite)
         for name, of in scores.items()
@@ -134,7 +145,7 @@ def best(scores: Mapping[str, Scores], lower_is_better: bool = False) -> Best | 
 
 
 def _warning(seeds: Sequence[int]) -> str | None:
-    """What to say about so few seeds."""
+    """The warning about too few seeds; None if there are enough. seeds: how many each difference has."""
     if not seeds or min(seeds) >= FEW:
         return None
     fewest = min(seeds)

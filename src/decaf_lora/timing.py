@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 Phases = Callable[[str], AbstractContextManager[object]]
-"""Name of a phase -> what to be in while it lasts."""
+"""Name of a phase -> the context manager in which the phase runs."""
 
 
 def unwatched(phase: str) -> AbstractContextManager[object]:
-    """Does nothing."""
+    """The context manager that does nothing, for `Phases`."""
     return nullcontext()
 
 
@@ -21,7 +21,7 @@ class Timer:
     """Adds up the seconds of each phase: `with timer("train"): ...`.
 
     Args:
-        device: where the work is done; of a GPU, a phase ends once its stream has done what was asked of it.
+        device: where the work is done. On a GPU a phase ends once the current stream has finished its work.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -36,6 +36,6 @@ class Timer:
             yield
         finally:
             if self.device is not None and self.device.type == "cuda":
-                # Not the whole device: what is under way need not be done.
+                # Not the whole device: messages under way in other streams need not be finished.
                 torch.cuda.current_stream(self.device).synchronize()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started

@@ -1,8 +1,8 @@
 """The local steps of the agents that this process holds, and the evaluation of their models.
 
-All agents train at once: the batches of a pass go through the one base model together, agent after agent,
-and one optimizer steps the stacked adapters. `agents_per_pass` bounds memory by splitting the forward and
-backward into passes; the result does not change.
+All agents train at once: their batches go through the one base model together, agent after agent, and one optimizer
+steps the stacked adapters. To bound memory, `agents_per_pass` splits the agents of a step into several passes forward
+and backward. The result does not change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUPS: tuple[Factor, ...] = ("A", "B", "extras")
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a tensor lies in its flat group: its name and its shape without the agent axis."""
+    """A tensor of a flat group: its name, and its shape without the agent axis."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,11 +50,11 @@ class FlatGroup:
         self.sizes = [int(np.prod(s.shape)) for s in self.shapes]
 
     def pack(self, tensors: Tensors) -> Tensor:
-        """name -> (n, ...) to a new matrix (n, P)."""
+        """name -> (n, ...) as a new matrix (n, P)."""
         return torch.cat([tensors[s.name].flatten(1) for s in self.shapes], 1)
 
     def unpack(self, matrix: Tensor) -> Tensors:
-        """(n, P) to views name -> (n, ...), differentiable in one operation."""
+        """The matrix (n, P) as views name -> (n, ...); differentiable, with one split for all."""
         parts = matrix.split(self.sizes, 1)
         return {s.name: part.unflatten(1, s.shape) for s, part in zip(self.shapes, parts, strict=True)}
 
@@ -66,12 +66,12 @@ class Trainer:
         task: model, data, loss and score.
         attached: the task's model with adapter sites.
         config: local steps, optimizer and learning rate.
-        agents: numbers of the n agents in the run.
-        shards: their examples, in the same order.
+        agents: numbers, in the run, of the n agents of this process.
+        shards: (m_i,) indices of each agent's training examples, in the same order.
         seed: of batches and dropout.
         eval_batch_size: test examples in a pass.
-        steps_in_round: the largest number of local steps over all agents of the run, where other processes that keep
-            step hold some; None: over these.
+        steps_in_round: the largest number of local steps of any agent in the run, where other processes that keep step
+            hold some of them; None: of these n agents.
     """
 
     def __init__(
@@ -102,8 +102,14 @@ class Trainer:
         return self.attached.device
 
     def prepare(self, adapter: Adapter) -> None:
-        """Allocates the optimizer's state, checks that agents stay apart in a pass (`separation.check`) and, for
-        `auto`, measures the best number of agents a pass."""
+        """Gets ready to train; to be called once, before the first round.
+
+        It allocates the optimizer's state, checks that agents stay apart in a pass (`separation.check`), and where
+        `training.agents_per_pass` is "auto" measures the best number.
+
+        Raises:
+            UserError: as `separation.check` does.
+        """
         for group in GROUPS:
             tensors = getattr(adapter, group)
             if tensors:
@@ -132,7 +138,7 @@ class Trainer:
         self._agents_per_pass = count
 
     def _two_examples(self) -> Batch:
-        """Training examples of the first and of the last agent here, different ones where there are two."""
+        """A training example of the first agent here and one of the last; different ones if they hold two in all."""
         first, last = self.streams[0].shard[0], self.streams[-1].shard[-1]
         return self._to_device(self.task.train_batch(np.array([first, last])))
 
@@ -151,13 +157,13 @@ class Trainer:
 
         Args:
             adapter: of the n agents.
-            algorithm: says what is trained, and steers.
-            state: the algorithm's.
+            algorithm: says which factors are trained, and steers gradients.
+            state: of the algorithm.
             round_: the round.
-            rounds: of the whole run: the learning rate's schedule.
-            first_step: the step of the round to go on from.
-            losses: (n,) sums of losses over the steps before; None: 0.
-            on_step: called after every step with (steps done, losses); true ends the round early.
+            rounds: number of rounds of the run, for the schedule of the learning rate.
+            first_step: the step, from 0, at which to go on with a round that was left.
+            losses: (n,) sums of the losses of the steps before; None: 0.
+            on_step: called after every step with (steps done, sums of losses); if it returns true the round ends early.
 
         Returns:
             The adapter, the state and the sums of losses (n,) over the round's steps.
@@ -196,7 +202,7 @@ class Trainer:
     def _learning_rate(self, number: int, step: int, rounds: int) -> float | Tensor:
         """The learning rate in a step of a round; (n, 1) where agents may take unequal numbers of steps.
 
-        The schedule follows the agent's own steps: it needs to know nothing of the others'.
+        There the schedule follows each agent's own steps, so that an agent need not know the others' numbers.
         """
         if self.config.epochs is None:
             return optimizers.learning_rate(self.config, (number - 1 + step / self.steps_in_round) / rounds)
@@ -232,7 +238,7 @@ class Trainer:
                 moments.second = self._layouts[group].pack({k: new_seconds[f"{group}/{k}"] for k in names})
 
     def snapshot(self) -> Tensors:
-        """What the local steps go on from: the optimizers' moments, and steps taken, with the agents' axis first."""
+        """What a checkpoint holds of the local steps: moments and steps taken, name -> (n, ...)."""
         tensors = {"steps_taken": torch.from_numpy(self.steps_taken.copy())}
         for group, moments in self.moments.items():
             parts = {"first": moments.first, "second": moments.second, "steps": moments.steps}
@@ -240,7 +246,7 @@ class Trainer:
         return tensors
 
     def restore(self, tensors: Tensors) -> None:
-        """Goes back to a snapshot; `tensors` may hold others, too."""
+        """Goes back to a snapshot; further tensors among `tensors` are ignored."""
         for group, moments in self.moments.items():
             own = take(f"moments/{group}/", tensors)
             moments.first, moments.second, moments.steps = own["first"], own["second"], own["steps"]
@@ -248,9 +254,15 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> Tensor:
-        """(n,) scores of the adapters on the whole test set, in float64 on the CPU; equal ones are scored once."""
+        """(n,) scores of the adapters on the whole test set, in float64 on the CPU.
+
+        If all adapters are equal, only one is scored.
+
+        Raises:
+            UserError: the test set is empty.
+        """
         n, totals = adapter.num_agents, None
-        if n > 1 and _all_equal(adapter):  # at a common start, and behind a server
+        if n > 1 and _all_equal(adapter):  # as at a common start, and after a server's average
             return self.evaluate(adapter.select([0])).repeat(n)
         per_pass = max(1, self.agents_per_pass or n)
         for start in range(0, self.task.num_test, self.eval_batch_size):
@@ -270,11 +282,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate_own(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:
-        """(n,) scores of the adapters, each on test examples of its own, in float64 on the CPU.
+        """(n,) scores of the adapters, each on its own test examples, in float64 on the CPU.
 
         Args:
-            adapter: of n agents, or of one for all.
-            tests: n arrays of the indices (m_i,) of test examples, at least one.
+            adapter: of n agents, or of one that is scored on all.
+            tests: n arrays (m_i,) of indices of test examples, m_i at least 1.
         """
         totals = []
         for place, own in enumerate(tests):
@@ -287,7 +299,7 @@ class Trainer:
         return self.task.score(torch.cat(totals))
 
     def score_of(self, adapter: Adapter, tests: Sequence[np.ndarray] | None = None) -> float:
-        """The score of one model on all test examples, or its mean over `tests`."""
+        """The score of a single model on all test examples, or the mean of its scores on each of `tests`."""
         return float((self.evaluate(adapter) if tests is None else self.evaluate_own(adapter, tests)).mean())
 
     # One step's gradients
@@ -303,7 +315,7 @@ class Trainer:
         batches: list[np.ndarray],
         active: np.ndarray,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients group -> (n, P) and losses (n,) of one step; zero for agents that are not active."""
+        """Gradients group -> (n, P) and losses (n,) of one step; 0 for agents that are not active."""
         gradients = {g: torch.zeros_like(flats[g]) for g in trained}
         losses = torch.zeros(len(batches), device=self.device)
         for rows in self._passes(active):
@@ -347,8 +359,11 @@ class Trainer:
         }, state
 
     def _masks(self, rows: np.ndarray) -> DropoutMasks | None:
-        """Dropout masks drawn per (agent, step, layer): the same for every size of a pass, and when a
-        checkpointed segment is computed again."""
+        """Dropout masks, each a function of (seed, agent, step, layer); None without dropout.
+
+        So the masks are the same for every number of agents a pass, and when activation checkpointing computes a
+        segment again.
+        """
         p = float(self.attached.config.lora_dropout)
         if not p:
             return None
@@ -373,7 +388,7 @@ class Trainer:
         return {k: t.to(self.device) for k, t in batch.items()}
 
     def _calibrate(self, adapter: Adapter) -> int:
-        """The number of agents a pass with the shortest time for one step of all agents (best of two)."""
+        """The number of agents a pass for which a step of all agents is fastest, by the better of two timings each."""
         n = len(self.streams)
         candidates = sorted({1, 2, 5, 10, 20, 50, n} & set(range(1, n + 1)))
         if len(candidates) == 1:
