@@ -234,11 +234,13 @@ class Run:
             self._start_ahead()
             if self.round == 0:
                 yield self._first_record()
-        while self.round < self.rounds and not self.engine.anyone_stops(self.stop_requested):
-            record = self.advance()
-            if record is not None:
-                yield record
-        self.stop_requested = False
+        try:
+            while self.round < self.rounds and not self.engine.anyone_stops(self.stop_requested):
+                record = self.advance()
+                if record is not None:
+                    yield record
+        finally:
+            self.stop_requested = False  # also where the caller leaves the loop after `stop`
         self._land()
 
     def _first_record(self) -> Record:

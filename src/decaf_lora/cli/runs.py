@@ -27,7 +27,7 @@ def run_command(args: list[str]) -> int:
 
     config, output, name = configured(RunConfig, "run", args, Output)
     if output.engine == "torchrun":
-        return _run_split(config, output, name, args)
+        return _run_split(config, output, name)
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
     try:
@@ -47,7 +47,7 @@ def _where(output: Output, name: str) -> dict[str, Any]:
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
 
 
-def _run_split(config: RunConfig, output: Output, name: str, args: list[str]) -> int:
+def _run_split(config: RunConfig, output: Output, name: str) -> int:
     """`run` in one of the processes of torchrun; the main one prints."""
     from decaf_lora.engines import connect
     from decaf_lora.runs.launched import run_split

@@ -37,7 +37,7 @@ DATASETS: dict[tuple[str, str | None], tuple[int, int, int]] = {
 
 
 @dataclass
-class Data:
+class KnownData:
     """What a planned task knows about its data."""
 
     labels_known: bool
@@ -45,7 +45,7 @@ class Data:
     assumptions: list[str] = field(default_factory=list)
 
 
-def planned_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
+def planned_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, KnownData]:
     """The task of `config` with a model whose weights are not loaded, and batches of the largest size.
 
     Local data are read, for their labels and lengths; of others only the sizes count.
@@ -57,7 +57,7 @@ def planned_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
         if sizes.sequence_length is not None and named.name in ("sequence-classification", "causal-lm"):
             named = named.model_copy(update={"max_length": sizes.sequence_length})
         task = tasks.make(named)
-    return task, Data(True, True, _largest_batches(task))
+    return task, KnownData(True, True, _largest_batches(task))
 
 
 def _largest_batches(task: Task) -> list[str]:
@@ -87,7 +87,7 @@ def _largest_batches(task: Task) -> list[str]:
     return [f"sequence length: batches of the longest training examples, up to {longest} tokens (median {middle})"]
 
 
-def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
+def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, KnownData]:
     """The task on data of which only the sizes are known."""
     named = config.task
     known = DATASETS.get((named.data or "", named.subset), (None, None, None))
@@ -103,7 +103,7 @@ def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
             f"num_train: with training.epochs the steps depend on the number of training examples, and {named.data} "
             "is not here to count them; give --num-train."
         )
-    data = Data(False, test is not None)
+    data = KnownData(False, test is not None)
     data.assumptions.append(
         f"data: {named.data} is not read; {classes} classes, "
         + (f"{train} training examples in equal classes, " if train else "")

@@ -66,7 +66,7 @@ class UnknownNumberError(RuntimeError):
 
 
 @dataclass
-class Phase:
+class Cost:
     """What a stretch of code cost: bytes in use before it and after it, the most in between, and its FLOPs."""
 
     before: int
@@ -95,9 +95,9 @@ class DryRun(TorchDispatchMode):
         self._fake.__exit__(*exception)
 
     @contextmanager
-    def phase(self) -> Iterator[Phase]:
+    def phase(self) -> Iterator[Cost]:
         """Measures what happens inside."""
-        found = Phase(self.live)
+        found = Cost(self.live)
         peak, flops = self.peak, self.flops
         self.peak, self.flops = self.live, 0
         try:

@@ -25,9 +25,9 @@ from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.errors import UserError
 from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph
-from decaf_lora.plan.assumed import Data, planned_task
+from decaf_lora.plan.assumed import KnownData, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
-from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors, replace_methods
+from decaf_lora.plan.dry_run import Cost, DryRun, UnknownNumberError, real_tensors, replace_methods
 from decaf_lora.run import Run
 from decaf_lora.runs.build import build_run, lora_configs
 from decaf_lora.tasks.base import Batch, Task
@@ -130,7 +130,7 @@ class _Planner:
         processes = 1 if pooled else self.processes
         dry.fake_module(task.model)
         weights = dry.live
-        kept, phases = self._watch(task), dict[str, Phase]()
+        kept, phases = self._watch(task), dict[str, Cost]()
         # transformers must look into masks that the dry run knows, as it does in a real run.
         with dry, mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
             run = Run(
@@ -189,7 +189,7 @@ class _Planner:
             tflops=tflops,
         )
 
-    def _fill_caches(self, run: Run) -> Phase:
+    def _fill_caches(self, run: Run) -> Cost:
         """Lets a task compute, on one example, what it keeps for the whole run, such as text features."""
         task, whole = run.task, run.task.num_test
         with self.dry.phase() as phase:
@@ -200,7 +200,7 @@ class _Planner:
         return phase
 
     @contextmanager
-    def _phase(self, phases: dict[str, Phase], name: str) -> Iterator[None]:
+    def _phase(self, phases: dict[str, Cost], name: str) -> Iterator[None]:
         """Notes in `phases` what is done inside: the highest peak and the last FLOPs of those with one name."""
         with self.dry.phase() as phase:
             yield
@@ -208,7 +208,7 @@ class _Planner:
             phase.peak = max(phase.peak, phases[name].peak)
         phases[name] = phase
 
-    def _one_step_and_pass(self, run: Run, phases: dict[str, Phase]) -> None:
+    def _one_step_and_pass(self, run: Run, phases: dict[str, Cost]) -> None:
         """Shortens the round of `run` to what repeats in it, and notes what each of its phases costs.
 
         Steps follow one another and so do passes, each of which frees what it took: one stands for all.
@@ -264,7 +264,7 @@ class _Planner:
     def _is_auto(self) -> bool:
         return self.config.training.agents_per_pass == "auto"
 
-    def _shards(self, task: Task, data: Data) -> partition.Partition:
+    def _shards(self, task: Task, data: KnownData) -> partition.Partition:
         config = self.config
         if data.labels_known or config.training.epochs is not None:
             return partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
@@ -306,7 +306,7 @@ class _Planner:
             ).bytes_sent
         return bytes_sent / rounds
 
-    def _parts(self, run: Run, weights: int, kept: int, train: Phase) -> tuple[Part, ...]:
+    def _parts(self, run: Run, weights: int, kept: int, train: Cost) -> tuple[Part, ...]:
         here = len(run.engine.agents)
         adapter = run.adapter
         moments = [t for m in run.trainer.moments.values() for t in (m.first, m.second, m.steps)]
