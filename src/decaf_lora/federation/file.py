@@ -1,7 +1,7 @@
 """What have the sites agreed on? The federation file: a draft, or signed by its organiser.
 
 The signature is Ed25519 over the canonical JSON (sorted keys, no spaces, UTF-8) of everything under `signed`, so the
-file may be laid out anew, but not changed. Its SHA-256 is what two agents compare when they meet.
+layout of the file may change, but not its content. Two agents compare the SHA-256 of that JSON when they meet.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from decaf_lora.graphs import Graph, Schedule, from_matrix, metropolis
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_BYTES = 16 * 2**20
-"""Bytes that a federation file may have."""
+"""Largest size of a federation file, in bytes."""
 
 MOST_AGENTS = 1000
-"""Agents that a federation may have."""
+"""Largest number of agents of a federation."""
 
 
 class _Frozen(BaseModel):
@@ -38,10 +38,10 @@ class Limits(_Frozen):
     """How long an agent waits."""
 
     patience: float | None = Field(None, gt=0)
-    """Seconds without progress after which an exchange goes on without a neighbour; unset: three times the median of
-    the agent's own rounds, at least 60."""
+    """Seconds without progress after which an exchange goes on without a neighbour. None: three times the median
+    duration of the agent's own rounds, at least 60."""
     give_up: float = Field(86400, gt=0)
-    """Seconds after which an agent that no neighbour has answered writes what it has and ends with exit code 3."""
+    """Seconds without an answer from any neighbour after which an agent writes what it has, and exits with code 3."""
 
 
 class Member(_Frozen):
@@ -49,7 +49,7 @@ class Member(_Frozen):
 
     name: str
     address: str | None
-    """host:port where the others reach it; None: it dials only."""
+    """host:port where the others reach it; None: it only dials."""
     certificate: str
     """PEM, self-signed: the only one that counts for this name."""
 
@@ -74,7 +74,7 @@ class Member(_Frozen):
 
 
 def host_port(address: str) -> tuple[str, int]:
-    """The parts of host:port, or [IPv6]:port. UserError where it is neither."""
+    """Host and port of host:port or [IPv6]:port; UserError for another text."""
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     good = colon and bare and (":" not in bare or host == f"[{bare}]") and not set(bare) & set("/ @\t")
