@@ -105,13 +105,13 @@ class Draft(_Frozen):
 
 
 class Signed(_Frozen):
-    """What the organiser has signed and every agent goes by."""
+    """What the organiser has signed. Every agent follows it."""
 
     format: Literal[1] = 1
     name: str
     """Name of the federation."""
     version: int = Field(ge=1)
-    """Counts the sealed files of this federation; an agent takes no older one than it has seen."""
+    """Number of this sealed file, from 1. An agent accepts no file older than the newest that it has seen."""
     expires: datetime
     """When the file stops being valid, UTC."""
     organiser: str = Field(pattern="^[0-9a-f]{64}$")
@@ -119,11 +119,11 @@ class Signed(_Frozen):
     software: tuple[str, str]
     """Versions of decaf-lora that understand each other: from the first on, below the second."""
     agents: tuple[Member, ...] = Field(min_length=2, max_length=MOST_AGENTS)
-    """In the order of their numbers."""
+    """The agents, in the order of their numbers."""
     graph: str
     """Name of the graph, for people; `weights` is what counts."""
     weights: tuple[tuple[tuple[float, ...], ...], ...] = Field(min_length=1)
-    """(T, N, N): the mixing matrices of a period, one an exchange."""
+    """(T, N, N): the mixing matrices of a period, one for each exchange."""
     limits: Limits
     tells: tuple[Literal["round"], ...] = ("round",)
     """What agents tell each other beside their messages."""
@@ -131,7 +131,7 @@ class Signed(_Frozen):
     base: dict[str, str]
     """Tensor of the base model -> SHA-256 of its type, shape and bytes as stored in safetensors."""
     tokenizer: dict[str, str]
-    """File of the tokenizer -> SHA-256."""
+    """File of the tokenizer -> SHA-256 of its bytes."""
 
     @field_validator("expires")
     @classmethod
@@ -177,7 +177,7 @@ class Signed(_Frozen):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, as hexadecimal digits: equal where two agents go by the same file."""
+        """SHA-256 of the canonical JSON, as hexadecimal digits: equal if two agents follow the same file."""
         return hashlib.sha256(canonical(self.values())).hexdigest()
 
 
@@ -211,13 +211,13 @@ def read_draft(path: Path) -> Draft:
 
 
 def read_signed(path: Path) -> Signed:
-    """The signed part of a sealed file, its signature checked before anything else is made of it.
+    """The signed part of a sealed file. Its signature is checked before anything else is read from it.
 
-    Whether the organiser is the right one, and the file new enough, `trust.accept` says; `refuse_expired`, whether it
-    is still valid.
+    `trust.accept` checks that the organiser is the right one, and the file new enough. `refuse_expired` checks that the
+    file is still valid.
 
     Raises:
-        UserError: not sealed, altered, or made by another version of decaf-lora.
+        UserError: the file is not sealed, was altered, or was made by another version of decaf-lora.
     """
     content = read(path)
     if "draft" in content:
@@ -268,7 +268,7 @@ def read(path: Path) -> dict[str, Any]:
     if len(text) > MOST_BYTES:
         raise UserError(f"federation: {path} is larger than {MOST_BYTES // 2**20} MiB; it is no federation file.")
     try:
-        # Names for parts of the text would let a small file stand for an enormous one.
+        # YAML's anchors and aliases would let a small file stand for an enormous one.
         aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"federation: {path} is not YAML ({' '.join(str(error).split())}).") from error

@@ -33,7 +33,7 @@ class Record:
     tail: float | None = None
     recompression: float | None = None  # norm of what was cut between the exchanges of the round
     bytes_sent: float  # by one agent in this round, mean over agents
-    wire_bytes: float | None = None  # bytes_sent as the wire between processes carries it; None in one process
+    wire_bytes: float | None = None  # of bytes_sent: those between processes, as encoded; None in one process
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
     # Only for an agent that does not see all others:

@@ -58,8 +58,8 @@ class Workers:
     Args:
         count: number of processes.
         threads: number of torch's threads in each process.
-        hear: called with each value that the work tells. Warnings of workers are raised in this process, so that one
-            warning is shown once for all.
+        hear: called with each value that the work tells. Workers' warnings are issued in this process, so that each is
+            shown once for all workers.
     """
 
     def __init__(self, count: int, threads: int, hear: Callable[[Any], None]) -> None:
