@@ -158,7 +158,7 @@ def test_complete_averages_at_once_and_its_rows_are_equal_bit_by_bit(n):
 
 
 def test_sigma_2_of_the_paper_set_up():
-    # ALGORITHMS.md, section 6.
+    # Closed forms of the spectral gap: a ring of 10 has 1/3 + 2/3 cos(2 pi / 10).
     assert graphs.ring(10).sigma_2 == pytest.approx(0.873, abs=5e-4)
     assert graphs.bipartite_hubs().sigma_2 == pytest.approx(0.78, abs=1e-12)
     assert graphs.complete_bipartite(5, 5).sigma_2 == pytest.approx(2 / 3, abs=1e-12)
@@ -445,7 +445,7 @@ def test_base_averages_any_number_of_agents_exactly(k):
         assert schedule.exact_after == schedule.period
         assert schedule.period <= max(1, 2 * math.log(n, k + 1) + 2)  # the paper's theorem 1
         periods[n] = schedule.period
-    assert periods[10] == {1: 6, 2: 4, 3: 4}[k]  # ALGORITHMS.md, section 6; at k = 3 2 x (1 + 1 + 1) and 1 across
+    assert periods[10] == {1: 6, 2: 4, 3: 4}[k]  # at k = 3: 2 x (1 + 1 + 1), and 1 across
     assert [periods[(k + 1) ** power] for power in (1, 2, 3)] == [1, 2, 3]  # hyper-hypercubes
 
 

@@ -18,7 +18,7 @@ from decaf_lora.graphs import Graph, complete, ring
 from decaf_lora.records import Record, RecordWriter
 from decaf_lora.report import figures, reading, style
 
-# Where each algorithm ends and what an agent sends a round: shaped like the trials in ALGORITHMS.md.
+# Where each algorithm ends and what an agent sends a round: shaped like trials of the digits demo.
 PROFILE = {
     "local": (0.34, 0),
     "dlora": (0.69, 74_000),

@@ -260,6 +260,17 @@ def test_stopped_before_it_begins_a_run_has_the_first_record_alone():
     assert [r.round for r in run.train()][-1] == 4
 
 
+def test_a_loop_that_is_left_after_stop_is_gone_on_with():
+    whole, run = make_run(), make_run()
+    for record in run.train():
+        if record.round == 2:
+            run.stop()
+            break
+    assert [r.round for r in run.train()] == [3, 4]
+    list(whole.train())
+    same(run.adapter, whole.adapter)
+
+
 def test_at_the_end_of_a_with_block_the_model_is_free_for_another_run():
     task = Toy(extras=True)
     plain = type(task.model.first)

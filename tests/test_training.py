@@ -39,15 +39,13 @@ def shards_of(n, size=20):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("precision", ["float32"])
-def test_stacked_equals_one_by_one_after_20_steps(optimizer, precision):
+def test_stacked_equals_one_by_one_after_20_steps(optimizer):
     config = TrainingConfig(
         steps=20,
         batch_size=5,
         learning_rate=0.02,
         optimizer=optimizer,
         agents_per_pass=6,
-        precision=precision,
     )
     together, _, _ = trained(Toy(extras=True), config, range(6), shards_of(6))
     for agents_per_pass in (1, 4):

@@ -1,4 +1,4 @@
-"""How does a person say what to run? The typed, frozen configuration; pure data, no heavy imports.
+"""What is to be run? The configuration: typed, frozen, pure data, no heavy imports.
 
 A run is one algorithm on one graph, partition and seed. A comparison is the product of several of each over
 one base run. Both are read from YAML, written back with every value, and overridden field by field on the
@@ -33,16 +33,16 @@ OWN = "own"
 
 
 class Section(Frozen):
-    """A section whose `name` may be the user's own kind, or an installed package's, with options of its own.
+    """A section whose `name` may mean a kind of the user's or of an installed package, which has options of its own.
 
-    These stand among the others in YAML and on the command line; here they are apart, since only whoever loads the
-    kind can check them.
+    In YAML and on the command line the kind's own options stand among the others. Here they lie apart, in `own`:
+    only the code that loads the kind can check them.
     """
 
     name: str
     own: dict[str, Any] = Field(default_factory=dict)
     described: ClassVar[frozenset[str]]
-    """The kinds whose options are all fields of the section."""
+    """Names of the kinds of this package, whose options are all fields of the section."""
 
     @classmethod
     def has_own(cls, names: Iterable[Any]) -> bool:
@@ -51,7 +51,7 @@ class Section(Frozen):
 
     @classmethod
     def apart(cls, values: Any, names: Iterable[Any]) -> Any:
-        """`values` with the fields that the section does not have under `own`, if one of `names` may take them."""
+        """`values` with the fields that the section does not have moved to `own`, if one of `names` may take them."""
         if not isinstance(values, dict) or not cls.has_own(names):
             return values
         known = {key: value for key, value in values.items() if key in cls.model_fields}
@@ -82,28 +82,29 @@ class TaskConfig(Section):
     data: str | None = None
     """A data set on the Hub, or a local folder (also of images), parquet, CSV, TSV, Excel, JSON lines or text file."""
     file_column: str | None = None
-    """Read the folder `data` as a file a site, and name the file of every row in a column called so; a file called
-    `test` is the test set. `partition: files:DIR` sets it."""
+    """For a folder `data` with one file for each site: the name of a column to add, which holds the name of each
+    row's file. A file called `test` is the test set. `partition: files:DIR` sets this field."""
     subset: str | None = None
     """Subset (configuration) of the data set, or sheet of an Excel file."""
     delimiter: str | None = None
-    """What separates the columns of a CSV file: one character, or `tab`; found from the file if unset."""
+    """Separator of the columns of a CSV file: one character, or `tab`. Unset: detected from the file."""
     quoting: Literal["standard", "none"] | None = None
-    """Whether quotes in a CSV file enclose fields, or are characters like others; found from the file if unset."""
+    """Quotes in a CSV file: `standard` encloses fields in them, `none` reads them as ordinary characters. Unset:
+    detected from the file."""
     encoding: str | None = None
-    """Encoding of text files, such as `cp1252`; UTF-8, or the one that makes sense, if unset."""
+    """Encoding of text files, such as `cp1252`. Unset: UTF-8, or the encoding that makes sense of the file."""
     train_split: str = "train"
-    """Split to learn from; slices such as `train[:10%]` work."""
+    """Split to train on; slices such as `train[:10%]` work."""
     test_split: str | None = None
-    """Split to score on; `test` if unset."""
+    """Split to score on. Unset: `test`."""
     test_share: float | None = Field(None, gt=0, lt=1)
-    """Hold this share of the training split out as test set, class by class, instead of `test_split`."""
+    """Share of the training split to hold out as the test set, class by class; takes the place of `test_split`."""
     max_train: int | float | None = None
-    """Keep at most so many training examples, or (below 1) this share, with the class mix of all."""
+    """Largest number of training examples to keep or, below 1, the share to keep. The mix of classes stays the same."""
     max_test: int | float | None = None
-    """Keep at most so many test examples, or (below 1) this share, with the class mix of all."""
+    """Largest number of test examples to keep or, below 1, the share to keep. The mix of classes stays the same."""
     data_seed: int = Field(0, ge=0)
-    """Draws the held-out share and the kept examples; the same for all seeds of a comparison."""
+    """Seed that draws the held-out share and the kept examples. All runs of a comparison use the same one."""
     text_column: str = "text"
     """Column of the text."""
     text_pair_column: str | None = None
@@ -111,47 +112,49 @@ class TaskConfig(Section):
     image_column: str = "image"
     """Column of the image: a file, its bytes, or its path."""
     label_column: str | None = None
-    """Column of the label; `label` if unset. Language modelling uses it only to split data among agents."""
+    """Column of the label. Unset: `label`. Language modelling uses the label only to split data among agents."""
     prompt_column: str | None = None
-    """causal-lm: column of the prompt, where `templates` is not set."""
+    """causal-lm: column of the prompt, if `templates` is not set."""
     answer_column: str | None = None
     """causal-lm: column of the answer to learn (instruction tuning)."""
     classes: tuple[str, ...] = ()
-    """Names of the classes in the order of their numbers; the data's own, or the sorted labels, if unset."""
+    """Names of the classes in the order of their numbers. Unset: the names in the data, else the sorted labels."""
     templates: tuple[str, ...] = ()
-    """image-text: prompts with {} for the class name, several for an ensemble; causal-lm: one prompt with
-    {column} for each field."""
+    """image-text: prompts in which {} stands for the class name; several make an ensemble. causal-lm: one prompt in
+    which {column} stands for the value of that column."""
     answers: tuple[str, ...] = ()
-    """causal-lm: the answer to score for each class, in the order of the classes (verbalised classification)."""
+    """causal-lm: the answer that stands for each class, in the order of the classes (verbalised classification). The
+    class with the likeliest answer is predicted."""
     length_normalized: bool = True
-    """causal-lm: compare answers by log-likelihood per token, not by its sum."""
+    """causal-lm: compare answers by their log-likelihood per token, not by its sum over tokens."""
     chat_template: bool = False
     """causal-lm: put prompt and answer into the tokenizer's chat template."""
     packing: bool = False
     """causal-lm: join texts end to end and cut them into blocks of `max_length`, instead of padding."""
     max_length: int | None = Field(None, ge=2)
-    """Longest sequence in tokens; the model's own limit if unset."""
+    """Longest sequence in tokens. Unset: the model's own limit."""
     metric: Literal["accuracy", "f1", "macro-f1"] = "accuracy"
-    """Score of a classification; `f1` is of the `positive` one of two classes."""
+    """Score of a classification. `f1` is for two classes: the F1 of the `positive` one."""
     positive: str | None = None
-    """The positive class of `f1`; the second one if unset."""
+    """The positive class of `f1`. Unset: the second class."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the frozen base; adapters stay float32."""
+    """Number format of the frozen base model; adapters stay float32."""
     quantization: Literal["4bit"] | None = None
-    """Load the base in 4 bits (NF4); needs a GPU and bitsandbytes."""
+    """Load the base model in 4 bits (NF4); needs a GPU and bitsandbytes."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Compute activations again in the backward pass instead of keeping them: saves memory, takes more time."""
     num_workers: int = Field(0, ge=0, le=1024)
-    """Processes that preprocess texts, and threads that preprocess images; 0 uses the main one."""
+    """Number of processes that preprocess texts, and of threads that preprocess images. 0: the main one does it."""
     pixel_range: tuple[float, float] | None = None
-    """Values that are black and white in images of more than 8 bits a channel; 0 65535 for whole numbers, 0 1 for
-    others, if unset."""
+    """The two pixel values that mean black and white in images of more than 8 bits a channel. Unset: 0 and 65535 for
+    whole numbers, 0 and 1 for others."""
     image_cache: float = Field(0.5, ge=0, le=10**6)
-    """GiB of preprocessed images that each split may keep in memory; others are decoded whenever they are asked for."""
+    """Memory in GiB that each split may use to keep preprocessed images. Images beyond that are decoded again for every
+    batch."""
     skip_bad: bool = False
-    """Leave out images that do not decode (they are counted and named) instead of refusing them."""
+    """Leave out images that do not decode, with a warning that counts and names them. Otherwise they are an error."""
     eval_batch_size: int = Field(256, ge=1)
-    """Test examples of one agent in one forward pass."""
+    """Number of test examples of one agent in one forward pass."""
 
     @field_validator("max_train", "max_test")
     @classmethod
@@ -182,36 +185,38 @@ class TaskConfig(Section):
 
 
 class LoraOptions(Frozen):
-    """LoRA, with the names and meanings of `peft.LoraConfig`; unset targets take the task's own."""
+    """LoRA, with the names and meanings of `peft.LoraConfig`."""
 
     r: int = Field(2, ge=1)
     """Rank of the adapters."""
     lora_alpha: int = Field(2, ge=1)
     """The LoRA scaling is lora_alpha / r (or / sqrt(r) with use_rslora)."""
     ranks: tuple[int, ...] = ()
-    """Rank of each agent's adapters in place of `r`, one number an agent, where they differ."""
+    """Rank of each agent's adapters, one number for each agent, in place of `r`. For agents whose ranks differ."""
     alphas: tuple[float, ...] = ()
-    """lora_alpha of each agent; if unset, what gives agents of other ranks the same LoRA scaling."""
+    """lora_alpha of each agent, one number for each. Unset: the values that give all agents the same
+    LoRA scaling."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapters."""
     target_modules: str | list[str] | None = None
-    """Names of the layers, a regular expression, or `all-linear`; the task's default if unset."""
+    """Layers to adapt: their names, a regular expression, or `all-linear`. Unset: the task's default."""
     exclude_modules: str | list[str] | None = None
     """Layers to leave out."""
     modules_to_save: list[str] | None = None
-    """Modules to train fully and to mix with the same weights, such as a classifier head."""
+    """Modules to train in full, such as a classifier head. They are averaged
+    with the same mixing weights as the adapters."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Ranks of layers that differ from `r`, by name or regular expression."""
     alpha_pattern: dict[str, int] = Field(default_factory=dict)
-    """Alphas of layers that differ from `lora_alpha`."""
+    """Alphas of layers that differ from `lora_alpha`, by name or regular expression."""
     layers_to_transform: list[int] | None = None
-    """Indices of the blocks to adapt; all if unset."""
+    """Indices of the blocks to adapt. Unset: all."""
     fan_in_fan_out: bool = False
-    """For layers that store their weight transposed (GPT-2's Conv1D sets it by itself)."""
+    """Whether layers store their weight transposed. GPT-2's Conv1D sets this by itself."""
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A is drawn; B starts at 0."""
+    """Distribution that A is drawn from at the start; B starts at 0."""
 
     @model_validator(mode="after")
     def _check(self) -> LoraOptions:
@@ -223,43 +228,48 @@ class LoraOptions(Frozen):
 
 
 class AlgorithmConfig(Section):
-    """What agents send and how they combine it. Unset options take the algorithm's own default."""
+    """What agents send and how they combine what they receive. Unset options take the algorithm's own default."""
 
     described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
 
     name: str = "decaf"
     """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg, centralized, or `file.py:function`."""
     gauge: str | None = None
-    """decaf: how the singular values are split: balanced, orthonormal, anchored, balanced-rotated,
-    orthonormal-rotated, or rotated for the default rotated one."""
+    """decaf: the gauge, that is, how the singular values of a product BA are shared between B and A: balanced,
+    orthonormal, anchored, balanced-rotated, orthonormal-rotated, or rotated (the default rotated one)."""
     order: Literal["adapt-combine", "combine-adapt"] | None = None
-    """dlora, dlora_fa, decaf: local steps before or after mixing."""
+    """dlora, dlora_fa, decaf: take the local steps before the exchange (adapt-combine) or after it (combine-adapt)."""
     moments: Literal["keep", "reset", "transport"] | None = None
-    """What becomes of Adam's moments after mixing: keep or reset (dlora, dlora_fa, decaf), or transport, which turns
-    them along with the factors (decaf)."""
+    """What happens to Adam's moments after an exchange. dlora, dlora_fa, decaf: keep or reset. decaf: also transport,
+    which rotates the moments together with the factors."""
     reference: Literal["average", "own"] | None = None
-    """decaf: the frame that rotated gauges turn to."""
+    """decaf: the factors that rotated gauges rotate the new factors towards: the average of the neighbours' factors, or
+    the agent's own."""
     relay_rank: int | None = Field(None, ge=1)
-    """decaf: with several exchanges in a round (gossip_steps), the rank to which stacked products are cut between
-    them; unset forwards them whole."""
+    """decaf: the rank to which stacked products are cut between the exchanges of one round (gossip_steps above 1).
+    Unset: they are forwarded whole."""
     tracking: bool | None = None
-    """dlora, dlora_fa, decaf: correct the drift of the local steps by gradient tracking, at twice the bytes;
-    `decaf_tracked` is decaf with it."""
+    """dlora, dlora_fa, decaf: gradient tracking, which corrects the drift of the local steps towards an agent's own
+    data. Twice the bytes. `decaf_tracked` is decaf with tracking."""
     tracking_gamma: float | None = Field(None, gt=0, le=1)
-    """How far a correction moves at each update: 1 is plain gradient tracking, less damps it."""
+    """Gradient tracking: the share of each update that a correction takes on. 1 is plain gradient tracking; less damps
+    it."""
     truncation_feedback: float | None = Field(None, gt=0, le=1)
-    """decaf: keep what a truncation cuts, at rank r, and add it times this to the next mix; 1 forgets nothing."""
+    """decaf: keep what a truncation cuts off, at rank r, and add it, times this factor, before the next truncation. 1
+    forgets nothing. Unset: off."""
     quasi_global: float | None = Field(None, ge=0, lt=1)
-    """dlora, dlora_fa, decaf: after mixing, turn the momentum to where the network went (quasi-global momentum): 0 in
-    the last round, above 0 in all rounds, each counting this much of the next. Sends nothing more."""
+    """dlora, dlora_fa, decaf: quasi-global momentum. After each exchange, point the optimizer's momentum along the
+    change of the averaged model. The value is the decay over rounds: 0 uses the last round only, 0.9 a long average.
+    No extra bytes. Unset: off."""
     messages: Literal["full", "int8"] | None = None
-    """dlora, dlora_fa, decaf: send numbers as they are, or as int8 with error feedback, at a quarter of the bytes."""
-
+    """dlora, dlora_fa, decaf: send numbers as they are (full), or as int8 with error feedback, which takes a quarter of
+    the bytes."""
     transforms: tuple[str, ...] = ()
-    """More transforms to lay over it, of your own or an installed package: `mine.py:noise:scale=0.1`."""
+    """Transforms to lay over the algorithm, of your own or of an installed package, such as
+    `mine.py:noise:scale=0.1`."""
 
     def options(self) -> dict[str, Any]:
-        """The options that were set."""
+        """The options that were set, by name."""
         return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v not in (None, (), [])}
 
 
@@ -269,33 +279,35 @@ class TrainingConfig(Frozen):
     steps: int = Field(5, ge=1)
     """Optimizer steps of every agent in a round."""
     epochs: float | None = Field(None, gt=0, le=10**6)
-    """Passes over an agent's own shard in a round, instead of `steps`; agents then take unequal steps."""
+    """Passes over an agent's own shard in a round, in place of `steps`. Agents with unequal shards then take unequal
+    numbers of steps."""
     batch_size: int = Field(16, ge=1)
-    """Examples of one agent in one step."""
+    """Number of examples of one agent in one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
     learning_rate: float = Field(5e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled for AdamW, added to the gradient for SGD."""
+    """Weight decay: decoupled for AdamW, added to the gradient for SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """AdamW's decay rates of the first and the second moment."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD's momentum."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Decay of the learning rate over the whole run."""
+    """How the learning rate decays over the whole run."""
     final_learning_rate: float = Field(0.0, ge=0)
-    """Where linear and cosine end."""
+    """Learning rate at the end of a linear or cosine schedule."""
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the run in which the learning rate rises linearly from 0."""
     clip_norm: float | None = Field(None, gt=0)
-    """Every agent's own gradient norm is clipped to this."""
+    """Largest norm of a gradient. Each agent's gradient is clipped by its own norm. Unset: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs forward and backward under autocast; adapters and optimizer stay float32."""
+    """bfloat16: the forward and the backward pass run under autocast. Adapters and optimizer stay float32."""
     agents_per_pass: int | Literal["auto"] = "auto"
-    """Agents whose batches go through the model together; auto takes the fastest of a short calibration."""
+    """Number of agents whose batches go through the model together. auto: times a few numbers first and takes the
+    fastest."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -322,38 +334,39 @@ class RunConfig(Frozen):
     """Who talks to whom: ring, complete, star, line, torus:2x5, bipartite:8+2, erdos-renyi:0.4 ..., a file, or
     `file.py:function`; `decaf graph --help` lists them."""
     gossip_steps: int | Literal["period"] = 1
-    """Exchanges in a round, each on the next graph of a schedule; `period` takes a whole period of it, after
-    which an exact schedule (base:3, one-peer-hypercube) has averaged as the complete graph does."""
+    """Number of exchanges in a round. Where the graph is a schedule, each exchange takes its next graph, and `period`
+    makes as many exchanges as the schedule has graphs: an exact schedule (base:3, one-peer-hypercube) has then averaged
+    as the complete graph does."""
     partition: str = "dirichlet:0.1"
-    """Who holds what: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, column:NAME, files:DIR, indices:FILE,
-    shots:K/dirichlet:ALPHA, or `file.py:function`."""
+    """Which examples each agent holds: iid, shots:K, up-to:K, dirichlet:ALPHA, by-class, column:NAME, files:DIR,
+    indices:FILE, shots:K/dirichlet:ALPHA, or `file.py:function`."""
     start: Literal["common", "independent"] = "common"
-    """Whether all agents draw the same A at the start."""
+    """Whether all agents start with the same random A (common), or each with its own (independent)."""
     init_adapters: tuple[str, ...] = ()
-    """PEFT directories to start from instead, of any rank: one for each agent (`fresh` for an agent without), or one
-    for all, in which {agent} stands for the agent's number. An agent takes the rank of its adapter, unless
-    `lora.ranks` says another."""
+    """PEFT directories of the adapters to start from, of any rank. Give one for each agent (`fresh`: this agent has
+    none), or one for all, in which {agent} stands for the agent's number. An agent takes the rank of its adapter,
+    unless `lora.ranks` gives another."""
     rounds: int = Field(30, ge=1)
-    """Rounds of local steps and exchange."""
+    """Number of rounds. A round is the local steps and the exchange."""
     seed: int = Field(0, ge=0)
-    """Seeds the partition, the start, the batches and random graphs."""
+    """Seed of the partition, the start, the batches and random graphs."""
     test: Literal["all", "own", "both"] = "all"
-    """Score each agent on all test examples, on those of its own site, or on both. Own ones need a partition by
-    column or files, and test examples that have this column."""
+    """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
+    by column or files, and test examples that have this column."""
     evaluate_every: int = Field(5, ge=1)
-    """Rounds between evaluations on the test set; the last round is always evaluated."""
+    """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
-    """Rounds between measurements of consensus distance, interference and truncation tail; the last round is always
-    measured. Every one compares all agents' adapters in one process."""
+    """Number of rounds from one measurement of consensus distance, interference and truncation tail to the next. The
+    last round is always measured. A measurement brings all agents' adapters together in one process."""
     checkpoint_every: int = Field(10, ge=1)
-    """Rounds between checkpoints."""
+    """Number of rounds from one checkpoint to the next."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto."""
+    """Device to compute on: cpu, cuda, cuda:1, or auto (a GPU if there is one)."""
 
     @model_validator(mode="before")
     @classmethod
     def _files_are_the_data(cls, values: Any) -> Any:
-        """`files:DIR` splits by the files of DIR, which are then the data, too."""
+        """Sets `task.data` where the partition is `files:DIR`: the files that split the data are also the data."""
         named = values.get("partition") if isinstance(values, dict) else None
         match = _FILES.fullmatch(named.strip()) if isinstance(named, str) else None
         if match is None:
@@ -369,7 +382,7 @@ class RunConfig(Frozen):
     @field_validator("graph", "partition", mode="before")
     @classmethod
     def _with_options(cls, value: Any, info: ValidationInfo) -> Any:
-        """A name with its options as a mapping, {name: ..., option: value}."""
+        """Reads a name with options that is given as a mapping, {name: ..., option: value}."""
         if not isinstance(value, dict):
             return value
         if not isinstance(value.get("name"), str):
@@ -388,20 +401,20 @@ class CompareConfig(RunConfig):
     """Several algorithms, graphs, partitions and seeds over one base run."""
 
     algorithms: tuple[str, ...] = ("local", "dlora", "dlora_fa", "decaf", "fedavg", "centralized")
-    """Algorithms to compare; `algorithm.*` options go to those that take them."""
+    """Algorithms to compare. An option `algorithm.*` goes to the algorithms that take it."""
     graphs: tuple[str, ...] = ()
-    """Graphs to compare; the base run's if empty."""
+    """Graphs to compare. Unset: the graph of the base run alone."""
     partitions: tuple[str, ...] = ()
-    """Partitions to compare; the base run's if empty."""
+    """Partitions to compare. Unset: the partition of the base run alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds, all shown as mean and standard deviation."""
+    """Seeds to run. Tables show mean and standard deviation over them."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
-    """Each algorithm's own learning rate, where it differs from `training.learning_rate`."""
+    """Learning rates of algorithms, by name, that differ from `training.learning_rate`."""
 
     @model_validator(mode="before")
     @classmethod
     def _own_apart(cls, values: Any) -> Any:
-        """Options of one's own may belong to any of the algorithms that are compared."""
+        """Moves options to `own` where any of the algorithms that are compared may take them."""
         if not isinstance(values, dict) or not isinstance(values.get("algorithms"), list | tuple):
             return values
         return {**values, "algorithm": AlgorithmConfig.apart(values.get("algorithm", {}), values["algorithms"])}
@@ -416,7 +429,7 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
 
 
 def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
-    """A configuration from plain values, with errors as one line."""
+    """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -441,7 +454,7 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a configuration."""
+    """Dotted names of all fields of a configuration, such as "training.steps"; `prefix` goes before each."""
     names = []
     for name, field in kind.model_fields.items():
         if name == OWN:
@@ -472,6 +485,5 @@ def flat(config: BaseModel) -> dict[str, Any]:
 
 def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
     """Fields in which two configurations differ, as `field: ours -> theirs`."""
-
     a, b = flat(ours), flat(theirs)
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]

@@ -1,7 +1,7 @@
 """How does a user's mistake become one clear line?
 
-`UserError` is a `ValueError` whose message names the field and the remedy. The command line prints it
-without a traceback and exits with code 2; everything else is a bug and keeps its traceback.
+`UserError` is a `ValueError` whose message names the field and the remedy. The command line prints the message
+without a traceback and exits with code 2. Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in the input that the user can mend; the message says which field and how.
 
-    The message is one line, whatever the names in it hold: other white space becomes a blank, and what cannot be
-    printed a question mark.
+    The message is always one line, whatever names it quotes: white space becomes a single blank, and a character that
+    cannot be printed becomes a question mark.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -20,20 +20,20 @@ class UserError(ValueError):
         super().__init__("".join(c if c.isprintable() else "?" for c in line))
 
     quiet = False
-    """Whether to end without a line: another process of the same run prints the message."""
+    """Whether the command line prints nothing, because another process of the same run prints the message."""
 
 
 class TrainingError(UserError):
-    """Training has diverged (a loss or an adapter is not finite); names the agent and the round."""
+    """Training has diverged: a loss or an adapter is not finite. The message names the agent and the round."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The names of `known` that look most like `name` (for "did you mean"), best first."""
+    """At most `count` names of `known` that look most like `name`, best first, for "did you mean"."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
 
 
 def unknown(field: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not one of `known`: lists them and suggests the nearest."""
+    """The error for a name that is not one of `known`; its message lists all of `known` and suggests the nearest."""
     choices = sorted(known)
     hint = nearest(name, choices)
     guess = f" Did you mean {hint[0]!r}?" if hint else ""

@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Frozen(BaseModel):
-    """Values that are checked once and never change."""
+    """A section of the configuration: checked once when made, unchangeable afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values(cls, values: Any) -> Any:
-        """Python counts with true as 1; nobody means that."""
+        """Refuses true and false where a number is expected: Python would read true as 1, and nobody means that."""
         if isinstance(values, dict):
             for name, field in cls.model_fields.items():
                 if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -37,11 +37,11 @@ class Frozen(BaseModel):
 
 
 MOST, MOST_SEED = 10**9, 2**63 - 1
-"""No whole number of a configuration is larger: what cannot be meant is told before a library fails on it."""
+"""The largest whole number of a field, and of a seed. A larger one cannot be meant, and a library would fail on it."""
 
 
 def _inside(value: Any) -> list[Any]:
-    """A value, or those that a list or mapping of them holds."""
+    """The values of a list or mapping, or the one value itself."""
     if isinstance(value, dict):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else [value]

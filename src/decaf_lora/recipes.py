@@ -34,7 +34,7 @@ def digits() -> CompareConfig:
     )
 
 
-# The DeCAF paper. "Published" and "ours" tell apart what the paper states and what it leaves open.
+# The DeCAF paper. "Published" marks what the paper states, "ours" what it leaves open and we chose.
 
 # Published: ring, fully connected, bipartite. Ours: which bipartite (8 + 2 hubs, and two halves of five).
 GRAPHS = ("ring", "complete", "bipartite", "complete-bipartite")
@@ -50,7 +50,7 @@ def flowers102() -> CompareConfig:
         test_split="validation",
         templates=("a photo of a {}, a type of flower.",),
     )
-    # Its smallest classes have 30 images to train on: all of them are taken, with a warning that counts.
+    # Its smallest classes have 30 training images: `up-to` takes all of them, and a warning counts these classes.
     return _vision(task, "up-to:40")
 
 
@@ -109,7 +109,7 @@ def boolq() -> CompareConfig:
 
 def _vision(task: TaskConfig, shots: str) -> CompareConfig:
     return CompareConfig(
-        # 40 shots of 102 classes are 2.3 GiB of pixels; decoding them anew takes longer than a GPU's step.
+        # 40 shots of 102 classes are 2.3 GiB of pixels. Decoding them for every batch takes longer than a GPU's step.
         task=task.model_copy(update={"model": "openai/clip-vit-base-patch16", "num_workers": 4, "image_cache": 4.0}),
         # Published: rank 2, scaling 1, dropout 0.25. Ours: q, k, v of all text and vision blocks (CLIP-LoRA).
         lora=LoraOptions(r=2, lora_alpha=2, lora_dropout=0.25, target_modules=["q_proj", "k_proj", "v_proj"]),
@@ -172,22 +172,29 @@ RECIPES: dict[str, Callable[[], CompareConfig]] = {
 
 
 def get(name: str) -> CompareConfig:
-    """The recipe called `name`; UserError suggests the nearest."""
+    """The configuration of the recipe called `name`; UserError for an unknown one suggests the nearest."""
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]()
 
 
 def describe() -> dict[str, str]:
-    """Recipe name -> the first line of what it says about itself."""
+    """Name of each recipe -> its summary, the first line of its docstring."""
     return {name: (recipe.__doc__ or "").splitlines()[0] for name, recipe in RECIPES.items()}
 
 
 def shortened(config: RunConfig, scale: float) -> RunConfig:
-    """`config` with this share of its rounds (at least 2) and of the test examples that it scores.
+    """`config` with a share of its rounds and of its test examples.
 
-    Training data, local steps and the interval of evaluations stay, so that a round is what it was. The result
-    says all by itself: nothing else remembers the scale.
+    Training data, local steps and the interval of evaluations stay, so that a round is what it was. The result is a
+    configuration like any other: nothing else remembers the scale.
+
+    Args:
+        config: what to shorten.
+        scale: the share, above 0 and at most 1. At least 2 rounds stay.
+
+    Raises:
+        UserError: `scale` is out of range.
     """
     if not 0 < scale <= 1:
         raise UserError(f"scale: must be above 0 and at most 1 (got {scale:g}); 0.05 is a twentieth of the run.")

@@ -1,7 +1,7 @@
-"""The round, written once: local steps, exchange, survey, record.
+"""How does training go, round by round? A round is written once: local steps, exchange, survey, record.
 
-`Run` joins a task, an algorithm, a graph and a partition and is iterated round by round. Engines supply only
-where agents live and how messages travel; `exchange.py` makes the exchanges.
+`Run` joins a task, an algorithm, a graph and a partition. Engines decide only where agents live and how messages
+travel; `exchange.py` makes the exchanges.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ from decaf_lora.training import Trainer
 
 
 class Run:
-    """Agents that train together. In a `with` block the task's model is free for another run at the end.
+    """Agents that train together. The end of a `with` block takes the adapters out of the task's model.
 
     Args:
         task: model, data, loss and score.
-        algorithm: what is sent, and what becomes of what arrives.
-        graph: a graph or a schedule of graphs over as many agents as the partition has; algorithms without one
+        algorithm: what agents send, and how they combine what they receive.
+        graph: a graph, or a schedule of graphs, over as many agents as the partition has. Algorithms that use no graph
             (local, centralized, fedavg) ignore it.
-        partition: everybody's examples, or what `partition.as_partition` reads as such; `partition.Own` for an agent
-            that knows its own alone. Names of its agents must be those of the graph, in any order.
+        partition: the examples of all agents, or what `partition.as_partition` takes; `partition.Own` in a process
+            that knows one agent's examples only. If it names agents, the graph must have the same names, in any order.
         training: local steps, optimizer and learning rate; None: the defaults.
         lora: a `peft.LoraConfig`, or one for each agent, which may differ in rank and alpha; None: the task's.
-        rounds: of the whole run.
-        seed: of every random choice.
-        common_start: whether all agents draw the same A_0.
-        init_adapters: PEFT directories that agents start from instead, one for each (None: fresh), of any rank.
-            Centralized training starts from the average of all, at the largest rank.
-        gossip_steps: exchanges in a round, each on the next graph of the schedule, or "period" for a whole period.
-        test: score every agent's model on all test examples, on `Partition.tests`, or on both.
-        evaluate_every: rounds from one evaluation of all agents' models and of the averaged model on the test set to
-            the next; the last round has one.
-        measure_every: the same of consensus distance, interference and truncation tail.
-        eval_batch_size: test examples in a pass.
-        engine: number of agents -> where they live.
-        phases: what to be in during the phases "train", "exchange", "combine", "measure" and "evaluate"; None: the
-            timer that fills the records' seconds.
+        rounds: number of rounds of the whole run.
+        seed: the seed of every random choice.
+        common_start: whether all agents start with the same random A.
+        init_adapters: PEFT directories that agents start from, one for each (None: a fresh start), of any rank.
+            Centralized training starts from their average, at the largest rank.
+        gossip_steps: exchanges in a round, each on the next graph of the schedule; "period": a whole period.
+        test: which test examples score an agent's model: all, the agent's own (`Partition.tests`), or both.
+        evaluate_every: number of rounds from one evaluation of the agents' models and of the averaged model to the
+            next. The last round is always evaluated.
+        measure_every: the same for consensus distance, interference and truncation tail.
+        eval_batch_size: number of test examples of an agent in one forward pass.
+        engine: makes, from the number of agents, the engine that they live in.
+        phases: gives a context manager for each phase, "train", "exchange", "combine", "measure" and "evaluate", which
+            is open while the phase lasts; None: the timer that fills the records' `seconds`.
 
     Raises:
-        UserError: what does not fit together; names the field.
+        UserError: two arguments do not fit together; names the field.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Run:
         steps = exchanges_of_round(schedule, gossip_steps) if topology == "graph" else 1
         self.engine = engine(1 if topology == "pooled" and isinstance(partition, Partition) else agents)
         self.sees_all = len(self.engine.reports) == self.engine.num_agents
-        """Whether this process learns of all agents; in a mesh it knows its own alone."""
+        """Whether this process sees all agents; in a mesh it sees its own agent only."""
         if not self.sees_all:
             refuse_alone(algorithm, schedule, steps)
         if isinstance(partition, Own) and self.engine.agents != [partition.agent]:
@@ -167,22 +167,22 @@ class Run:
         self.round = 0
         """Rounds done."""
         self.step_in_round = 0
-        """Local steps done of the next round; above 0 only after a stop within a round."""
+        """Local steps done in the next round; above 0 only after a stop within that round."""
         self.stop_requested = False
         self.on_step: Callable[[int, int, int, Tensor], None] | None = None
-        """Called after every local step with (round, step, steps of the round, sums of losses (n,))."""
+        """Called after every local step: (round, steps done, steps of the round, (n,) sums of their losses)."""
         self._recorded = 0
         """The round of the last record."""
         self._losses: Tensor | None = None
         self._measures: Tensors = {}
         self._noted: dict[str, Any] = {}
-        """Fields of the record that only an agent has that does not see all others."""
+        """Fields of the record for an agent that does not see all others."""
         self._bytes_sent = 0.0
         self._wire_bytes: float | None = None
         self._ahead: Started | None = None
-        """The next round's exchange, where it could start before the round."""
+        """The exchange of the next round, if it was started before that round."""
         self._collection: Pending[Tensors] | None = None
-        """All adapters on their way to the main process."""
+        """The collection of all adapters in the main process, while it is under way."""
 
     def _ranks(self) -> dict[str, list[int]]:
         everybody = range(self.engine.num_agents)
@@ -217,15 +217,15 @@ class Run:
         return self.exchange.gossip_steps
 
     def stop(self) -> None:
-        """Asks the run to end after the current local step; `train` then returns. Called again, it goes on."""
+        """Asks the run to end after the current local step: `train` then returns. Another call of `train` goes on."""
         self.stop_requested = True
 
     def train(self) -> Iterator[Record]:
-        """The rounds that are left, one record each; the first record (round 0) is of the start.
+        """Trains the rounds that are left, and yields the record of each; round 0 is the record of the start.
 
-        Under an engine of several processes only the main one's records are whole.
+        Where several processes share the run, only the main process has complete records.
         """
-        # Each process may have calibrated another number of agents a pass: all take the main one's.
+        # Each process may have calibrated another number of agents a pass: all take the main process's number.
         passes = self.engine.gather({"passes": torch.full((len(self.engine.agents),), self.trainer.agents_per_pass)})
         self.trainer.agents_per_pass = int(passes["passes"][0])
         self.exchange.hold(self.adapter)
@@ -234,11 +234,13 @@ class Run:
             self._start_ahead()
             if self.round == 0:
                 yield self._first_record()
-        while self.round < self.rounds and not self.engine.anyone_stops(self.stop_requested):
-            record = self.advance()
-            if record is not None:
-                yield record
-        self.stop_requested = False
+        try:
+            while self.round < self.rounds and not self.engine.anyone_stops(self.stop_requested):
+                record = self.advance()
+                if record is not None:
+                    yield record
+        finally:
+            self.stop_requested = False  # also where the caller leaves the loop after `stop`
         self._land()
 
     def _first_record(self) -> Record:
@@ -253,9 +255,9 @@ class Run:
         )
 
     def advance(self) -> Record | None:
-        """The next round; None if it was stopped within its local steps.
+        """Trains the next round and returns its record; None if a stop was asked for within its local steps.
 
-        It is a later one than the next where the neighbours have gone on without this agent.
+        Where the neighbours have gone on without this agent, it trains the round that they are at, a later one.
         """
         mixes_first, exchanged = self.algorithm.order == "combine-adapt", None
         if self.step_in_round == 0:
@@ -270,8 +272,8 @@ class Run:
         number = self.round + 1
         evaluated, measured = self._due(self.evaluate_every), self._due(self.measure_every)
         self.round, self.step_in_round, self._recorded = number, 0, number
-        # From here on the agents stay as they are: what the next round sends, and what the main process needs of
-        # the others, is under way while everybody measures and evaluates.
+        # The adapters do not change any more. So the next round's messages, and the adapters that the main process
+        # collects, can travel while all processes measure and evaluate.
         self._start_ahead()
         if evaluated or measured:
             self._collect()
@@ -296,12 +298,12 @@ class Run:
         )
 
     def _due(self, every: int) -> bool:
-        """Whether something is to be done in the round under way that is done every so many rounds, and in the last."""
+        """Whether the round under way, or one since the last record, is a multiple of `every`, or the last round."""
         number = self.round + 1
         return number // every > self._recorded // every or number >= self.rounds
 
     def _local_steps(self) -> bool:
-        """The round's local steps that are left; false if a stop was asked for before the last."""
+        """Takes the local steps that are left in the round; returns whether it came to the last one before a stop."""
         total, round_ = self.trainer.steps_in_round, self.exchange.round(self.round + 1)
 
         def on_step(done: int, losses: Tensor) -> bool:
@@ -324,9 +326,9 @@ class Run:
         return self.step_in_round >= total
 
     def _start(self) -> Started | None:
-        """Starts the exchange of the next round, or of a later one that the neighbours are at; None of none.
+        """Starts the exchange of the next round, or of the later round that the neighbours are at.
 
-        There is none between agents that do not talk, and none after the last round.
+        Returns None where there is no exchange: between agents that do not talk, and after the last round.
         """
         if self.algorithm.topology not in ("graph", "server"):
             return None
@@ -335,12 +337,12 @@ class Run:
         return self.exchange.start(self.adapter, self.state, number) if number <= self.rounds else None
 
     def _start_ahead(self) -> None:
-        """Starts the next round's exchange if it begins the round, so that its messages are known already."""
+        """Starts the next round's exchange if the round begins with it: its messages are then known already."""
         if self.algorithm.order == "combine-adapt" and self.round < self.rounds and not self._ahead:
             self._ahead = self._start()
 
     def _mix(self) -> Exchanged | None:
-        """The exchange of the next round, which may turn out to be a later one; None if there is none."""
+        """Makes the exchange of the next round, or of a later one (see `_start`); None if there is none."""
         started, self._ahead = self._ahead or self._start(), None
         if started is None:
             return None
@@ -357,13 +359,13 @@ class Run:
         return exchanged
 
     def _note(self, inbox: Inbox) -> None:
-        """Fields of the record that only an agent has that does not see all others."""
+        """Notes what the record of an agent says that does not see all others."""
         waited = {str(j): seconds for j, seconds in inbox.waited.items()}
         rejected = list(inbox.rejected) or None
         self._noted |= {"weights": inbox.weights_of_first(), "waited": waited or None, "rejected": rejected}
 
     def _measure(self, inbox: Inbox) -> None:
-        """Interference and tail of the messages that arrived."""
+        """Measures interference and truncation tail of the messages that arrived."""
         with self.phase("measure"):
             measured = consensus.interference_and_tail(self.adapter, inbox)
             if measured is not None:
@@ -378,15 +380,15 @@ class Run:
         self._collection = self.engine.collect(self.adapter.tensors() | more)
 
     def _collected(self) -> Tensors:
-        """Ends the collection that is under way, if one is: all adapters in the main process."""
+        """Waits for the collection that is under way; all adapters in the main process, {} elsewhere or without one."""
         collection, self._collection = self._collection, None
         return {} if collection is None else collection.wait()
 
     def _survey(self, evaluated: bool, measured: bool) -> dict[str, Any]:
         """Fields of the record: scores of all agents and of the averaged model, consensus distance, where due.
 
-        Only the main process waits for the collected adapters; the others go on while theirs leave. What is of all
-        agents is None for an agent that does not see them.
+        Only the main process waits for the collected adapters; the others go on while their adapters travel. A field
+        that needs all agents is None for an agent that does not see them.
         """
         scores = owns = averaged = distance = None
         own = self.test == "own"
@@ -408,14 +410,14 @@ class Run:
         return {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
 
     def _own_scores(self) -> list[float]:
-        """(N,) the score of every agent on test examples of its own; of pooled training, of the one model on each."""
+        """(N,) every agent's score on its own test examples; pooled training scores its one model on each agent's."""
         if self.algorithm.topology == "pooled":
             return self.trainer.evaluate_own(self.adapter, self._tests).tolist()
         own = self.trainer.evaluate_own(self.adapter, [self._tests[i] for i in self.engine.agents])
         return self.engine.gather({"scores": own})["scores"].tolist()
 
     def _land(self) -> None:
-        """Waits for what is under way. An exchange that was started ahead is given up, to be repeated."""
+        """Waits for the collection under way, and abandons an exchange that was started ahead: it will be repeated."""
         self._collected()
         if self._ahead is not None:
             self._ahead.pending.abandon()
@@ -424,7 +426,7 @@ class Run:
     # What a run leaves behind
 
     def all_adapters(self) -> Adapter | None:
-        """The adapters of the agents reported (all N, or in a mesh the own), in the main process; None in others."""
+        """The adapters of all N agents (in a mesh: of the own one) in the main process; None in other processes."""
         self._collect()
         gathered = self._collected()
         return as_adapter(gathered) if gathered else None
@@ -433,11 +435,11 @@ class Run:
         """Writes one agent's adapter, or the averaged model, as a PEFT directory, with its tokenizer and a card.
 
         Args:
-            directory: to write into.
-            agent: its number, or "averaged".
+            directory: the PEFT directory to write.
+            agent: the number of an agent, or "averaged".
 
         Raises:
-            UserError: there is no such agent, or this process does not see the agents that it asks for.
+            UserError: there is no such agent, or this process does not see it.
         """
         known = self.engine.reports
         consensus.check_agent(agent, self.engine.num_agents)
@@ -456,9 +458,11 @@ class Run:
         return outline(self.attached, self.task.describe(), agents, 0 if one else self._largest)
 
     def snapshot(self) -> tuple[Tensors, dict[str, Any]]:
-        """All that is needed to go on: named tensors with the agents reported on the leading axis, and plain values.
+        """All that is needed to go on later. Every process calls this.
 
-        The tensors are for the main process, which writes them; others get none.
+        Returns:
+            Named tensors, with the reported agents on the leading axis, in the main process, which writes them ({} in
+            others); and plain values in JSON's types.
         """
         tensors = put("adapter/", self.adapter.tensors()) | put("state/", flattened(self.state))
         tensors |= put("scale/", self.adapter.scale) | put("ranks/", self.adapter.ranks)
@@ -480,9 +484,10 @@ class Run:
         return self.engine.collect({k: t.cpu() for k, t in tensors.items()}).wait(), values
 
     def restore(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Goes back to a snapshot of a run with the same configuration; the rest is then bit-equal.
+        """Goes back to a snapshot of a run with the same configuration; the rounds that follow are then bit-equal.
 
-        Every process passes the values, the main one the tensors; they need not have been as many at the snapshot.
+        Every process passes the values, and the main process the tensors. The number of processes may have been another
+        one at the snapshot.
         """
         self._land()
         device = self.trainer.device

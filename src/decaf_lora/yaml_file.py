@@ -1,7 +1,7 @@
 """How is a YAML file read, so that every word means what it says?
 
 As YAML 1.2 does: `no`, `on` and `1:30` are words, `010` is ten and `1e-3` a number, where YAML 1.1 (PyYAML's default)
-has a truth value, another truth value, ninety, eight and a word. A key that is there twice is refused.
+has a truth value, another truth value, ninety, eight and a word. A key that stands twice in one mapping is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCALARS = {
     "tag:yaml.org,2002:null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
-"""Tag -> the plain words that have it (YAML 1.2, core schema), and the characters that they begin with."""
+"""Tag -> pattern of the plain words that have the tag (YAML 1.2, core schema), and the characters they begin with."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts into quotes what this module, or a reader of YAML 1.1, would take for something else than a word."""
+    """Quotes every word that this module, or a reader of YAML 1.1, would not read as a word."""
 
     yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
 
@@ -62,9 +62,15 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(path: Path, field: str) -> Any:
-    """What a YAML file holds. `field` is named in errors.
+    """What a YAML file holds, as plain values.
 
-    Raises UserError if the file cannot be read, is not UTF-8 (or UTF-16 with its mark), is no YAML, or has a key twice.
+    Args:
+        path: the file.
+        field: named in errors.
+
+    Raises:
+        UserError: the file cannot be read, is neither UTF-8 nor UTF-16 with a byte order mark, is not YAML, or has a
+            key twice.
     """
     try:
         raw = path.read_bytes()
@@ -89,5 +95,5 @@ def read_yaml(path: Path, field: str) -> Any:
 
 
 def write_yaml(values: Any) -> str:
-    """Plain values as YAML that `read_yaml` gives back."""
+    """Plain values as YAML text, from which `read_yaml` gets the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

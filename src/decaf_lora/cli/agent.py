@@ -34,17 +34,17 @@ def agent_command(args: list[str]) -> int:
         local: Any = None,
     ) -> tuple[Any, ...]:
         """Runs this site's agent of a federation. Started again with the same --out, it goes on from its checkpoint.
-        Exit code 3 if nobody answered for as long as the federation file says.
+        The exit code is 3 if no neighbour answered within the time that the federation file gives.
 
         Args:
             file: the sealed federation file.
             name: this site's agent.
             out: folder for records, checkpoints, report and, at the end, the adapter.
             trust: fingerprint of the organiser's key, told by telephone; needed the first time.
-            key: file of this agent's key; NAME.key beside the federation file if unset.
-            bind: HOST:PORT to listen on; the port of the file on all addresses if unset.
-            share: hold only this agent's share of the data under --partition, as where all sites have the same file.
-            alone: first train as many rounds on the own data alone, to compare.
+            key: file of this agent's key. Unset: NAME.key beside the federation file.
+            bind: HOST:PORT to listen on. Unset: the port that the file names, on all addresses.
+            share: hold only this agent's share of the data under --partition. For sites that all have the same file.
+            alone: before the federation, train as many rounds on this site's data alone, to compare.
         """
         return file, name, out, trust, key, bind, share, alone, local
 
@@ -132,9 +132,17 @@ def demo_command(args: list[str]) -> int:
 def with_local(
     function: Callable[..., tuple[Any, ...]], prog: str, args: list[str], own: tuple[str, ...], local: type[BaseModel]
 ) -> tuple[Any, ...]:
-    """What `function` returns, with the fields of `local` as further options.
+    """Parses `args` for `function`, with the fields of `local` as further options.
 
-    Its last value becomes those that were given, as a dict.
+    Args:
+        function: the command; its last parameter is `local`.
+        prog: how help calls the command.
+        args: the command line.
+        own: the command's own options.
+        local: the model whose fields are further options.
+
+    Returns:
+        What `function` returns, with the fields of `local` that were given, as a dict, in the last place.
     """
     check_options(args, [*own, *local.model_fields])
     columns: list[tuple[str, Any, Any]] = [

@@ -56,11 +56,11 @@ def _init(args: list[str]) -> int:
             recipe: a recipe, or a YAML file: the run.
             agents: names of the agents, with commas: alice,bob,carol.
             graph: who talks to whom, as in `decaf graph`, or edges: alice-bob,bob-carol.
-            name: of the federation; the file's if unset.
-            days: from sealing until the file expires.
-            patience: seconds without progress after which a round goes on without a neighbour; if unset, three times
-                the median of the agent's own rounds, at least 60.
-            give_up: seconds after which an agent that nobody answers ends, with what it has.
+            name: name of the federation. Unset: the name of the file.
+            days: days from sealing until the file expires.
+            patience: seconds without progress after which a round goes on without a neighbour. Unset: three times the
+                median duration of the agent's own rounds, at least 60.
+            give_up: seconds without an answer from any neighbour after which an agent ends and writes what it has.
         """
         return file, recipe, agents, graph, name, days, patience, give_up
 
@@ -97,8 +97,8 @@ def _request(args: list[str]) -> int:
             file: the draft, as the organiser has sent it.
             name: this site's agent.
             listen: HOST:PORT where the others reach this agent.
-            dial_only: nobody can reach this agent; it dials the others.
-            key: file of the key; NAME.key beside the federation file if unset. One that exists is used again.
+            dial_only: no other agent can reach this one; it dials them.
+            key: file of the key; one that exists is used again. Unset: NAME.key beside the federation file.
             days: how long a new certificate is valid.
         """
         return file, name, listen, dial_only, key, days
@@ -129,10 +129,10 @@ def _seal(args: list[str]) -> int:
 
         Args:
             file: the federation file, with the organiser's key beside it.
-            requests: the requests of the sites; a site that is in a sealed file already needs none.
-            agents: names of the agents, where they change: alice,bob,dave.
-            graph: in place of the file's.
-            days: from now until the file expires; the draft's, or 90.
+            requests: the requests of the sites. A site that is in a sealed file already needs none.
+            agents: names of the agents, if they change: alice,bob,dave.
+            graph: the graph, if it is to be another than the file's.
+            days: days from now until the file expires. Unset: those of the draft, or 90.
         """
         return file, requests, agents, graph, days
 
@@ -223,7 +223,7 @@ def _status(args: list[str]) -> int:
 
 
 def _split(args: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The arguments that are the command's own (`names` with values, help, what has no dashes), and the others."""
+    """Splits the arguments into the command's own (options `names`, help, positional ones) and the others."""
     own: list[str] = []
     rest: list[str] = []
     into = own

@@ -1,4 +1,4 @@
-"""How does a person say all this? The command `decaf`.
+"""How does the command `decaf` find the command that a person means?
 
 A mistake becomes one line on standard error and exit code 2. Progress goes to standard error, results to
 standard output.
@@ -32,7 +32,7 @@ from decaf_lora.errors import UserError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The entry point: returns the exit code. 2 for a user's mistake, 130 after Ctrl-C."""
+    """The entry point of `decaf`. Returns the exit code: 2 for a user's mistake, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
@@ -63,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warn(said: set[str], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A warning as one line, without the place in the code; libraries' deprecations are not the user's concern.
+    """Shows a warning as one line, without the place in the code. Deprecations of libraries are left out.
 
-    `said`: those that were shown, for all runs of a comparison once. (Python forgets them in every catch_warnings.)
+    `said` holds the warnings that were shown, so that each is shown once for all runs of a comparison: Python's own
+    memory of them is lost at every `catch_warnings`.
     """
     text = " ".join(str(message).split())
     if text not in said and not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
@@ -112,7 +113,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "graph": (graph_command, "show a graph and its mixing matrix"),
     "export": (export_command, "write an agent's adapter as a PEFT directory"),
     "merge": (merge_command, "average several PEFT adapters, of any ranks, without data"),
-    "report": (report_command, "write the report of a run anew"),
+    "report": (report_command, "write the report of a run again"),
     "agent": (agent_command, "a site's agent of a federation"),
     "federation": (federation_command, "organisations train together, each with its own data, without a server"),
 }

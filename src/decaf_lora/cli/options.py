@@ -23,26 +23,26 @@ class Output:
     """Where results go, and how."""
 
     out: Path | None = None
-    """Folder of the run; runs/RECIPE-TIME if unset."""
+    """Folder of the run. Unset: runs/RECIPE-TIME."""
     resume: bool = False
-    """Go on with the run in --out. `--resume DIR` alone is enough: the configuration lies there. Rounds may grow."""
+    """Go on with the run in --out. `--resume DIR` alone is enough, since its configuration is there. Only rounds may
+    change, to a larger number."""
     take_over: bool = False
-    """Take the folder from a run on another machine that is gone."""
+    """Take over the folder of a run on another machine, if you know that this run has ended."""
     json: bool = False
     """Print the result rows as JSON instead of a table."""
     scale: float = 1.0
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
     jobs: int = 0
-    """compare: runs at a time, each in its own process; 0 takes one on a GPU, else one a core, at most the number
-    of runs."""
+    """compare: number of runs at a time, each in its own process. 0: one on a GPU, otherwise one for each core."""
     engine: Literal["simulate", "torchrun"] = "simulate"
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
     backend: str = "auto"
-    """torchrun: what moves messages, gloo or nccl; auto takes nccl where every process has its own GPU."""
+    """torchrun: library that moves messages, gloo or nccl. auto: nccl if every process has its own GPU, else gloo."""
     wire: str = "exact"
     """torchrun: number format of messages between processes: exact, or bfloat16."""
     timeout: float = 600.0
-    """torchrun: seconds to wait for a process that does not come, or falls silent."""
+    """torchrun: seconds to wait for a process that does not appear, or stops answering."""
 
 
 @_options
@@ -54,20 +54,20 @@ class Planning:
     scale: float = 1.0
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
     processes: int = 1
-    """Processes of torchrun that the agents are split over; the plan is of the one that holds most."""
+    """Number of torchrun's processes that the agents are split over. The plan is for the process with most agents."""
     tflops: float | None = None
-    """Throughput to compute hours with, in 10^12 floating-point operations a second."""
+    """Throughput from which hours are computed, in 10^12 floating-point operations per second."""
     measure: bool = False
-    """Load the model and the data, time a step here, and compute hours with that."""
+    """Load the model and the data, time a step on this machine, and compute hours from it."""
     sequence_length: int | None = None
-    """Tokens of a sequence (image-text: of a prompt); if unset, of the longest example of local data, else
-    task.max_length or the model's limit."""
+    """Tokens of a sequence (image-text: of a prompt). Unset: those of the longest example of local data, else
+    task.max_length, else the model's limit."""
     num_classes: int | None = None
-    """Number of classes, where the data are not here to count them."""
+    """Number of classes, if the data are not on this machine."""
     num_train: int | None = None
-    """Number of training examples, where the data are not here to count them."""
+    """Number of training examples, if the data are not on this machine."""
     num_test: int | None = None
-    """Number of test examples, where the data are not here to count them."""
+    """Number of test examples, if the data are not on this machine."""
 
 
 Options = TypeVar("Options", Output, Planning)
@@ -142,7 +142,7 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _refuse_other_kind(kind: type[RunConfig], folder: Path) -> None:
-    """One run and a comparison are gone on with by a command each."""
+    """Raises UserError if the folder holds a comparison and `decaf run` is to go on with it, or the other way round."""
     if not (folder / "config.yaml").exists():
         raise UserError(f"resume: {folder} holds no run (no config.yaml); name the recipe to start one there.")
     single = (folder / "run.json").exists() or (folder / "records.jsonl").exists()
@@ -169,7 +169,10 @@ def _loads(folder: Path) -> bool:
 
 
 def _refuse_unnamed_code(config: RunConfig, args: list[str]) -> None:
-    """What a folder names is not imported unless the command line names it too: the folder may be somebody else's."""
+    """Raises UserError if the folder's configuration names Python that the command line does not name.
+
+    The folder may be somebody else's, so its Python runs only if the user names it.
+    """
     from decaf_lora.runs.identity import own_code
 
     given = {value for argument in args for value in (argument, argument.partition("=")[2])}

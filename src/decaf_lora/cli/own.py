@@ -18,12 +18,15 @@ Values = dict[str, dict[str, Any]]
 
 
 def apart(kind: type[RunConfig], base: RunConfig, args: list[str]) -> tuple[list[str], Values]:
-    """The arguments but for the options of kinds that are not of this package, and these.
+    """Separates the options of kinds that are not of this package from the other arguments.
 
     Args:
         kind: the class of `base`.
         base: the configuration that the arguments override.
-        args: of the command line, with full names.
+        args: the command line, with full names of options.
+
+    Returns:
+        The other arguments, and the options that were separated.
     """
     names = {section: _last(args, f"--{section}.name") or getattr(base, section).name for section in SECTIONS}
     others = [*_all(args, "--algorithms"), *getattr(base, "algorithms", ())]
@@ -47,7 +50,7 @@ def apart(kind: type[RunConfig], base: RunConfig, args: list[str]) -> tuple[list
 
 
 def _takes(kind: type[RunConfig], section: str, option: str, names: dict[str, str], others: list[str]) -> bool:
-    """Whether `--section.option` is for a kind that may have options of its own."""
+    """Whether `--section.option` belongs to a kind that may have options of its own."""
     if section in NAMES:
         return True
     if section not in SECTIONS:
@@ -60,9 +63,12 @@ def _takes(kind: type[RunConfig], section: str, option: str, names: dict[str, st
 
 
 def together(values: dict[str, Any], base: RunConfig, own: Values) -> dict[str, Any]:
-    """The plain values of a configuration with the options of kinds that are not of this package.
+    """The plain values of a configuration, with the options of kinds that are not of this package put back.
 
-    Those of `base` stay where the arguments name no other kind.
+    Args:
+        values: the plain values, without these options.
+        base: the configuration that was overridden. Its options stay where the arguments name no other kind.
+        own: the options of the command line, from `apart`.
     """
     values = dict(values)
     for section in SECTIONS:

@@ -40,7 +40,7 @@ _ALIASES = {
 def parse(
     kind: type[RunConfig], base: RunConfig, prog: str, args: list[str], options: type[Options]
 ) -> tuple[RunConfig, Options]:
-    """`base` with what `args` say, and the command's own options; shows help and exits where that is asked for."""
+    """`base` with the fields that `args` set, and the command's own options. Shows help and exits if asked to."""
     args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
     args, options_of_own = own.apart(kind, base, args)
     check_options(args, [*fields(kind), *_fields_of(options), "help"])
@@ -65,8 +65,10 @@ _UNCHECKED: dict[Any, type[Any]] = {}
 
 
 def _unchecked(kind: Any) -> type[Any]:
-    """A dataclass with the fields of `kind` but none of its checks: tyro reads options into it, and `config.build`
-    checks them all at once, with our messages."""
+    """A dataclass with the fields of `kind` but none of its checks.
+
+    tyro reads options into it. `config.build` then checks them all at once, with our messages.
+    """
     if kind not in _UNCHECKED:
         columns: list[tuple[str, Any]] = []
         for name, field in _fields_of(kind).items():
@@ -94,11 +96,11 @@ def _is_group(field: FieldInfo) -> bool:
 # Help
 
 _FIRST = ("run", "algorithm")
-"""Groups that plain help shows in full; `run` is what belongs to no other group, with graph and partition."""
+"""Groups that plain help shows in full. `run` holds the options of no other group, with graph and partition."""
 
 
 def _show_help(base: RunConfig, prog: str, args: list[str], options: type[Any]) -> NoReturn:
-    """Prints the groups that follow --help, or the first ones and the names of the others, and exits."""
+    """Prints help and exits: the groups that follow --help or, if none does, `_FIRST`; then the names of the others."""
     kind = type(base)
     groups = {"run": _text(kind.__doc__)} | {
         name: _text(field.annotation.__doc__) for name, field in _fields_of(kind).items() if _is_group(field)
@@ -139,7 +141,7 @@ def _explained(config: Any, shown: tuple[str, ...]) -> type[Any]:
             inner = _explained(value, ("run",) if name in shown else ())
             columns.append((name, inner, dataclasses.field(default_factory=inner)))
             continue
-        # The None of what may be left out is no value to type.
+        # None means that an option is left out; it is no value that a person could type.
         optional = type(None) in typing.get_args(field.annotation)
         told = arg(
             help=_text(field.description),
@@ -155,7 +157,7 @@ def _explained(config: Any, shown: tuple[str, ...]) -> type[Any]:
 
 
 def _metavar(annotation: Any) -> str:
-    """How a value is written: `INT|FLOAT` of int | float | None."""
+    """How help shows the values of a type: `INT|FLOAT` for int | float | None."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return "|".join(_metavar(part) for part in parts if part is not type(None))
@@ -175,7 +177,7 @@ def _alias_with_value(argument: str) -> str:
 
 
 def check_options(args: list[str], known: list[str]) -> None:
-    """An unknown option as one line that suggests the nearest."""
+    """Raises UserError for an option that is not among `known`; it suggests the nearest."""
     names = {name.replace("_", "-") for name in known}
     for argument in args:
         if not argument.startswith("--"):
@@ -204,11 +206,11 @@ def parsed(function: Callable[..., Any], prog: str, args: list[str], description
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's error box, without title, frame and help text."""
+    """The message inside tyro's error box on one line, without title, frame and help text."""
     groups: list[list[str]] = [[]]
     for line in box.splitlines():
         text = line.strip(" │|\t").strip("╭╮╰╯")
-        if text.endswith("──") or not text.strip("─-"):  # the frame with its title, or a rule
+        if text.endswith("──") or not text.strip("─-"):  # the frame with its title, or a horizontal line
             groups.append([])
         else:
             groups[-1].append(text)

@@ -1,4 +1,4 @@
-"""What does a person see while runs go on? A live display on a terminal, one line a finished run elsewhere."""
+"""What does a person see while runs go on? On a terminal a live display, elsewhere a line for each finished run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from decaf_lora.runs.events import Subscriber, Watch
 
 @contextlib.contextmanager
 def display(total: int, console: Console) -> Iterator[Watch]:
-    """A watcher of `total` runs that draws on `console` (standard error)."""
+    """A context with the display of `total` runs on `console` (standard error); gives their `Watch`."""
     if not console.is_terminal:
         lines = _Lines(total, console)
         yield lambda name: _Line(name, lines)

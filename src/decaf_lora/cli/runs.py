@@ -27,7 +27,7 @@ def run_command(args: list[str]) -> int:
 
     config, output, name = configured(RunConfig, "run", args, Output)
     if output.engine == "torchrun":
-        return _run_split(config, output, name, args)
+        return _run_split(config, output, name)
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
     try:
@@ -40,15 +40,15 @@ def run_command(args: list[str]) -> int:
 
 
 def _where(output: Output, name: str) -> dict[str, Any]:
-    """The folder, and how to take it, as arguments of `run` and `compare`."""
+    """The arguments of `run` and `compare` that say which folder to use, and how."""
     if output.resume and output.out is None:
         raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
 
 
-def _run_split(config: RunConfig, output: Output, name: str, args: list[str]) -> int:
-    """`run` in one of the processes of torchrun; the main one prints."""
+def _run_split(config: RunConfig, output: Output, name: str) -> int:
+    """`decaf run` in one of torchrun's processes. The main process prints."""
     from decaf_lora.engines import connect
     from decaf_lora.runs.launched import run_split
 
@@ -79,13 +79,13 @@ _LAUNCHERS = {
     "mpiexec": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK"),
     "a launcher": ("RANK", "WORLD_SIZE", "RANK"),
 }
-"""Name -> variables: one that is set below it, the number of its processes, and this one's number."""
+"""Launcher -> environment variables: one that it sets, the number of its processes, and this process's number."""
 
 
 def refuse_launcher(has_out: bool) -> None:
-    """Refuses to be one of several processes that each would simulate all agents.
+    """Raises UserError in one of several processes of a launcher, each of which would simulate all agents.
 
-    srun and mpirun also start runs that have nothing to do with each other; they then have an --out each.
+    srun and mpirun also start independent runs. Those have an --out each, and are allowed.
     """
     for name, (mark, size, rank) in _LAUNCHERS.items():
         count = os.environ.get(size, "1")
@@ -113,7 +113,7 @@ def compare_command(args: list[str]) -> int:
         raise UserError("jobs: must be 0 (one a core) or more.")
     jobs = output.jobs or default_jobs(config.device)
     err = Console(stderr=True, highlight=False)
-    with warnings.catch_warnings():  # `compare` says them
+    with warnings.catch_warnings():  # `compare` shows these warnings
         warnings.simplefilter("ignore")
         count = len(cells(config))
     try:
@@ -140,7 +140,7 @@ def _results(rows: list[Any], out: Path, as_json: bool) -> None:
 
 
 def _refuse_diverged(rows: list[Any]) -> None:
-    """Raises UserError if some runs have no result: a script is told, when all that there is has been written."""
+    """Raises UserError if runs have diverged, after all results are written: a script sees the exit code."""
     lost = {(row.algorithm, row.partition, row.seed, row.diverged): row for row in rows if row.diverged}
     if lost:
         row = next(iter(lost.values()))
@@ -149,7 +149,7 @@ def _refuse_diverged(rows: list[Any]) -> None:
 
 
 def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
-    """Says how to go on."""
+    """Says how to go on with a run that was stopped; returns the exit code."""
     from decaf_lora.runs.identity import own_code
 
     where = f" in round {stop.round}" if stop.round else ""
@@ -222,8 +222,8 @@ def merge_command(args: list[str]) -> int:
         Args:
             adapters: folders of the adapters.
             to: folder to write, new or empty.
-            weights: what each adapter counts, in proportion, such as numbers of examples; equal if unset.
-            rank: rank of the merged adapter; the largest of the adapters' if unset.
+            weights: weight of each adapter in the average, such as its number of examples. Unset: equal weights.
+            rank: rank of the merged adapter. Unset: the largest rank of the adapters.
             base: the base model, by name or folder: the full model is written too, to the folder `model` in `to`.
         """
         return adapters, to, weights, rank, base
@@ -239,7 +239,7 @@ def report_command(args: list[str]) -> int:
     from decaf_lora.report import write_figures, write_report
 
     def report(run: Positional[Path], figures: Path | None = None) -> tuple[Path, Path | None]:
-        """Writes report.html of a run or a comparison anew.
+        """Writes report.html of a run or a comparison again.
 
         Args:
             run: folder of the run or comparison.

@@ -1,4 +1,4 @@
-"""Federations: organisations that train one model together, each with its own data, without a server.
+"""How do organisations train one model together, each with its own data, without a server? Federations.
 
 `keys` makes and reads keys, `file` is the signed federation file, `dialling` says who calls whom, `commands` is
 `decaf federation`. The package needs the extra `decaf-lora[mesh]`.

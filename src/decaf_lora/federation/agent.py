@@ -30,7 +30,7 @@ from decaf_lora.runs.folder import check_folder, disk, started
 from decaf_lora.runs.signals import stopping
 
 DONE, GAVE_UP, STOPPED = 0, 3, 130
-"""Exit codes: the run is over; nobody answered for as long as the agent waits; somebody asked it to stop."""
+"""Exit codes: the run has ended; no neighbour answered for as long as the agent waits; a person asked it to stop."""
 
 
 GRACE = 10.0
@@ -40,14 +40,14 @@ Watch = Callable[[status.AgentStatus], None]
 
 
 def run(site: Site, watch: Watch = lambda _: None) -> int:
-    """Runs the agent to its end; the exit code.
+    """Runs the agent to its end, and returns the exit code.
 
     Args:
         site: what is run, and where.
-        watch: told of every change of state and every round.
+        watch: called with the agent's status at every change of state and every round.
 
     Raises:
-        UserError: what `decaf federation check` would call wrong; nothing is written or sent then.
+        UserError: something that `decaf federation check` would call wrong; nothing is written or sent then.
     """
     signed, own = checking.site(site.federation, site.name, told=site.told, key=site.key)
     local = {"checkpoint_every": 1, **site.local}
@@ -59,7 +59,7 @@ def run(site: Site, watch: Watch = lambda _: None) -> int:
         raise UserError(f"agent: {site.name} runs already (process {others}); stop it first.")
     listen = checking.listening(signed, site.name, site.bind)
     if listen is not None:
-        check_free(listen)  # now, and not after hours of training alone
+        check_free(listen)  # now, rather than after hours of training alone
     agent = _Agent(site, signed, own, config, watch)
     if again:
         agent.remember()
@@ -92,7 +92,7 @@ class _Agent(Subscriber):
         self._resumed = False
 
     def run(self, again: bool) -> int:
-        """From the start to the end; the exit code."""
+        """Runs from the start to the end, and returns the exit code."""
         if not again and self.site.alone:
             self.enter("alone")
             score = train_alone(self.signed, self.number, self.config, self.site.share, self._told_alone)
@@ -129,9 +129,9 @@ class _Agent(Subscriber):
             return code
 
     def _stop(self, run: Run) -> None:
-        """Somebody asks the agent to stop: after the step, or the exchange, that is under way.
+        """Asks the agent to stop after the step, or the exchange, that is under way.
 
-        An exchange that a neighbour may have used already is better finished than made once more.
+        An exchange under way is finished rather than repeated later, since a neighbour may have used it already.
         """
         run.stop()
         links = self.links
@@ -148,7 +148,7 @@ class _Agent(Subscriber):
                 pass
             if run.round < run.rounds:
                 code = STOPPED
-        except StoppedError:  # while it waited: the round since the last checkpoint is done again
+        except StoppedError:  # it was waiting for neighbours: the rounds since the last checkpoint will be repeated
             code = STOPPED
         except WaitedOutError as error:
             code = GAVE_UP
@@ -165,13 +165,13 @@ class _Agent(Subscriber):
         self.said.round = round_
 
     def enter(self, state: str) -> None:
-        """Another state begins."""
+        """Begins another state, and tells of it."""
         self.refresh()
         self.said.state = state
         self.watch(self.said)
 
     def remember(self) -> None:
-        """What the agent said of itself before it was started again."""
+        """Takes over what the agent said of itself before it was started again."""
         try:
             before = status.read(status.file_of(self.site.federation, self.site.name))
         except UserError:
@@ -185,11 +185,11 @@ class _Agent(Subscriber):
                 self._before[edge.name] = (was.sent, was.received)
 
     def step(self, progress: Progress) -> None:
-        """A local step is done."""
+        """Notes a local step."""
         self.said.state, self.said.loss = "training", progress.loss
 
     def record(self, record: Record) -> None:
-        """A round is over."""
+        """Notes a round that is over."""
         said, now = self.said, time.monotonic()
         since, self._since = self._since, now
         passed = record.round - said.round
@@ -214,7 +214,7 @@ class _Agent(Subscriber):
         return self.signed.number(name)
 
     def refresh(self) -> None:
-        """What the links and the protocol know."""
+        """Brings the status up to date with what the links and the protocol know."""
         if self.links is None:
             return
         for edge in self.said.neighbours:

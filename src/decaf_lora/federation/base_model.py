@@ -1,7 +1,7 @@
 """Does every site have the same base model? Hashes of its weights, tensor by tensor, and of its tokenizer.
 
-A tensor's hash is over its type, shape and bytes as stored in safetensors, so that the files it is split over, and the
-type it is loaded as, do not matter.
+The hash of a tensor is over its type, shape and bytes as stored in safetensors. So it does not matter which files a
+model is split over, nor which type it is loaded as.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
     *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
 )
-"""Files that say how text becomes tokens, where a model has them."""
+"""Names of files that say how text becomes tokens; a model has some of them."""
 
 _CHUNK = 2**24
 
 
 def model_folder(task: TaskConfig) -> Path | None:
-    """The folder of the task's base model on this machine; None of a task of one's own that names no model.
+    """The folder of the task's base model on this machine; None for a task of the user's that names no model.
 
     Raises:
         UserError: the model is neither a folder nor in the cache of the Hugging Face Hub.
@@ -48,7 +48,7 @@ def model_folder(task: TaskConfig) -> Path | None:
 
 
 def tensors(folder: Path) -> dict[str, str]:
-    """Tensor -> SHA-256 of its type, shape and bytes. UserError where there are no safetensors, or damaged ones."""
+    """Tensor -> SHA-256 of its type, shape and bytes. UserError if `folder` has no safetensors, or damaged ones."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, digest in _of_file(path):
@@ -87,9 +87,15 @@ def tokenizer(folder: Path) -> dict[str, str]:
 
 
 def check_same(kind: str, here: Mapping[str, str], signed: Mapping[str, str], folder: Path) -> None:
-    """Raises UserError if what was signed is not what is here; it names the first that differs, and how many do.
+    """Raises UserError if the hashes here are not those that were signed.
 
-    kind: "weights" or "tokenizer", for the message.
+    The message names the first difference, and says how many there are.
+
+    Args:
+        kind: "weights" or "tokenizer", for the message.
+        here: name -> hash on this machine.
+        signed: name -> hash in the federation file.
+        folder: the folder of the model, for the message.
     """
     other = [name for name in sorted(signed) if here.get(name) != signed[name]]
     if other:

@@ -1,4 +1,4 @@
-"""Is a site ready? Every thing that could be wrong, one line each, with what to do."""
+"""Is a site ready? A line for everything that could be wrong, with what to do about it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Verdict = Literal["right", "wrong", "open"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     verdict: Verdict
-    """`open`: not wrong here, but not yet so that training could begin."""
+    """`open`: nothing is wrong at this site, but training cannot begin yet."""
     said: str
     """What was found, and what to do if it is not right."""
 
@@ -65,16 +65,16 @@ def check(
     wait: float = 0.0,
     timeout: float = 5.0,
 ) -> Iterator[Finding]:
-    """Looks at everything in turn; what needs something that is wrong is left out.
+    """Checks everything in turn. A check that needs something that was found wrong is left out.
 
     Args:
         path: the federation file.
         name: of this site's agent.
         told: fingerprint of the organiser's key; needed the first time.
         key: file of this agent's key; NAME.key beside the federation file if unset.
-        local: what the site sets for itself, fields of `terms.Local`; data and a batch are looked at if it is given.
+        local: the site's own fields (`terms.Local`); if given, the data and one batch are checked too.
         bind: HOST:PORT to listen on while it waits; the port of the file on all addresses if unset.
-        wait: seconds to listen and dial until all neighbours are up, who do the same; 0: dials once, does not listen.
+        wait: seconds to listen and dial until all neighbours, who do the same, are up; 0: dial once, do not listen.
         timeout: seconds to wait for a neighbour's answer.
     """
     steps = _Steps(path, name, told, key)
@@ -90,7 +90,7 @@ def check(
         yield found
         right &= found.verdict == "right"
         if what == "signature" and not right:
-            return  # nothing in the file is to be believed
+            return  # nothing else in the file can be trusted
     yield _look("base model", steps.base)
     if local is not None:
         yield _look("data", lambda: rehearse(steps.signed, steps.number, local))
@@ -111,7 +111,7 @@ def check(
 
 
 def listening(signed: file.Signed, name: str, bind: str | None) -> str | None:
-    """host:port to listen on; None where no neighbour dials this agent."""
+    """host:port to listen on; None if no neighbour dials this agent."""
     if not any(neighbour.dials for neighbour in neighbours(signed, name)):
         return None
     address = signed.agents[signed.number(name)].address
@@ -157,7 +157,7 @@ class _Nobody:
 
 
 def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
-    """Reads the site's data and takes one step of training with one batch, alone; what was found.
+    """Reads the site's data and takes one training step with one batch, alone; returns what it found, in words.
 
     Raises:
         UserError: the data do not fit the terms (a label outside the classes, a missing column, ...), or the loss of
@@ -197,7 +197,7 @@ def _look(what: str, look: Callable[[], str]) -> Finding:
 
 
 class _Steps:
-    """What is looked at, in the order in which one thing needs the other. Each says what it found, or raises."""
+    """The checks, each after those that it needs. A check returns what it found, in words, or raises UserError."""
 
     def __init__(self, path: Path, name: str, told: str | None, key: Path | None) -> None:
         self._path, self._name, self._told = path, name, told

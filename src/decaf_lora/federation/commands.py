@@ -40,12 +40,15 @@ def init(
         config: the run; what is shared of it becomes the draft's terms.
         agents: names, in the order of their numbers.
         graph: as `decaf graph` knows it, or edges between names, "alice-bob,bob-carol".
-        name: of the federation; that of the file if unset.
-        days: from sealing to expiry.
+        name: of the federation; None: the name of the file.
+        days: days from sealing until the file expires.
         limits: how long an agent waits.
 
+    Returns:
+        The draft.
+
     Raises:
-        UserError: a name or an option that cannot work; nothing is written then.
+        UserError: a name or an option cannot work; nothing is written then.
     """
     if path.exists():
         raise UserError(f"federation: {path} exists already; change it with an editor, or name another file.")
@@ -71,14 +74,17 @@ def init(
 def request(
     path: Path, name: str, address: str | None, *, key: Path | None = None, days: float = keys.DAYS
 ) -> tuple[Path, Path]:
-    """Makes a site's key, if it has none yet, and writes its request; (the request, the key).
+    """Makes a site's key, if it has none yet, and writes its request.
 
     Args:
         path: the draft, or a sealed file whose next version the request is for.
         name: of the agent.
         address: host:port where the others reach it; None where it can only dial.
         key: file of the key; NAME.key beside the federation file if unset. One that exists is used again.
-        days: how long a new certificate is valid.
+        days: days that a new certificate is valid.
+
+    Returns:
+        The file of the request, and the file of the key.
     """
     known = agents_of(path)
     if name not in known:
@@ -114,10 +120,10 @@ def seal(
 
     Args:
         path: the federation file, which is replaced.
-        requests: files of the sites. A site without one keeps, in a file that was sealed before, what it has there.
-        agents: names, where they are not those of the file: to add or remove some.
-        graph: in place of the file's.
-        days: from now to expiry; the draft's, or 90, if unset.
+        requests: files of the sites' requests. A site without one keeps its entry of the sealed file.
+        agents: names of the agents, to add or remove some; (): those of the file.
+        graph: takes the place of the file's graph.
+        days: days from now until the file expires; None: those of the draft, or 90.
 
     Raises:
         UserError: a request is missing or wrong, an edge has no end that can be dialled, or a certificate expires
@@ -200,7 +206,7 @@ def _check_certificates(members: Sequence[file.Member], expires: datetime) -> No
 
 
 def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Schedule:
-    """The graph of every exchange. UserError where it cannot work in a federation."""
+    """The graph of every exchange; UserError if it cannot work in a federation."""
     import networkx as nx
 
     edges = dialling.edges_of(graph, names)
@@ -222,7 +228,7 @@ def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Sch
 
 
 def _software() -> tuple[str, str]:
-    """Versions that understand each other: this one and those that differ in the last number."""
+    """The range of versions that understand this one, (first, first that does not): only the last number differs."""
     here = Version(installed("decaf-lora"))
     return str(here), f"{here.major}.{here.minor + 1}"
 

@@ -1,4 +1,4 @@
-"""Who calls whom? Every edge needs one end that can be dialled; where one has none, a graph that works is proposed."""
+"""Which agent dials which? Every edge needs an end that can be dialled; otherwise a graph that works is proposed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from decaf_lora.graphs import Graph
 
 
 def check_dialling(graph: Graph, names: Sequence[str], listens: Sequence[bool]) -> None:
-    """Raises UserError if two agents are linked that can both only dial; it proposes edges with which it works.
+    """Raises UserError if an edge links two agents that can both only dial; the message proposes edges that work.
 
     Args:
         graph: has an edge wherever two agents exchange at any time.
@@ -37,8 +37,9 @@ def check_dialling(graph: Graph, names: Sequence[str], listens: Sequence[bool]) 
 def proposed(graph: Graph, listens: Sequence[bool]) -> list[tuple[int, int]]:
     """Edges that connect all agents, each with an end that can be dialled, near those of `graph`.
 
-    Those of `graph` that can be dialled stay. Who only dials gets, in place of each edge that went, one to an agent
-    that can be dialled, the ones with the fewest edges first; so all keep their number of neighbours where they can.
+    Edges of `graph` with an end that can be dialled stay. An agent that only dials gets, in place of each edge that is
+    removed, an edge to an agent that can be dialled, those with the fewest edges first. So agents keep their number of
+    neighbours where that is possible.
     """
     out = nx.Graph()
     out.add_nodes_from(range(len(listens)))
@@ -58,7 +59,7 @@ def proposed(graph: Graph, listens: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def edges_of(text: str, names: Sequence[str]) -> list[tuple[int, int]] | None:
-    """The edges that "alice-bob,bob-carol" says, by number; None where `text` is not of this kind.
+    """The edges, as pairs of numbers, that a text such as "alice-bob,bob-carol" names; None for another text.
 
     A name may have hyphens itself: an edge is split where both parts are names.
     """

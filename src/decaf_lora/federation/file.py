@@ -1,7 +1,7 @@
 """What have the sites agreed on? The federation file: a draft, or signed by its organiser.
 
 The signature is Ed25519 over the canonical JSON (sorted keys, no spaces, UTF-8) of everything under `signed`, so the
-file may be laid out anew, but not changed. Its SHA-256 is what two agents compare when they meet.
+layout of the file may change, but not its content. Two agents compare the SHA-256 of that JSON when they meet.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from decaf_lora.graphs import Graph, Schedule, from_matrix, metropolis
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_BYTES = 16 * 2**20
-"""Bytes that a federation file may have."""
+"""Largest size of a federation file, in bytes."""
 
 MOST_AGENTS = 1000
-"""Agents that a federation may have."""
+"""Largest number of agents of a federation."""
 
 
 class _Frozen(BaseModel):
@@ -38,10 +38,10 @@ class Limits(_Frozen):
     """How long an agent waits."""
 
     patience: float | None = Field(None, gt=0)
-    """Seconds without progress after which an exchange goes on without a neighbour; unset: three times the median of
-    the agent's own rounds, at least 60."""
+    """Seconds without progress after which an exchange goes on without a neighbour. None: three times the median
+    duration of the agent's own rounds, at least 60."""
     give_up: float = Field(86400, gt=0)
-    """Seconds after which an agent that no neighbour has answered writes what it has and ends with exit code 3."""
+    """Seconds without an answer from any neighbour after which an agent writes what it has, and exits with code 3."""
 
 
 class Member(_Frozen):
@@ -49,7 +49,7 @@ class Member(_Frozen):
 
     name: str
     address: str | None
-    """host:port where the others reach it; None: it dials only."""
+    """host:port where the others reach it; None: it only dials."""
     certificate: str
     """PEM, self-signed: the only one that counts for this name."""
 
@@ -74,7 +74,7 @@ class Member(_Frozen):
 
 
 def host_port(address: str) -> tuple[str, int]:
-    """The parts of host:port, or [IPv6]:port. UserError where it is neither."""
+    """Host and port of host:port or [IPv6]:port; UserError for another text."""
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     good = colon and bare and (":" not in bare or host == f"[{bare}]") and not set(bare) & set("/ @\t")
@@ -105,13 +105,13 @@ class Draft(_Frozen):
 
 
 class Signed(_Frozen):
-    """What the organiser has signed and every agent goes by."""
+    """What the organiser has signed. Every agent follows it."""
 
     format: Literal[1] = 1
     name: str
     """Name of the federation."""
     version: int = Field(ge=1)
-    """Counts the sealed files of this federation; an agent takes no older one than it has seen."""
+    """Number of this sealed file, from 1. An agent accepts no file older than the newest that it has seen."""
     expires: datetime
     """When the file stops being valid, UTC."""
     organiser: str = Field(pattern="^[0-9a-f]{64}$")
@@ -119,11 +119,11 @@ class Signed(_Frozen):
     software: tuple[str, str]
     """Versions of decaf-lora that understand each other: from the first on, below the second."""
     agents: tuple[Member, ...] = Field(min_length=2, max_length=MOST_AGENTS)
-    """In the order of their numbers."""
+    """The agents, in the order of their numbers."""
     graph: str
     """Name of the graph, for people; `weights` is what counts."""
     weights: tuple[tuple[tuple[float, ...], ...], ...] = Field(min_length=1)
-    """(T, N, N): the mixing matrices of a period, one an exchange."""
+    """(T, N, N): the mixing matrices of a period, one for each exchange."""
     limits: Limits
     tells: tuple[Literal["round"], ...] = ("round",)
     """What agents tell each other beside their messages."""
@@ -131,7 +131,7 @@ class Signed(_Frozen):
     base: dict[str, str]
     """Tensor of the base model -> SHA-256 of its type, shape and bytes as stored in safetensors."""
     tokenizer: dict[str, str]
-    """File of the tokenizer -> SHA-256."""
+    """File of the tokenizer -> SHA-256 of its bytes."""
 
     @field_validator("expires")
     @classmethod
@@ -177,7 +177,7 @@ class Signed(_Frozen):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, as hexadecimal digits: equal where two agents go by the same file."""
+        """SHA-256 of the canonical JSON, as hexadecimal digits: equal if two agents follow the same file."""
         return hashlib.sha256(canonical(self.values())).hexdigest()
 
 
@@ -211,13 +211,13 @@ def read_draft(path: Path) -> Draft:
 
 
 def read_signed(path: Path) -> Signed:
-    """The signed part of a sealed file, its signature checked before anything else is made of it.
+    """The signed part of a sealed file. Its signature is checked before anything else is read from it.
 
-    Whether the organiser is the right one, and the file new enough, `trust.accept` says; `refuse_expired`, whether it
-    is still valid.
+    `trust.accept` checks that the organiser is the right one, and the file new enough. `refuse_expired` checks that the
+    file is still valid.
 
     Raises:
-        UserError: not sealed, altered, or made by another version of decaf-lora.
+        UserError: the file is not sealed, was altered, or was made by another version of decaf-lora.
     """
     content = read(path)
     if "draft" in content:
@@ -268,7 +268,7 @@ def read(path: Path) -> dict[str, Any]:
     if len(text) > MOST_BYTES:
         raise UserError(f"federation: {path} is larger than {MOST_BYTES // 2**20} MiB; it is no federation file.")
     try:
-        # Names for parts of the text would let a small file stand for an enormous one.
+        # YAML's anchors and aliases would let a small file stand for an enormous one.
         aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"federation: {path} is not YAML ({' '.join(str(error).split())}).") from error

@@ -31,20 +31,20 @@ from decaf_lora.engines.links.tls import Own, sha256
 from decaf_lora.errors import UserError
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-"""Names of agents and federations: a label of a DNS name, for the certificate carries it as one."""
+"""Pattern of the names of agents and federations: labels of a DNS name, since certificates carry them as such."""
 
 DAYS = 365
-"""Days that a certificate is valid, if nothing else is asked for."""
+"""Days that a certificate is valid by default."""
 
 _EARLY = timedelta(days=1)
-"""A certificate is valid from so much before it was made, for the sites' clocks differ."""
+"""Time before its making from which a certificate is valid, since the clocks of the sites differ."""
 
 _MOST = 65536
-"""Bytes that a key file, and a certificate, may have."""
+"""Largest size of a key file, and of a certificate, in bytes."""
 
 
 def check_name(name: str, field: str = "name") -> str:
-    """`name`, if an agent or a federation may be called so; UserError says what a name is."""
+    """Returns `name` if an agent or a federation may have it; otherwise UserError says what a name may be."""
     if not NAME.fullmatch(name):
         raise UserError(
             f"{field}: {name!r} is not a name; use 1 to 63 lower-case letters, digits and inner hyphens, as in alice."
@@ -99,7 +99,7 @@ def make_identity(name: str, path: Path, days: float = DAYS) -> Own:
     """A new key, and a certificate for it that is valid for `days`, written to `path` (mode 600).
 
     Raises:
-        UserError: the name is none, `path` exists, or it cannot be written.
+        UserError: an agent may not have this name, or `path` exists or cannot be written.
     """
     check_name(name)
     private = ec.generate_private_key(ec.SECP256R1())
@@ -125,7 +125,7 @@ def make_identity(name: str, path: Path, days: float = DAYS) -> Own:
 
 
 def load_identity(path: Path) -> Own:
-    """The agent whose key file is `path`; UserError where the file is unsafe, damaged, or of another kind."""
+    """The identity in the key file `path`; UserError if the file is unsafe, damaged, or of another kind."""
     content = read_private(path)
     try:
         key = load_pem_private_key(content, password=None)
@@ -152,7 +152,7 @@ class Certificate:
     name: str
     pem: str
     sha256: str
-    """Of the DER bytes, as hexadecimal digits: the pin."""
+    """SHA-256 of the DER bytes, as hexadecimal digits: what the others pin."""
     expires: datetime
 
 
@@ -210,7 +210,7 @@ class Organiser:
 
     @classmethod
     def load(cls, path: Path) -> Organiser:
-        """The key in `path`; UserError where the file is unsafe, or holds no such key."""
+        """The key in `path`; UserError if the file is unsafe, or holds no such key."""
         content = read_private(path)
         try:
             private = load_pem_private_key(content, password=None)
@@ -246,7 +246,7 @@ def fingerprint(public: str) -> str:
 
 
 def read_fingerprint(text: str) -> str:
-    """A fingerprint as `fingerprint` writes it, however it was typed; UserError where it has other than 32 digits."""
+    """A typed fingerprint in the form that `fingerprint` writes; UserError if it has not 32 hexadecimal digits."""
     digits = re.sub(r"[\s:-]", "", text.lower())
     if not re.fullmatch(r"[0-9a-f]{32}", digits):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What is an agent made of? What its site says, its run, and a run on its own data alone to compare."""
+"""What is an agent made of? What its site sets, its run, and a run on its own data alone to compare with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from decaf_lora.tasks.base import Task
 
 @dataclass(frozen=True)
 class Site:
-    """What a site says when it starts its agent."""
+    """What a site sets when it starts its agent."""
 
     federation: Path
     name: str
@@ -31,15 +31,15 @@ class Site:
     told: str | None = None
     """Fingerprint of the organiser's key; needed the first time."""
     key: Path | None = None
-    """File of the agent's key; NAME.key beside the federation file if unset."""
+    """File of the agent's key; None: NAME.key beside the federation file."""
     local: Mapping[str, Any] = field(default_factory=dict)
     """What the site sets for itself, fields of `terms.Local`."""
     bind: str | None = None
-    """HOST:PORT to listen on; the port of the file on all addresses if unset."""
+    """HOST:PORT to listen on; None: the port that the file names, on all addresses."""
     share: bool = False
-    """Whether to hold only this agent's share of the data under `partition`, as where all have the same file."""
+    """Whether to hold only this agent's share of the data under `partition`, if all sites have the same file."""
     alone: bool = True
-    """Whether to train on the own data alone first, to compare."""
+    """Whether to train on the site's data alone first, to compare."""
 
 
 def make_engine(signed: Signed, number: int, config: RunConfig) -> Mesh:
@@ -72,7 +72,7 @@ def make_run(signed: Signed, number: int, config: RunConfig, share: bool, engine
 def train_alone(
     signed: Signed, number: int, config: RunConfig, share: bool, told: Callable[[int], None]
 ) -> float | None:
-    """The score of as many rounds of agent `number` on its own data alone: with the batches it will see, too.
+    """The score of agent `number` after as many rounds on its own data alone, with the batches of the federation.
 
     Args:
         told: called with the number of each round.
@@ -94,7 +94,7 @@ def train_alone(
 
 
 def _examples(task: Task, number: int, config: RunConfig, share: bool) -> Any:
-    """This agent's examples: all that are here, or its share where all sites have the same."""
+    """Indices of this agent's examples: all on this machine or, with `share`, its part of them."""
     if not share:
         return np.arange(len(task.labels))
     return partition.parse(config.partition, task.labels, config.agents, config.seed, task.column).shard(number)

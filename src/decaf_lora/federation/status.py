@@ -1,4 +1,4 @@
-"""How is an agent doing? What it says of itself, rewritten each second beside the federation file, and how it looks."""
+"""How is an agent doing? Its status, which it writes each second beside the federation file, and how that is shown."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from decaf_lora.records import write_json
 
 @dataclass
 class EdgeStatus:
-    """An edge, as one end sees it."""
+    """The state of an edge, as one end sees it."""
 
     name: str
-    """Of the neighbour."""
+    """Name of the neighbour."""
     up: bool = False
     since: float = 0.0
-    """Time since which it is so, as `time.time`."""
+    """Time since which the edge is up or down, as `time.time`."""
     why: str = ""
-    """Why it is down, or was before."""
+    """Why the edge is down, or was down last."""
     missed: int = 0
-    """Exchanges without it."""
+    """Number of exchanges without this neighbour."""
     waited: float = 0.0
     """Seconds in all."""
     rejected: int = 0
-    """Messages of it that were not usable."""
+    """Number of its messages that were not usable."""
     sent: int = 0
     """Bytes."""
     received: int = 0
@@ -45,13 +45,13 @@ class EdgeStatus:
 
 @dataclass
 class AgentStatus:
-    """What an agent says of itself."""
+    """The status of an agent, as the agent says it."""
 
     federation: str
     version: int
     name: str
     process: int
-    """Its number on its machine."""
+    """Number of its process on its machine."""
     state: str = "starting"
     """starting, alone, training, waiting, serving, done, stopped, gave up or failed."""
     round: int = 0
@@ -60,17 +60,17 @@ class AgentStatus:
     waits_for: list[str] = field(default_factory=list)
     """Neighbours that the open exchange waits for."""
     loss: float | None = None
-    """Mean over the last round's steps."""
+    """Mean loss over the steps of the last round."""
     score: float | None = None
-    """On the site's own held-out share."""
+    """Score on the site's own test examples."""
     score_at_start: float | None = None
     score_alone: float | None = None
-    """Of as many rounds on the site's own data alone."""
+    """Score after as many rounds on the site's data alone."""
     seconds_left: float | None = None
     returned: int | None = None
-    """The round at which it came back, of an agent that was started again."""
+    """The round at which an agent that was started again came back."""
     said: str = ""
-    """Why it ended, if not at the end of the run."""
+    """Why the agent ended before the end of the run."""
     neighbours: list[EdgeStatus] = field(default_factory=list)
     written: float = 0.0
     """Time of this writing, as `time.time`."""
@@ -81,12 +81,12 @@ ENDED = ("done", "stopped", "gave up", "failed")
 
 
 def file_of(federation: Path, name: str) -> Path:
-    """What a running agent rewrites each second, beside the federation file."""
+    """The file of an agent's status, beside the federation file; a running agent rewrites it each second."""
     return federation.with_name(f"{name}.status.json")
 
 
 def read(path: Path) -> AgentStatus:
-    """What an agent last said of itself. UserError where it has never run, or something else wrote the file."""
+    """The last status of an agent; UserError if it has never run, or something else wrote the file."""
     try:
         values: Any = json.loads(path.read_text())
         neighbours = [EdgeStatus(**edge) for edge in values.pop("neighbours")]
@@ -99,7 +99,7 @@ def read(path: Path) -> AgentStatus:
 
 
 def running(path: Path) -> int | None:
-    """The number of the agent's process, if it runs; None if not."""
+    """The number of the agent's process; None if it does not run."""
     try:
         said = read(path)
         os.kill(said.process, 0)
@@ -109,12 +109,12 @@ def running(path: Path) -> int | None:
 
 
 class Teller:
-    """Writes what an agent says of itself, each second and at the end.
+    """A context in which an agent's status is written each second, and at the end.
 
     Args:
         path: the file.
         status: what to write; its owner changes it.
-        refresh: called before each writing, for what is not told by itself.
+        refresh: called before each writing, to bring `status` up to date.
         pause: seconds between two writings.
     """
 
@@ -136,14 +136,14 @@ class Teller:
         self.write()
 
     def write(self) -> None:
-        """Writes it now."""
+        """Writes the status now."""
         self._refresh()
         self._status.written = time.time()
         write_json(self._path, asdict(self._status))
 
     def _run(self) -> None:
         while not self._over.wait(self._pause):
-            with contextlib.suppress(OSError):  # a full disk must not end the telling; the checkpoints say so
+            with contextlib.suppress(OSError):  # a full disk must not end this thread; the checkpoints report it
                 self.write()
 
 

@@ -1,4 +1,4 @@
-"""What do the agents of a federation have to do alike? The shared part of a run's configuration.
+"""What must all agents of a federation do alike? The shared part of a run's configuration.
 
 The other fields (data, splits, columns, device, workers, folders) belong to a site: they are neither signed nor sent.
 """
@@ -32,7 +32,7 @@ LOCAL_TASK = tuple(name for name in TaskConfig.model_fields if name not in SHARE
 """Fields of the task that each site sets for itself."""
 
 LOCAL_TRAINING = ("agents_per_pass",)
-"""Fields of the training that each site sets for itself: they change its speed alone."""
+"""Fields of the training that each site sets for itself: they change only its speed."""
 
 SHARED_RUN = ("gossip_steps", "start", "rounds", "seed")
 """Fields of the run itself that all agents share, beside the graph."""
@@ -55,7 +55,7 @@ Local = _local()
 
 
 class Terms(BaseModel):
-    """What all agents of a federation do alike, with every value."""
+    """The shared part of a run's configuration, with every value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -88,7 +88,7 @@ class Terms(BaseModel):
             raise ValueError(explain(kind, error).removesuffix(".")) from error
 
     def config(self, agents: int, graph: str, local: Mapping[str, Any] | None = None) -> RunConfig:
-        """The run of a site: these terms, and `local`, fields of `Local`.
+        """The configuration of a site's run: these terms, and the site's own fields.
 
         A site with data of its own and no test set holds out a fifth of them.
 

@@ -1,7 +1,7 @@
 """Which organiser does this agent trust, and which version has it seen? Told once by telephone, kept afterwards.
 
-Kept beside the agent's key, in NAME.trust: a JSON object, federation -> organiser's public key, newest version seen and
-its digest. Whoever may change that file may as well change the key beside it.
+The answers are kept beside the agent's key, in NAME.trust: a JSON object, federation -> organiser's public key, newest
+version seen, and its digest. Whoever can change that file can also change the key beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from decaf_lora.federation.file import Signed
 
 
 def accept(signed: Signed, kept: Path, told: str | None = None) -> None:
-    """Accepts a federation file, whose signature is right, and remembers its organiser and version.
+    """Accepts a federation file with a valid signature, and remembers its organiser and version.
 
     Args:
         signed: what `file.read_signed` has read.
@@ -25,8 +25,8 @@ def accept(signed: Signed, kept: Path, told: str | None = None) -> None:
         told: the fingerprint that the person at this machine was told; needed the first time.
 
     Raises:
-        UserError: the organiser is another than the one that was told, or that was trusted before; or the file is
-            older than the newest one seen, or a second one of the same version.
+        UserError: the organiser differs from the one that was told, or that was trusted before; or the file is older
+            than the newest one seen, or a second file of the same version.
     """
     known = _read(kept)
     before = known.get(signed.name)

@@ -1,10 +1,11 @@
 """Which graph, partition, algorithm or task does a name mean?
 
-Each of these rooms has one `Table` of kinds. A name is read as
-a kind of the table (`ring`), with an argument after a colon where the kind takes one (`erdos-renyi:0.4`);
-a kind that an installed package adds by an entry point; or a function of one's own, `file.py:function` or
-`module:function`. The options of a function are the parameters of its signature. In a name they follow a
-second colon, in order or by name: `mine.py:two_rings:3`, `mine.py:two_rings:bridges=3,far=true`.
+Graphs, partitions, algorithms, transforms and tasks have one `Table` of kinds each. A name means one of three things:
+
+- a kind of the table (`ring`), with an argument after a colon if the kind takes one (`erdos-renyi:0.4`);
+- a kind that an installed package adds by an entry point;
+- a function of the user's, `file.py:function` or `module:function`. Its options are the parameters of its signature.
+  They follow a second colon, in order or by name: `mine.py:two_rings:3`, `mine.py:two_rings:bridges=3,far=true`.
 """
 
 from .functions import Function, installed, joined, own_function

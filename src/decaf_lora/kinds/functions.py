@@ -20,9 +20,15 @@ _OWN = re.compile(r"(?P<source>.+\.py|[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*
 
 
 def own_function(spec: str, field: str) -> tuple[Function, str, str] | None:
-    """The function that `file.py:function` or `module:function` names, its name, and the text after a second colon.
+    """Loads the function that `file.py:function` or `module:function` names.
 
-    None if `spec` names no function: it has another form, or there is no such module.
+    Args:
+        spec: the name, perhaps with options after a second colon.
+        field: what errors name: "graph".
+
+    Returns:
+        The function, its name `source:function`, and the text after the second colon ("" without one). None if `spec`
+        names no function: it has another form, or there is no such module.
 
     Raises:
         UserError: the file is missing, cannot be loaded, or has no such function.
@@ -44,7 +50,7 @@ def own_function(spec: str, field: str) -> tuple[Function, str, str] | None:
 
 
 _files: dict[tuple[Path, int, int], ModuleType] = {}
-"""Modules of files as they are, each run once: a task and an algorithm may share one."""
+"""(path, time of change, size) -> module. Each file runs once: a task and an algorithm may share its module."""
 
 
 def _file(path: Path, field: str) -> ModuleType:
@@ -54,7 +60,7 @@ def _file(path: Path, field: str) -> ModuleType:
     key = (path, path.stat().st_mtime_ns, path.stat().st_size)
     if key in _files:
         return _files[key]
-    # Classes are pickled by the name of their module; a file that is called as a library must not replace it.
+    # Pickle finds a class by the name of its module. A file named like a library must not replace that library.
     name = path.stem if path.stem not in sys.modules else f"{path.stem}_{abs(hash(key))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -82,7 +88,7 @@ def _module(name: str, field: str) -> ModuleType | None:
 
 
 def _where(error: Exception, path: Path) -> str:
-    """The line of the user's file at which loading stopped."""
+    """The line of the user's file at which loading stopped, as "line 3: "; "" if it is not known."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: "
     lines, trace = [], error.__traceback__
@@ -93,15 +99,20 @@ def _where(error: Exception, path: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error of somebody else's code, for one of ours."""
+    """Type and first line of an error of somebody else's code, to quote in a UserError."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
 
 
 def joined(spec: str, given: Mapping[str, Any], field: str) -> str:
     """The name `spec` with options after its last colon: `mine.py:two_rings:bridges=3`.
 
+    Args:
+        spec: the name, which may have options already.
+        given: the options to add, by name.
+        field: what errors name: "graph".
+
     Raises:
-        UserError: an option has a value that a name cannot hold.
+        UserError: an option is a list, or a text with a comma: neither fits into a name.
     """
     parts = []
     for key, value in given.items():

@@ -1,4 +1,4 @@
-"""Which options does a function have, and what does a user say of them?"""
+"""Which options does a function have, and which values does the user give them?"""
 
 import inspect
 import typing
@@ -24,7 +24,7 @@ class Option(NamedTuple):
 
 
 def options(function: Function, supplied: Iterable[str] = ()) -> dict[str, Option]:
-    """The options of a function: its parameters but for those that are `supplied` to it."""
+    """The options of a function by name: its parameters without those that the program supplies (`supplied`)."""
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError):  # a name that only a type checker sees; a callable object
@@ -39,10 +39,10 @@ def options(function: Function, supplied: Iterable[str] = ()) -> dict[str, Optio
 
 
 def checked(option: Option, value: Any, field: str) -> Any:
-    """`value`, from a command line or YAML, as the type of the option.
+    """`value`, from a command line or YAML, converted to the type of the option; `field` is named in errors.
 
     Raises:
-        UserError: it is none.
+        UserError: `value` does not fit the type.
     """
     if option.type is Any:
         return yaml.safe_load(value) if isinstance(value, str) else value
@@ -65,15 +65,15 @@ def call(
     supplied: Mapping[str, Any],
     given: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What the user's `function` returns.
+    """Calls the user's `function` with its options, and returns what it returns.
 
     Args:
-        function: takes any of the names of `supplied`, and options.
-        name: of the function, for errors.
-        argument: its options, "3" or "bridges=3,far=true".
-        field: what is named, for errors: "graph".
-        supplied: what the function may ask for by the name of a parameter.
-        given: more of its options, by name.
+        function: its parameters are names of `supplied`, or options.
+        name: what errors call the function.
+        argument: options as text, "3" or "bridges=3,far=true".
+        field: what errors name: "graph".
+        supplied: values by name; the function gets those that it has a parameter for.
+        given: more options, by name.
 
     Raises:
         UserError: an option is not known, is missing, or has no value of its type.
@@ -114,7 +114,7 @@ def _pairs(argument: str, name: str, field: str, known: Mapping[str, Option]) ->
 
 
 def described(function: Function, field: str, supplied: Iterable[str] = ()) -> list[str]:
-    """The options of a function as a command line takes them, for its help."""
+    """The options of a function for the help of a command: one text an option, with its type and default."""
     lines = []
     for option in options(function, supplied).values():
         kind = getattr(option.type, "__name__", None) or str(option.type).removeprefix("typing.")

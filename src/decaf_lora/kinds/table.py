@@ -44,12 +44,12 @@ class Table(Mapping[str, K]):
     """The built-in kinds by name, and a way to find those of installed packages and of the user.
 
     Args:
-        field: how errors call what is named: "graph".
-        group: the entry-point group of installed packages: "decaf_lora.graphs". An entry point is a `Kind`, or
-            a function as the user's own.
-        built_in: the kinds of this package.
-        adopt: (function, name) -> a function of the user's as a kind.
-        hyphen: what stands between the words of a name; the other of "-" and "_" is read as it.
+        field: what errors name: "graph".
+        group: the entry-point group of installed packages: "decaf_lora.graphs". An entry point is a `Kind`, or a
+            function, which `adopt` makes a kind.
+        built_in: the kinds of this package, by name.
+        adopt: (function, name) -> the kind of a function of the user's.
+        hyphen: "-" or "_", whichever stands between the words of a name in this table; the other one is read as it.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Table(Mapping[str, K]):
 
         Args:
             spec: the name, with its argument after a colon.
-            remedy: what else could be given; ends the error for a name that is not known.
+            remedy: what else could be given; the last sentence of the error for an unknown name.
 
         Raises:
             UserError: the name is not known, has two meanings, or lacks an argument or has one too many.
@@ -101,14 +101,14 @@ class Table(Mapping[str, K]):
         return name.lower().replace("_" if self._hyphen == "-" else "-", self._hyphen)
 
     def installed(self) -> dict[str, list[EntryPoint]]:
-        """The kinds that installed packages add, by name; more than one where packages share a name."""
+        """Name -> the entry points of installed packages that add a kind of this name; several if packages collide."""
         found: dict[str, list[EntryPoint]] = {}
         for entry in installed(self.group):
             found.setdefault(self.written(entry.name), []).append(entry)
         return found
 
     def summaries(self) -> list[tuple[str, str]]:
-        """Name and summary of every kind, for `--help`; packages are named, not imported."""
+        """Name and summary of every kind, for `--help`. Installed packages are not imported for it."""
         rows = [(kind.example or name, kind.summary) for name, kind in self.items()]
         return rows + [(name, f"of the package {package_of(found[0])}") for name, found in self.installed().items()]
 

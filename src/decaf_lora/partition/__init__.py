@@ -1,8 +1,8 @@
 """Which examples does each agent hold?
 
-Labels in, index arrays out: no data set is touched. Every rule deals all examples (or all of the subset
-`examples`) to exactly one agent each, leaves no agent empty, and is a pure function of its arguments and the
-seed. `parse` reads the names of the command line, `KINDS` lists them.
+Labels in, index arrays out: no data set is touched. Every rule gives each example (or each of the subset `examples`)
+to exactly one agent, leaves no agent empty, and is a pure function of its arguments and the seed. `parse` reads the
+names of the command line, `KINDS` lists them.
 
 `shots` is the IID set-up of the DeCAF paper (arXiv 2505.21382): 40 a class in all, 4 for each of 10 agents.
 The paper does not publish its non-IID rule. `dirichlet` is the usual label skew (Yurochkin et al., ICML 2019,

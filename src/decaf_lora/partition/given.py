@@ -19,26 +19,27 @@ from .shards import Indices, Partition, check_labels, frozen
 
 @runtime_checkable
 class Partitioner(Protocol):
-    """Anything that says which rows agent i holds."""
+    """An object that says which examples each agent holds, such as a partitioner of another library."""
 
     def load_partition(self, agent: int) -> ArrayLike:
         """(n,) indices of the training examples of `agent`, which counts from 0."""
 
 
 Given: TypeAlias = Partitioner | Sequence[ArrayLike] | Mapping[str, ArrayLike]
-"""What `as_partition` takes beside a partition."""
+"""What `as_partition` takes, beside a `Partition`."""
 
 
 def by_value(labels: ArrayLike, values: ArrayLike, name: str = "by-value") -> Partition:
-    """Every distinct value is an agent, and called by it: one agent a hospital, a writer, a machine.
+    """One agent for every distinct value, which is the agent's name: a hospital, a writer, a machine.
 
     Args:
-        labels: (M,).
-        values: (M,) strings, whole numbers or booleans; agents are in their order.
-        name: of the partition.
+        labels: (M,) the label of every example.
+        values: (M,) the value of every example: strings, whole numbers or booleans. Agents are numbered in the
+            ascending order of the values.
+        name: what tables call the partition.
 
     Raises:
-        UserError: there is not one value for every label, or one is missing.
+        UserError: there are not as many values as labels, or a value is missing.
     """
     array = check_labels(labels)
     given = np.asarray(values)
@@ -63,18 +64,18 @@ def by_value(labels: ArrayLike, values: ArrayLike, name: str = "by-value") -> Pa
 def as_partition(
     given: Any, labels: ArrayLike, num_agents: int, name: str = "custom", *, examples: Indices | None = None
 ) -> Partition:
-    """What a user's function returns, or gives to `Run`, as a partition.
+    """A `Partition` from what a user's function returned, or from what was given to `Run`.
 
     Args:
         given: a `Partition`; a mapping from the names of the agents to the indices (n_i,) of their examples; a
             sequence of these indices; or a `Partitioner`, anything with `load_partition(agent)` that returns them.
-        labels: (M,).
-        num_agents: N.
-        name: of the partition, where it has none of its own.
-        examples: keep only these; None: all.
+        labels: (M,) the label of every example.
+        num_agents: N, the number of agents that the run has.
+        name: the name of the partition, unless `given` is a `Partition`, which has one.
+        examples: indices of the examples to keep in the shards; None: all.
 
     Raises:
-        UserError: it is none of these, has another number of agents, or the shards are none.
+        UserError: `given` is none of these, has another number of agents, or its shards are no split.
     """
     if isinstance(given, Partition):
         made = given
@@ -101,12 +102,20 @@ def as_partition(
 def named_alike(
     schedule: Schedule, given: Partition | Own | Given, labels: ArrayLike
 ) -> tuple[Schedule, Partition | Own]:
-    """A schedule, and what is given as the partition, with the same names in the same order.
+    """Gives a schedule and a partition the same names of agents, in the same order.
 
-    Names of one alone are the other's, too; where both have some the partition's order holds.
+    If only one of the two has names, the other takes them. If both have names, the agents are in the partition's order.
+
+    Args:
+        schedule: the graph of every exchange.
+        given: what `as_partition` takes, or the examples of one agent, which are returned as they are.
+        labels: (M,) the label of every example.
+
+    Returns:
+        The schedule and the partition, with one order of agents.
 
     Raises:
-        UserError: they name different agents, or `given` is no partition.
+        UserError: the two name different agents, or `given` is no partition.
     """
     if isinstance(given, Own):
         return schedule, given
@@ -136,10 +145,10 @@ def _check_count(name: str, found: int, num_agents: int, names: Sequence[str] = 
 
 
 def read_indices(path: Path) -> dict[str, Any] | list[Any]:
-    """The shards in a file, by the names of the agents, or in their order.
+    """The shards in a file: a mapping from the names of the agents, or a list in the order of the agents.
 
     Args:
-        path: .json, {"alice": [0, 2], "bob": [1]} or [[0, 2], [1]]; or .npz, an array for each agent.
+        path: a .json file, {"alice": [0, 2], "bob": [1]} or [[0, 2], [1]]; or a .npz file with an array for each agent.
 
     Raises:
         UserError: the file is missing or holds something else.

@@ -18,26 +18,26 @@ from .shards import Indices, Partition, check_labels
 
 
 class Deal(NamedTuple):
-    """What a partition may look at."""
+    """What a rule may use to split the examples."""
 
     labels: ArrayLike
-    """(M,)"""
+    """(M,) the label of every example."""
     num_agents: int
     seed: int
     column: "Column"
     examples: Indices | None = None
-    """Which examples to deal; None: all."""
+    """Indices of the examples to split; None: all."""
 
 
 class Column(Protocol):
-    """The columns of the data."""
+    """A function that gives a column of the data by its name."""
 
     def __call__(self, name: str, split: Literal["train", "test"] = "train") -> ArrayLike:
-        """The values (M,) of a column, of the test examples (T,) where asked; UserError if there is none."""
+        """(M,) values of a column of the training examples, or (T,) of the test examples; UserError without it."""
 
 
 def no_columns(name: str, split: Literal["train", "test"] = "train") -> ArrayLike:
-    """The columns of a task that has none."""
+    """The `Column` of a task without columns: raises UserError."""
     raise UserError(
         f"partition: this task has no columns, so none called {name!r}; write a function that returns the shards "
         "(docs/own-partition.md)."
@@ -66,7 +66,7 @@ def _up_to(deal: Deal, argument: str) -> Partition:
 
 
 def _chosen(name: str, deal: Deal, argument: str) -> Partition:
-    """The examples chosen by class, then split by the rule after the slash."""
+    """Chooses examples of every class, then splits the chosen ones by the rule after the slash, or IID."""
     first, slash, rule = argument.partition("/")
     number = _number(f"{name}:{first}", first, int, f"{name}:40")
     chosen = f"{name}:{number}"
@@ -85,7 +85,7 @@ def _column(deal: Deal, argument: str) -> Partition:
         values = np.array([str(value) for value in np.asarray(deal.column(argument, "test")).tolist()])
         made = replace(made, tests=tuple(np.flatnonzero(values == name) for name in made.names))
     except UserError:
-        pass  # the test examples are nobody's own
+        pass  # the test examples lack this column, so they belong to no agent
     return as_partition(made, deal.labels, deal.num_agents, examples=deal.examples)
 
 
@@ -108,20 +108,20 @@ _BUILT_IN = {
     ),
     "up-to": Kind(
         _up_to,
-        "the same, with all examples of a class that has fewer (they are counted in a warning)",
+        "like shots, but takes all examples of a class that has fewer (a warning counts such classes)",
         "up-to:40",
         True,
     ),
     "dirichlet": Kind(_dirichlet, "label skew, the stronger the smaller the number", "dirichlet:0.1", True),
     "by-class": Kind(_by_class, "every class on one agent"),
-    "column": Kind(_column, "every value of a column is an agent, and called by it", "column:hospital", True),
-    "files": Kind(_files, "every file of a folder is an agent, and called by it", "files:sites", True),
-    "indices": Kind(_indices, "the rows of every agent, from a .json or .npz file", "indices:sites.json", True),
+    "column": Kind(_column, "one agent for every value of a column, named by the value", "column:hospital", True),
+    "files": Kind(_files, "one agent for every file of a folder, named by the file", "files:sites", True),
+    "indices": Kind(_indices, "the rows of each agent, from a .json or .npz file", "indices:sites.json", True),
 }
 
 
 def _own(function: Callable[..., Any], name: str) -> Kind:
-    """A function of the user's as a kind; it may ask for `labels`, `num_agents`, `seed` and `column`."""
+    """The kind of a user's function, which may have parameters `labels`, `num_agents`, `seed` and `column`."""
 
     def build(deal: Deal, argument: str) -> Partition:
         supplied = {
@@ -145,12 +145,12 @@ def parse(spec: str, labels: ArrayLike, agents: int, seed: int, column: Column =
 
     Args:
         spec: a name of `KINDS` with its argument ("iid", "dirichlet:0.1", "column:hospital"; "_" reads as "-"),
-            shots split by another rule ("shots:40/dirichlet:0.1"), or a function of one's own ("mine.py:by_hospital"),
+            shots split by another rule ("shots:40/dirichlet:0.1"), or a function of the user's ("mine.py:by_hospital"),
             see `kinds`.
-        labels: (M,).
-        agents: N.
-        seed: of every choice.
-        column: gives the columns of the data, for the kinds that ask for one: `Task.column`.
+        labels: (M,) the label of every example.
+        agents: N, the number of agents.
+        seed: the seed of every random choice.
+        column: gives the columns of the data to the kinds that split by one, such as `Task.column`.
 
     Raises:
         UserError: the name is unknown or unreadable, or the rule refuses the labels.

@@ -13,15 +13,15 @@ from decaf_lora.partition.shards import Indices, Partition, check_labels, claim,
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """The examples of one agent, where nobody else's are known.
+    """The examples of one agent, for a process that does not know the examples of the others.
 
     Attributes:
         agent: its number, from 0.
         num_agents: N, the agents of the whole run.
-        indices: (n_i,) of its examples, int64, ascending, read-only.
-        labels: (M,) of the examples on its machine.
+        indices: (n_i,) indices of its examples, int64, ascending, read-only.
+        labels: (M,) labels of all examples on its machine.
         name: what tables call the split.
-        names: what the N agents are called; () if they only have numbers.
+        names: the names of the N agents; () if agents only have numbers.
 
     Raises:
         UserError: the agent is not among the N, or its indices do not fit the labels.
@@ -45,14 +45,14 @@ class Own:
         claim(self.indices, self.agent, np.full(len(self.labels), -1), called)
 
     def shard(self, agent: int) -> Indices:
-        """The agent's own examples."""
+        """(n_i,) the examples of `agent`, which must be this agent; ValueError for another."""
         if agent != self.agent:
             raise ValueError(f"agent {self.agent} does not know the examples of agent {agent}")
         return self.indices
 
     @property
     def shards(self) -> tuple[Indices]:
-        """The examples that are known: the agent's own."""
+        """The one shard that is known: the agent's own."""
         return (self.indices,)
 
     @property
@@ -70,5 +70,5 @@ class Own:
         return Partition((self.indices,), self.labels).label_table(labels)
 
     def own_tests(self) -> tuple[Indices, ...]:
-        """Raises UserError: the whole test set is the agent's own."""
+        """Raises UserError: all test examples on this machine are the agent's own, none are others'."""
         raise UserError("test: an agent alone has no other test set than its own; leave it at all.")

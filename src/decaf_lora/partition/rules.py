@@ -12,7 +12,7 @@ from decaf_lora.randomness import numpy_generator
 
 from .shards import Indices, Partition, check_labels, frozen
 
-REDRAWS = 100  # of Dirichlet proportions, until every shard has its least size
+REDRAWS = 100  # draws of Dirichlet proportions at most, until every shard has its least size
 
 
 def few_shot(labels: ArrayLike, shots: int, seed: int, *, allow_fewer: bool = False) -> Indices:
@@ -46,7 +46,7 @@ def few_shot(labels: ArrayLike, shots: int, seed: int, *, allow_fewer: bool = Fa
 
 
 def iid(labels: ArrayLike, agents: int, seed: int, *, examples: Indices | None = None) -> Partition:
-    """Shuffled and stratified: shard sizes differ by at most 1, and so do the counts of every class.
+    """IID split, shuffled and stratified: shard sizes differ by at most 1, and so do the counts of every class.
 
     Args:
         labels: (M,).
@@ -60,8 +60,8 @@ def iid(labels: ArrayLike, agents: int, seed: int, *, examples: Indices | None =
     labels, ranks, examples = _prepare(labels, agents, examples)
     generator = numpy_generator(seed, "partition", "iid")
     piles = _shuffled_by_class(ranks, examples, generator)
-    # Dealt like cards, one class after the other. Classes and agents in random order, or else classes with
-    # fewer examples than agents would always go to the same ones.
+    # Examples are dealt like cards, class after class. Classes and agents are in random order: otherwise the same
+    # agents would always get the examples of classes that have fewer examples than there are agents.
     deck = np.concatenate([piles[rank] for rank in generator.permutation(len(piles))])
     seats = generator.permutation(agents)
     shards = [np.array([], dtype=np.int64)] * agents
@@ -71,7 +71,18 @@ def iid(labels: ArrayLike, agents: int, seed: int, *, examples: Indices | None =
 
 
 def shots(labels: ArrayLike, agents: int, shots: int, seed: int, *, allow_fewer: bool = False) -> Partition:
-    """`shots` examples a class in all (not per agent), dealt evenly: `few_shot`, then `iid`."""
+    """IID split of `shots` examples of every class, in all (not per agent): `few_shot`, then `iid`.
+
+    Args:
+        labels: (M,).
+        agents: N.
+        shots: of each class, at least 1.
+        seed: of the choice and of the shuffle.
+        allow_fewer: take all of a class that has fewer than `shots`, instead of refusing.
+
+    Raises:
+        UserError: a class has fewer examples than `shots`, or there are more agents than examples.
+    """
     chosen = few_shot(labels, shots, seed, allow_fewer=allow_fewer)
     return replace(iid(labels, agents, seed, examples=chosen), name=f"shots:{shots}")
 
@@ -87,8 +98,8 @@ def dirichlet(
 ) -> Partition:
     """Label skew: every class is split over the agents in proportions drawn from Dirichlet(alpha).
 
-    Proportions are drawn anew until every shard has `least` examples. The last of 100 draws is mended: the
-    smallest shard takes one example of the largest shard's most numerous class, until none is short.
+    Proportions are drawn again until every shard has `least` examples, at most 100 times. If the last draw still leaves
+    a shard short, examples move one by one: the smallest shard takes one of the largest shard's most numerous class.
 
     Args:
         labels: (M,).
@@ -133,7 +144,7 @@ def dirichlet(
 
 
 def by_class(labels: ArrayLike, agents: int, *, examples: Indices | None = None) -> Partition:
-    """Every class wholly on agent `class mod N`; classes are numbered in the order of their labels.
+    """Gives every class wholly to agent `class mod N`; classes are numbered in the order of their labels.
 
     Args:
         labels: (M,).
@@ -182,6 +193,6 @@ def _dirichlet_counts(totals: Indices, agents: int, alpha: float, generator: np.
     borders = np.rint(np.cumsum(shares, axis=1) * totals[:, None]).astype(np.int64)
     borders[:, -1] = totals
     counts = np.diff(borders, axis=1, prepend=0)
-    # Rounding favours some places in the row, the same ones in every class when alpha is large, so places are
-    # assigned at random. The Dirichlet is symmetric: its distribution stays what it was.
+    # Rounding favours some places of a row and, when alpha is large, the same places in every class. So each class's
+    # counts are shuffled over the agents. The Dirichlet is symmetric: the distribution of the shares stays the same.
     return generator.permuted(counts, axis=1)

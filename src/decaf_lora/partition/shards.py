@@ -19,13 +19,13 @@ class Partition:
 
     Attributes:
         shards: for every agent the indices (n_i,) of its examples, int64, ascending, read-only.
-        labels: (M,) of all examples, also of those in no shard.
-        name: the rule; what `parse` reads.
-        names: what the agents are called, one name each, all different; () if they only have numbers.
-        tests: for every agent the indices (m_i,) of those test examples that are its own, where that is known; ().
+        labels: (M,) labels of all examples, also of those in no shard.
+        name: the name of the rule, as `parse` reads it.
+        names: the names of the agents, all different; () if agents only have numbers.
+        tests: for every agent the indices (m_i,) of the test examples that are its own; () if that is not known.
 
     Raises:
-        UserError: names the agents and the example at fault.
+        UserError: the shards are no split; names the agents and the example at fault.
     """
 
     shards: tuple[Indices, ...]
@@ -53,15 +53,15 @@ class Partition:
 
     @property
     def num_agents(self) -> int:
-        """N."""
+        """N, the number of agents."""
         return len(self.shards)
 
     def shard(self, agent: int) -> Indices:
-        """The examples of an agent, ascending."""
+        """(n_i,) the examples of an agent, ascending."""
         return self.shards[agent]
 
     def own_tests(self) -> tuple[Indices, ...]:
-        """`tests`; UserError if it is not known whose the test examples are, or an agent has none."""
+        """`tests`; UserError if the owners of the test examples are not known, or an agent owns none."""
         if not self.tests:
             raise UserError(
                 "test: nobody knows whose the test examples are; split by a column (column:hospital) that the test "
@@ -85,22 +85,22 @@ class Partition:
 
     @property
     def examples(self) -> Indices:
-        """All dealt examples, ascending."""
+        """The examples of all shards together, ascending."""
         return np.sort(np.concatenate(self.shards))
 
     def label_table(self, labels: ArrayLike | None = None) -> Indices:
         """(N, C) how many examples of each class each agent holds.
 
         Args:
-            labels: (M,) other labels of the same examples, for instance coarser ones; None: its own. The
-                columns are their distinct values, ascending.
+            labels: (M,) other labels of the same examples, for instance coarser ones; None: the partition's labels.
+                The columns of the table are the distinct labels, ascending.
         """
         classes, ranks = np.unique(self.labels if labels is None else check_labels(labels), return_inverse=True)
         return np.stack([np.bincount(ranks[shard], minlength=len(classes)) for shard in self.shards])
 
 
 def check_labels(labels: ArrayLike) -> NDArray[Any]:
-    """(M,) the labels as an array of their own, read-only."""
+    """(M,) a read-only copy of the labels; UserError if they are not one-dimensional or there are none."""
     array = np.array(labels)
     if array.ndim != 1:
         raise UserError(f"partition: the labels have shape {array.shape}, not (M,); give every example one.")
@@ -111,7 +111,7 @@ def check_labels(labels: ArrayLike) -> NDArray[Any]:
 
 
 def frozen(indices: ArrayLike) -> Indices:
-    """The indices ascending, int64, read-only."""
+    """(n,) the indices ascending, int64, read-only; UserError if they are not one-dimensional whole numbers."""
     array = np.asarray(indices)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise UserError(
@@ -123,9 +123,16 @@ def frozen(indices: ArrayLike) -> Indices:
 
 
 def claim(shard: Indices, agent: int, owner: Indices, called: Sequence[str]) -> None:
-    """Notes in `owner` (M,) that the examples of `shard` are the agent's; UserError for one that it cannot have.
+    """Writes `agent` into `owner` at the examples of `shard`.
 
-    `called` (N,): what to call the agents.
+    Args:
+        shard: (n,) indices, ascending.
+        agent: the number of the agent that holds the shard.
+        owner: (M,) the agent that holds each example, -1 for none so far; changed in place.
+        called: (N,) what errors call each agent.
+
+    Raises:
+        UserError: the shard is empty, has an index outside the M examples, or an example that is taken already.
     """
     if shard.size == 0:
         raise UserError(f"partition: {called[agent]} holds no example; use fewer agents or more data.")

@@ -1,4 +1,4 @@
-"""The task that a plan runs: its model has no weights, and its data are local ones or assumed sizes."""
+"""Which task does a plan run? Its model has no weights; its data are local ones, or have assumed sizes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,25 @@ DATASETS: dict[tuple[str, str | None], tuple[int, int, int]] = {
 
 
 @dataclass
-class Data:
-    """What a planned task knows about its data."""
+class KnownData:
+    """What a plan knows of the data of its task: whether labels and test set are known, and what was assumed."""
 
     labels_known: bool
     num_test_known: bool
     assumptions: list[str] = field(default_factory=list)
 
 
-def planned_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
+def planned_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, KnownData]:
     """The task of `config` with a model whose weights are not loaded, and batches of the largest size.
 
-    Local data are read, for their labels and lengths; of others only the sizes count.
+    Local data are read for their labels and lengths. Other data are not read: their sizes are enough.
+
+    Args:
+        config: the run to plan.
+        sizes: sizes of the data that take the place of known or assumed ones.
+
+    Raises:
+        UserError: the shapes of the model, or a size that the plan needs, cannot be known.
     """
     named = config.task
     with tasks.loading_by(shapes_of):
@@ -57,11 +64,11 @@ def planned_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
         if sizes.sequence_length is not None and named.name in ("sequence-classification", "causal-lm"):
             named = named.model_copy(update={"max_length": sizes.sequence_length})
         task = tasks.make(named)
-    return task, Data(True, True, _largest_batches(task))
+    return task, KnownData(True, True, _largest_batches(task))
 
 
 def _largest_batches(task: Task) -> list[str]:
-    """Makes every batch of token sequences one of the longest; says how long."""
+    """Makes every batch of token sequences one of the longest examples; returns a line that says how long they are."""
     if isinstance(task, SequenceClassification):
         lengths = task._train["input_ids"].lengths
     elif isinstance(task, CausalTask):
@@ -87,8 +94,8 @@ def _largest_batches(task: Task) -> list[str]:
     return [f"sequence length: batches of the longest training examples, up to {longest} tokens (median {middle})"]
 
 
-def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
-    """The task on data of which only the sizes are known."""
+def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, KnownData]:
+    """The task of `config` on made-up data of the sizes that are given or known."""
     named = config.task
     known = DATASETS.get((named.data or "", named.subset), (None, None, None))
     if known[0] is not None:
@@ -103,7 +110,7 @@ def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
             f"num_train: with training.epochs the steps depend on the number of training examples, and {named.data} "
             "is not here to count them; give --num-train."
         )
-    data = Data(False, test is not None)
+    data = KnownData(False, test is not None)
     data.assumptions.append(
         f"data: {named.data} is not read; {classes} classes, "
         + (f"{train} training examples in equal classes, " if train else "")
@@ -118,14 +125,18 @@ def _assumed_task(config: RunConfig, sizes: DataSizes) -> tuple[Task, Data]:
 
 
 def _kept(count: int, limit: float | None) -> int:
-    """Of `count` examples, what a limit, or a share below 1, leaves."""
+    """How many of `count` examples `limit` keeps: a number, or below 1 a share."""
     if limit is None:
         return count
     return min(count, int(limit)) if limit >= 1 else math.ceil(limit * count)
 
 
 def _sequences(count: int, length: int, padded: bool, answers: int = 1) -> Ragged:
-    """`count` sequences of `length` tokens, in the memory of one; `padded`: every second example has one less."""
+    """`count` sequences of `length` tokens that share one token's memory.
+
+    With `padded` every second example has one token less, so that batches need padding. `answers` sequences in a row
+    belong to one example.
+    """
     shorter = np.arange(count) // answers % 2 if padded and length > 2 else np.zeros(count, np.int64)
     offsets = np.concatenate([[0], np.cumsum(length - shorter)])
     return Ragged(np.broadcast_to(np.int32(1), (int(offsets[-1]),)), offsets)
@@ -210,7 +221,7 @@ def _image_text(config: TaskConfig, sizes: DataSizes, classes: int, train: int, 
 
 
 NAME_TOKENS = 6
-"""Tokens that the longest class name is assumed to take in a prompt."""
+"""Assumed number of tokens of the longest class name in a prompt."""
 
 _ASSUMED = {
     "image-text": _image_text,

@@ -1,4 +1,4 @@
-"""What a plan says: memory by part, bytes and arithmetic of a run; and what it may have to be told."""
+"""What does a plan say, and what may it have to be told? Memory by part, bytes and arithmetic of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataSizes:
-    """What a plan cannot know without the data; None: from the data where they are local, else assumed."""
+    """Sizes that a plan cannot know without the data. None: taken from local data, or else assumed."""
 
     sequence_length: int | None = None
     """Tokens of a sequence, or of a prompt of an image-text model."""
@@ -19,7 +19,7 @@ class DataSizes:
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one thing in this process, and for one agent where agents have their own."""
+    """Bytes of one part of the memory of this process; `per_agent`: of one agent, where each has its own."""
 
     name: str
     bytes: int
@@ -28,12 +28,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run costs. Bytes are of tensors in this process; `parts` add up to the training peak."""
+    """What a run costs. Memory is in bytes of tensors in this process; `parts` add up to the peak while training."""
 
     model: str
     agents: int
     agents_here: int
-    """Agents of the (largest) process."""
+    """Number of agents in the process that holds most."""
     agents_per_pass: int
     examples_per_pass: int
     parameters: int
@@ -44,16 +44,16 @@ class Plan:
     rounds: int
     steps_per_round: int
     bytes_per_round: float
-    """What an agent sends in a round, mean over agents and rounds."""
+    """Bytes that an agent sends in a round, mean over agents and rounds."""
     flops_per_step: float
-    """Of all agents together."""
+    """FLOP of one local step, of all agents together."""
     flops_per_evaluation: float | None
-    """Of one model on the whole test set; None where its size is not known."""
+    """FLOP to evaluate one model on the whole test set; None if the size of the test set is not known."""
     evaluations: int
-    """Of single models, the agents' and the averaged one, in the whole run; equal ones are evaluated once."""
+    """Number of models, the agents' and the averaged one, that the whole run evaluates; equal models count once."""
     assumptions: tuple[str, ...]
     tflops: float | None = None
-    """Throughput that `hours` is computed with, in 10^12 FLOP/s."""
+    """Throughput from which `hours` is computed, in 10^12 FLOP/s."""
 
     @property
     def peak(self) -> int:
@@ -62,22 +62,22 @@ class Plan:
 
     @property
     def bytes_sent(self) -> float:
-        """What an agent sends in the whole run."""
+        """Bytes that an agent sends in the whole run."""
         return self.bytes_per_round * self.rounds
 
     @property
     def flops(self) -> float:
-        """Of the whole run: training and evaluations."""
+        """FLOP of the whole run: training and evaluations."""
         return self.flops_per_step * self.steps_per_round * self.rounds + self.evaluations * (
             self.flops_per_evaluation or 0.0
         )
 
     @property
     def hours(self) -> float | None:
-        """Hours of arithmetic at `tflops`; None where no throughput is given."""
+        """Hours that the arithmetic takes at `tflops`; None without a throughput."""
         return None if self.tflops is None else self.flops / self.tflops / 1e12 / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, derived ones included."""
+        """All values, those that are computed included, in JSON's types."""
         derived = {"peak": self.peak, "bytes_sent": self.bytes_sent, "flops": self.flops, "hours": self.hours}
         return {**asdict(self), **derived}

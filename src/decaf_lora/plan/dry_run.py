@@ -1,14 +1,14 @@
 """What would this code allocate and compute? Runs it on tensors that have shapes but no memory.
 
 Inside `DryRun` every tensor is a fake one (torch's FakeTensorMode): operations find out shapes, dtypes and which
-results share storage, and do no arithmetic. Python lives as always: what the code keeps stays alive, what autograd
-saves for the backward pass stays alive until it is used. So a ledger of storages, made when an operation returns
-and struck off when the last reference goes, gives the bytes in use at every moment, and its maximum is the peak of
-tensors of a real run. What it cannot see are buffers inside a kernel, and the rounding of an allocator.
+results share storage, and do no arithmetic. Tensors live as long as in a real run: what the code keeps stays alive,
+and what autograd saves for the backward pass stays alive until it is used. A ledger of storages is kept: an entry is
+made when an operation returns, and removed when the last reference goes. The ledger gives the bytes in use at every
+moment; its maximum is the peak of a real run. It sees neither buffers inside a kernel nor the rounding of an allocator.
 
-Code reads numbers back (a mask's positions, `all agents finite?`). Where they follow from real tensors or from
-integers the code made itself, they are computed for real. Any other number counts as positive, finite and unlike
-every other.
+Some code reads numbers back (the positions of a mask, "are all agents finite?"). Numbers that follow from real
+tensors, or from integers that the code made itself, are computed for real. Any other number counts as positive, finite
+and different from every other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 aten = torch.ops.aten
 
 KNOWN_INTEGERS, KNOWN_FLOATS = 2**24, 2**12
-"""Tensors of at most so many numbers are computed for real where that is possible."""
+"""Largest numbers of elements of integer and of floating-point tensors that are computed for real, where possible."""
 
 _GUESSES = {
     aten.eq: False,
@@ -58,16 +58,16 @@ FLOPS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
-"""Operation -> its floating-point operations; a multiplication and an addition count as two."""
+"""Operation -> function that counts its floating-point operations; a multiply-add counts as two."""
 
 
 class UnknownNumberError(RuntimeError):
-    """The code makes a shape of numbers that only a real run has."""
+    """The shape of a tensor depends on numbers that only a real run has."""
 
 
 @dataclass
-class Phase:
-    """What a stretch of code cost: bytes in use before it and after it, the most in between, and its FLOPs."""
+class Cost:
+    """What a stretch of code costs: bytes in use before and after it, the highest in between, and its FLOP."""
 
     before: int
     after: int = 0
@@ -76,7 +76,7 @@ class Phase:
 
 
 class DryRun(TorchDispatchMode):
-    """A context in which tensors are fake and their storages counted in `live` (bytes)."""
+    """A context in which tensors are fake; `live` is the bytes of their storages that are in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class DryRun(TorchDispatchMode):
         self._fake.__exit__(*exception)
 
     @contextmanager
-    def phase(self) -> Iterator[Phase]:
-        """Measures what happens inside."""
-        found = Phase(self.live)
+    def phase(self) -> Iterator[Cost]:
+        """Measures the code inside; the `Cost` that it gives is complete at the end of the block."""
+        found = Cost(self.live)
         peak, flops = self.peak, self.flops
         self.peak, self.flops = self.live, 0
         try:
@@ -107,9 +107,11 @@ class DryRun(TorchDispatchMode):
             self.peak, self.flops = max(peak, self.peak), flops + self.flops
 
     def fake(self, tensor: Tensor, nbytes: int | None = None) -> Tensor:
-        """A fake tensor on the CPU like `tensor`, which may be real or on the meta device.
+        """A fake tensor on the CPU with the shape and dtype of `tensor`.
 
-        `nbytes`: what it counts for, if not what its shape and dtype say.
+        Args:
+            tensor: a real tensor, or one on the meta device.
+            nbytes: bytes that the fake tensor counts for; None: those of its shape and dtype.
         """
         with self._fake:
             made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -120,7 +122,7 @@ class DryRun(TorchDispatchMode):
         return made
 
     def fake_module(self, module: nn.Module) -> None:
-        """Replaces parameters and buffers of `module`, in place, by fake ones; what is tied stays tied."""
+        """Replaces parameters and buffers of `module`, in place, by fake ones; tied parameters stay tied."""
         made: dict[int, Tensor] = {}
         for part in module.modules():
             for own in (cast(dict[str, Tensor | None], part._parameters), part._buffers):
@@ -173,7 +175,7 @@ class DryRun(TorchDispatchMode):
         return out
 
     def _value(self, tensor: Tensor) -> Tensor | None:
-        """The real tensor that a fake one stands for, if it is known."""
+        """The real tensor that a fake one stands for; None if it is not known."""
         return self._known.get(tensor) if isinstance(tensor, FakeTensor) else tensor
 
     def _compute(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -185,7 +187,7 @@ class DryRun(TorchDispatchMode):
             return func(*tree_map_only(Tensor, self._value, args), **tree_map_only(Tensor, self._value, kwargs))
 
     def _positions(self, args: Any) -> Any:
-        """The arguments of an indexing with masks turned into positions, of which there is a known number."""
+        """The arguments of an indexing, with masks replaced by positions: of positions the number is known."""
         self_, indices, *more = args
         found: list[Any] = []
         for index in indices:
@@ -218,12 +220,12 @@ class DryRun(TorchDispatchMode):
 
 
 def replace_methods(of: object, **methods: Callable[..., Any]) -> None:
-    """Gives one object other methods of these names, for as long as it lives."""
+    """Replaces methods of one object, `of`, for the rest of its life."""
     vars(of).update(methods)
 
 
 def real_tensors() -> Any:
-    """Inside, tensors are real also within a dry run."""
+    """A context in which tensors are real, also within a dry run."""
     return _disable_current_modes()
 
 

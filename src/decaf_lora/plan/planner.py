@@ -1,4 +1,4 @@
-"""Takes one round of the run that a configuration describes through `dry_run.py`, and reads off what it costs."""
+"""What does one round of a configured run cost? The round is taken through `dry_run.py`, and its costs read off."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from decaf_lora.engines.base import Pending, Sizes
 from decaf_lora.errors import UserError
 from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph
-from decaf_lora.plan.assumed import Data, planned_task
+from decaf_lora.plan.assumed import KnownData, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
-from decaf_lora.plan.dry_run import DryRun, Phase, UnknownNumberError, real_tensors, replace_methods
+from decaf_lora.plan.dry_run import Cost, DryRun, UnknownNumberError, real_tensors, replace_methods
 from decaf_lora.run import Run
 from decaf_lora.runs.build import build_run, lora_configs
 from decaf_lora.tasks.base import Batch, Task
@@ -42,10 +42,16 @@ def estimate(
     processes: int = 1,
     tflops: float | None = None,
 ) -> Plan:
-    """The plan of `config`, with its agents split over `processes` (of torchrun); of the first, which has most.
+    """The plan of the run that `config` describes, in the process that holds most agents.
 
-    `tflops` is the throughput to compute hours with. Raises UserError where the model's shapes or a needed size cannot
-    be known.
+    Args:
+        config: the run.
+        sizes: sizes of the data that take the place of known or assumed ones.
+        processes: number of processes of torchrun that the agents are split over.
+        tflops: throughput from which hours are computed, in 10^12 FLOP/s; None: the plan gives no hours.
+
+    Raises:
+        UserError: the shapes of the model, or a size that the plan needs, cannot be known.
     """
     try:
         return _Planner(config, sizes or DataSizes(), processes).plan(tflops)
@@ -54,7 +60,7 @@ def estimate(
 
 
 def measured(plan: Plan, config: RunConfig) -> Plan:
-    """`plan` with the throughput of a real step on this machine, for which model and data are loaded."""
+    """`plan` with the throughput that a real step of `config` has on this machine; loads the model and the data."""
     run = build_run(config)
     run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
     for _ in range(2):  # the first one warms up
@@ -73,7 +79,7 @@ def measured(plan: Plan, config: RunConfig) -> Plan:
 
 
 class _Share(Simulate):
-    """The agents of the first of several processes; the others' tensors come as shapes."""
+    """The engine of the first of several processes; tensors of the agents in other processes are shapes only."""
 
     def __init__(self, num_agents: int, processes: int) -> None:
         super().__init__(num_agents)
@@ -105,7 +111,7 @@ PHASES = {
     "measure": "exchange",
     "evaluate": "evaluate",
 }
-"""Phase of a run -> what the plan counts it to."""
+"""Phase of a run -> the phase of the plan that its costs count towards."""
 
 
 class _Planner:
@@ -130,8 +136,8 @@ class _Planner:
         processes = 1 if pooled else self.processes
         dry.fake_module(task.model)
         weights = dry.live
-        kept, phases = self._watch(task), dict[str, Phase]()
-        # transformers must look into masks that the dry run knows, as it does in a real run.
+        kept, phases = self._watch(task), dict[str, Cost]()
+        # transformers must read masks as in a real run: the dry run knows their values.
         with dry, mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False):
             run = Run(
                 task,
@@ -189,7 +195,7 @@ class _Planner:
             tflops=tflops,
         )
 
-    def _fill_caches(self, run: Run) -> Phase:
+    def _fill_caches(self, run: Run) -> Cost:
         """Lets a task compute, on one example, what it keeps for the whole run, such as text features."""
         task, whole = run.task, run.task.num_test
         with self.dry.phase() as phase:
@@ -200,18 +206,18 @@ class _Planner:
         return phase
 
     @contextmanager
-    def _phase(self, phases: dict[str, Phase], name: str) -> Iterator[None]:
-        """Notes in `phases` what is done inside: the highest peak and the last FLOPs of those with one name."""
+    def _phase(self, phases: dict[str, Cost], name: str) -> Iterator[None]:
+        """Notes the cost of the code inside under `name`; of several costs the highest peak and the last FLOP count."""
         with self.dry.phase() as phase:
             yield
         if name in phases:
             phase.peak = max(phase.peak, phases[name].peak)
         phases[name] = phase
 
-    def _one_step_and_pass(self, run: Run, phases: dict[str, Phase]) -> None:
-        """Shortens the round of `run` to what repeats in it, and notes what each of its phases costs.
+    def _one_step_and_pass(self, run: Run, phases: dict[str, Cost]) -> None:
+        """Shortens the round of `run` to one step and one pass.
 
-        Steps follow one another and so do passes, each of which frees what it took: one stands for all.
+        Steps follow one another, and so do passes; each frees the memory that it took. So one stands for all.
         """
         trainer = run.trainer
         trainer.steps_in_round, trainer.local_steps = 1, np.ones_like(trainer.local_steps)
@@ -236,7 +242,7 @@ class _Planner:
         return says + ([f"attention: {attention}{fused}"] if attention else [])
 
     def _end_alike(self, run: Run) -> bool:
-        """Whether all agents end a round with equal adapters: found by mixing small random ones for real."""
+        """Whether all agents end a round with equal adapters: mixes small random ones for real to find out."""
         algorithm, n = run.algorithm, run.engine.num_agents
         if algorithm.topology not in ("graph", "server") or algorithm.order != "adapt-combine":
             return False
@@ -264,14 +270,14 @@ class _Planner:
     def _is_auto(self) -> bool:
         return self.config.training.agents_per_pass == "auto"
 
-    def _shards(self, task: Task, data: Data) -> partition.Partition:
+    def _shards(self, task: Task, data: KnownData) -> partition.Partition:
         config = self.config
         if data.labels_known or config.training.epochs is not None:
             return partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
         return partition.iid(task.labels, config.agents, config.seed)
 
     def _watch(self, task: Task) -> list[int]:
-        """Takes batches into the dry run, and notes what every forward pass of the loss leaves for the backward."""
+        """Makes the batches of `task` fake; returns a list that gets the bytes every loss keeps for the backward."""
         dry, kept = self.dry, list[int]()
         losses, train_batch, test_batch = task.losses, task.train_batch, task.test_batch
 
@@ -306,7 +312,7 @@ class _Planner:
             ).bytes_sent
         return bytes_sent / rounds
 
-    def _parts(self, run: Run, weights: int, kept: int, train: Phase) -> tuple[Part, ...]:
+    def _parts(self, run: Run, weights: int, kept: int, train: Cost) -> tuple[Part, ...]:
         here = len(run.engine.agents)
         adapter = run.adapter
         moments = [t for m in run.trainer.moments.values() for t in (m.first, m.second, m.steps)]

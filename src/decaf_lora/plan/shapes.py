@@ -1,4 +1,4 @@
-"""Models of shapes without weights: from config.json alone, or from shapes that are built in."""
+"""How is a model made without its weights? From its config.json alone, or from shapes that are built in."""
 
 from __future__ import annotations
 
@@ -52,13 +52,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Shapes of models whose config.json may be out of reach, from their public model cards."""
+"""Name of a model -> its shapes, for models whose config.json may be out of reach; from their public model cards."""
 
 
 def shapes_of(config: TaskConfig, kind: Any, options: dict[str, Any]) -> tuple[Any, list[str]]:
-    """`tasks.pretrained_model` on the meta device: the shapes of `config.model` from its config.json.
+    """Like `tasks.pretrained_model`, on the meta device: the shapes of `config.model` come from its config.json.
 
-    What lies outside the pretrained body (a classification head) counts as new.
+    Args:
+        config: names the model, and how it is to be loaded.
+        kind: the transformers class.
+        options: of the model's configuration.
+
+    Returns:
+        The model in eval mode, and the names of the new parameters: those outside the pretrained body, such as a
+        classification head.
+
+    Raises:
+        UserError: no model is named, or its config.json is out of reach.
     """
     options = {k: v for k, v in options.items() if k != "ignore_mismatched_sizes"}
     with torch.device("meta"):
@@ -99,14 +109,15 @@ def _architecture(config: TaskConfig, options: dict[str, Any]) -> Any:
 
 
 class FourBit(nn.Linear):
-    """The shapes of a linear layer in 4 bits: its weight is unpacked for every use, and never kept."""
+    """The shapes of a linear layer in 4 bits. Every use unpacks the weight, and no unpacked weight is kept."""
 
     BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-    """Of a weight in NF4 with double quantization: 4 bits, and 8 bits for 64 of them, and 32 for 256 of those."""
+    """Bytes of one weight in NF4 with double quantization: 4 bits, a scale of 8 bits for every 64 weights, and one
+    of 32 bits for every 256 scales."""
 
     @property
     def stored_bytes(self) -> dict[str, int]:
-        """What parameters take that are not stored as they look."""
+        """Name of a parameter -> bytes that it takes, where its shape and dtype do not say so."""
         return {"weight": math.ceil(self.weight.numel() * self.BYTES)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 def _quantize(model: nn.Module) -> None:
-    """Linear layers become 4-bit ones, but for heads, as `tasks` loads them; bfloat16 computes."""
+    """Replaces linear layers, but not heads, by 4-bit ones that compute in bfloat16, as `tasks` does."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.rpartition(".")[2] not in ("lm_head", *HEADS):
             with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A plan for the terminal: rich tables and text."""
+"""How does a plan look on a terminal?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from decaf_lora.records import Spread, human_bytes
 
 
 def shown(plan: Plan, name: str) -> list[Any]:
-    """The plan for the terminal: rich tables and text."""
+    """The plan as rich tables and texts for a terminal; `name` is that of the recipe."""
     one = plan.agents_here == 1
     memory = Table(title=f"memory while training, {_process(plan)}", **_STYLE)
     for column in ("", "in all", *(() if one else ("an agent",))):

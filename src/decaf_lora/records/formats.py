@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def cells(row: Aggregate) -> list[str]:
-    """`row` as text for people, one cell a column of `COLUMNS`."""
+    """`row` as text for people, one cell for each column of `COLUMNS`."""
     scores = [number(getattr(row, metric), ".3f") for metric in METRICS[:4]]
     sent = human_bytes(row.bytes_sent) if row.bytes_sent.mean else "–"
     seconds = number(row.seconds, ".0f" if (row.seconds.mean or 0) >= 100 else ".1f")
@@ -35,9 +35,9 @@ def cells(row: Aggregate) -> list[str]:
 
 
 def lines(rows: Iterable[Aggregate]) -> list[list[str]]:
-    """The rows as text, one cell a column of `COLUMNS`; below those of a graph and partition its references.
+    """The rows as text, one cell for each column of `COLUMNS`. References follow the rows of each graph and partition.
 
-    References are what a score is to be compared with: the start of the training, and always giving the most frequent
+    A reference is a score to compare with: that of the start of training, and that of always giving the most frequent
     class of the training data.
     """
     found = []
@@ -48,7 +48,7 @@ def lines(rows: Iterable[Aggregate]) -> list[list[str]]:
 
 
 def references(rows: Sequence[Aggregate]) -> list[list[str]]:
-    """The lines of `rows`, which are of one graph and partition, that stand for no algorithm."""
+    """The references of `rows`, which are all of one graph and partition, as lines of text."""
     found = []
     for metric, title in REFERENCES.items():
         known = [row for row in rows if getattr(row, metric).mean is not None]
@@ -68,7 +68,7 @@ def number(spread: Spread, form: str) -> str:
 
 
 def human_bytes(spread: Spread) -> str:
-    """Bytes in decimal units, e.g. `1.23 MB`; the spread only where it shows."""
+    """Bytes in decimal units, e.g. `1.23 MB`; with the standard deviation if it is above 0.5 % of the mean."""
     if spread.mean is None:
         return "n/a"
     units = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -79,7 +79,7 @@ def human_bytes(spread: Spread) -> str:
 
 
 def table(rows: Iterable[SummaryRow]) -> Table:
-    """The aggregated rows for the terminal, within 80 columns: what all runs share goes to the title."""
+    """The aggregated rows as a table of at most 80 columns of text; what all runs share goes to its title."""
     texts = lines(aggregate(rows))
     shared = [k for k in (1, 2, 3) if texts and len({line[k] for line in texts}) == 1]
     facts = [_literal(texts[0][k]) for k in shared if k != 3]
@@ -96,7 +96,7 @@ def table(rows: Iterable[SummaryRow]) -> Table:
     for k, column in enumerate(COLUMNS):
         if k not in shared:
             justify: Literal["left", "right"] = "left" if k < 3 else "right"
-            result.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=k > 0)  # a name of two words may
+            result.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=k > 0)  # only names may wrap
     for line in texts:
         line[-1] = line[-1].split(" ")[0]
         shown = [text.replace(" ± ", "±") for k, text in enumerate(line) if k not in shared]
@@ -121,7 +121,7 @@ def markdown(lines: Iterable[Sequence[str]], texts: int) -> str:
 
 
 def to_csv(rows: Iterable[SummaryRow]) -> str:
-    """The aggregated rows for machines: full precision, and a column `<metric>_std` after each metric."""
+    """The aggregated rows as CSV: full precision, and a column `<metric>_std` after each metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     metrics = [*METRICS, *REFERENCES]

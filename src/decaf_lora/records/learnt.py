@@ -11,7 +11,7 @@ TRY = (
 
 
 def nothing_learnt(rows: Iterable[SummaryRow]) -> list[str]:
-    """A line for the algorithms of each graph and partition whose final mean score shows no use of the training."""
+    """Lines about algorithms whose final mean score is no better than a reference, by graph, partition and reason."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in aggregate(rows):
         if reason := _reason(row):
@@ -24,7 +24,7 @@ def nothing_learnt(rows: Iterable[SummaryRow]) -> list[str]:
 
 
 def _reason(row: Aggregate) -> str:
-    """What the final score is not better than, in words; nothing if it is better than all."""
+    """The references that the final score is not better than, in words; "" if it is better than all."""
     final = row.mean_score.mean
     if final is None:
         return ""

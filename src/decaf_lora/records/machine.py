@@ -12,7 +12,10 @@ from typing import Any
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions, hardware, commit and the time now: what a reader needs to judge the numbers. Never fails."""
+    """Versions, hardware, commit and the time now: what a reader needs to judge the numbers.
+
+    Never fails: what this machine cannot tell is None.
+    """
     return {
         "decaf_lora": _attempt(lambda: metadata.version("decaf-lora")),
         "torch": _attempt(lambda: metadata.version("torch")),

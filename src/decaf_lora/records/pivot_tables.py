@@ -10,12 +10,12 @@ from decaf_lora.records.formats import LATEX, markdown, number, to_csv, to_latex
 from decaf_lora.records.summary import Spread, SummaryRow, aggregate
 
 SHOWN = {"mean_score": "mean score over agents", "averaged_score": "score of the averaged model"}
-"""What a table of settings shows: metric -> its title."""
+"""Metrics that are shown by setting -> title of their table."""
 
 
 @dataclass(frozen=True)
 class Pivot:
-    """A metric of all algorithms (rows) under all settings (columns, graph by graph)."""
+    """A table of one metric: a row for each algorithm, a column for each setting (graph by graph)."""
 
     metric: str
     settings: list[tuple[str, str]]  # (graph, partition)
@@ -27,12 +27,12 @@ class Pivot:
         return [(graph, len(list(group))) for graph, group in itertools.groupby(graph for graph, _ in self.settings)]
 
     def cells(self, algorithm: str) -> list[str]:
-        """The line of an algorithm as text for people."""
+        """The row of an algorithm as text for people."""
         return ["–" if spread is None else number(spread, ".3f") for spread in self.lines[algorithm]]
 
 
 def pivot(rows: Iterable[SummaryRow], metric: str = "mean_score") -> Pivot:
-    """The table of a metric, mean and standard deviation over seeds, in the layout of papers."""
+    """The table of `metric` by algorithm and setting: mean and standard deviation over seeds."""
     found = {(row.algorithm, row.graph, row.partition): getattr(row, metric) for row in aggregate(rows)}
     graphs = list(dict.fromkeys(key[1] for key in found))
     settings = sorted(dict.fromkeys(key[1:] for key in found), key=lambda setting: graphs.index(setting[0]))
@@ -41,7 +41,7 @@ def pivot(rows: Iterable[SummaryRow], metric: str = "mean_score") -> Pivot:
 
 
 def tables(rows: Sequence[SummaryRow]) -> dict[str, str]:
-    """File name -> text: the table of all metrics, and those of the scores by setting if there are several."""
+    """File name -> text: the table of all metrics and, if there are several settings, the scores by setting."""
     texts = {"table.md": to_markdown(rows), "table.csv": to_csv(rows), "table.tex": to_latex(rows)}
     pivots = [pivot(rows, metric) for metric in SHOWN]
     if len(pivots[0].settings) > 1:

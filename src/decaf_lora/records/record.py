@@ -1,7 +1,7 @@
 """What does a run write down, and how is it read back? One JSON line a round (`Record`), facts in run.json.
 
-NaN and infinity are written as null, so every file is valid JSON. Higher scores are better, unless run.json says
-`lower_is_better`.
+NaN and infinity are written as null, so that every file is valid JSON. Higher scores are better, unless
+`lower_is_better` in run.json is true.
 """
 
 import contextlib
@@ -21,26 +21,26 @@ from decaf_lora.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One round of one run. A list has one entry an agent; None means not measured, or not finite."""
+    """One round of one run. A list has one entry for each agent. None means not measured, or not finite."""
 
     round: int
     losses: list[float | None] | None = None  # mean over the local steps; round 0 has none
     scores: list[float | None] | None = None  # None when the round was not evaluated
-    own_scores: list[float | None] | None = None  # on the test examples of an agent's own, where asked for
+    own_scores: list[float | None] | None = None  # on each agent's own test examples, where asked for
     averaged_score: float | None = None
     consensus_distance: float | None = None
     interference: float | None = None
     tail: float | None = None
-    recompression: float | None = None  # what cutting stacks between the exchanges of the round has left out
+    recompression: float | None = None  # norm of what was cut between the exchanges of the round
     bytes_sent: float  # by one agent in this round, mean over agents
-    wire_bytes: float | None = None  # of them between processes, as written there; None in one process
+    wire_bytes: float | None = None  # of bytes_sent: those between processes, as encoded; None in one process
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
-    # Of an agent that does not see all others:
-    neighbour_distance: float | None = None  # root mean square over the neighbours' messages, like consensus_distance
-    weights: dict[str, float] | None = None  # neighbour's number -> weight that its message had; the rest is the own
+    # Only for an agent that does not see all others:
+    neighbour_distance: float | None = None  # RMS over the neighbours' messages, like consensus_distance
+    weights: dict[str, float] | None = None  # neighbour's number -> weight of its message; the rest is the agent's own
     waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
-    rejected: list[str] | None = None  # messages that were refused: of whom, and why
+    rejected: list[str] | None = None  # messages that were refused: whose, and why
 
 
 _RECORD = pydantic.TypeAdapter(Record)
@@ -68,7 +68,7 @@ class _Partition(pydantic.BaseModel):
 
 
 class _Facts(pydantic.BaseModel):
-    """What is read of run.json, to tell one that is torn or edited before anything is made of it."""
+    """The fields of run.json that are read. Checked before anything is made of them: the file may be torn or edited."""
 
     algorithm: str
     graph: _Graph
@@ -89,13 +89,13 @@ _FACTS = pydantic.TypeAdapter(_Facts)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` aside and rename it onto `path`: readers see the old file or the new one, never half."""
+    """Writes `text` beside `path` and renames it: readers see the old file or the new one, never half a file."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # before the name: a machine that stops in between would leave an empty file
+            os.fsync(file.fileno())  # before the rename: else a machine that stops in between leaves an empty file
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` as JSON, atomically; dataclasses become objects, NaN and infinity null."""
+    """Writes `value` to `path` as JSON, at once or not at all; dataclasses become objects, NaN and infinity null."""
     replace_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -122,10 +122,12 @@ def _plain(value: Any) -> Any:
 
 
 class RecordWriter:
-    """Appends one line a round and flushes it.
+    """Appends one line for each round, and flushes it.
 
-    A new run starts an empty file. A run that goes on from a checkpoint passes the last round in that
-    checkpoint: later rounds, and a line torn by the interruption, are dropped first.
+    Args:
+        path: the file.
+        last_round: the round of the checkpoint that a run goes on from. Lines of later rounds, and a line that the
+            interruption has torn, are dropped. None: the run is new and starts an empty file.
     """
 
     def __init__(self, path: Path, last_round: int | None = None) -> None:
@@ -138,7 +140,7 @@ class RecordWriter:
         self._file.flush()
 
     def sync(self) -> None:
-        """Makes sure that the disk has what was written: before a checkpoint that relies on it."""
+        """Makes sure that the disk has what was written. A checkpoint relies on it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -171,9 +173,9 @@ def read_records(path: Path) -> list[Record]:
 
 
 def whole_rounds(path: Path) -> tuple[list[Record], str]:
-    """The records in `path` from round 0 on up to the first that is missing or torn, and what follows them, in words.
+    """The records in `path` from round 0 up to the first that is missing or torn, and what follows them, in words.
 
-    What a crash or a full disk can leave is no mistake here, since a run that goes on writes it again.
+    A torn file is no error here: a crash or a full disk can leave one, and a run that goes on writes the rest again.
     """
     records: list[Record] = []
     try:

@@ -1,7 +1,7 @@
 """How does a run become one row, and runs that differ only by seed one?
 
-One row a run (`SummaryRow`), one row for the runs that differ only by seed (`Aggregate`). The spread over agents is
-the population's (they are all there are), that over seeds the sample's (n - 1).
+A `SummaryRow` is one run, an `Aggregate` all runs that differ only by seed. The standard deviation over agents is that
+of a population (there are no other agents); over seeds it is that of a sample (n - 1).
 """
 
 import math
@@ -19,7 +19,7 @@ from decaf_lora.records.record import Record, first_complaint, read_facts, read_
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One run in one line: the scores are those of the last evaluated round, None of a run that diverged."""
+    """One run in one row. Scores are those of the last evaluated round; None for a run that diverged."""
 
     algorithm: str
     graph: str
@@ -32,22 +32,22 @@ class SummaryRow:
     bytes_sent: float
     seconds: float
     diverged: str | None = None
-    """Why its training could not go on to the last round."""
+    """Why training ended before the last round; None if it did not."""
     lower_is_better: bool = False
     start_score: float | None = None
-    """Mean over agents before training."""
+    """Mean score over agents before training."""
     majority_score: float | None = None
-    """Of always giving the most frequent class, where there are classes."""
+    """Score of always giving the most frequent class; None without classes."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds: no `std` of one seed, nothing if a run lacks the value."""
+    """Mean and standard deviation over seeds. One seed has no `std`; there is no mean if a run lacks the value."""
 
     mean: float | None
     std: float | None = None
     missing: str = "n/a"
-    """What people read in place of a mean that is not known."""
+    """Text to show in place of a mean that is not known."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Aggregate:
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
 REFERENCES = {"start_score": "start", "majority_score": "majority class"}
-"""Scores of a run's task that took no training -> what people read."""
+"""Scores that need no training, to compare with -> what tables call them."""
 _ROWS = pydantic.TypeAdapter(list[SummaryRow])
 
 
@@ -91,7 +91,7 @@ def summarise(run_dir: Path) -> SummaryRow:
 
 
 def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryRow:
-    """The row of a run. One agent without a finite score leaves the mean unknown."""
+    """The row of the run with these facts and records. An agent without a finite score leaves the mean unknown."""
     diverged = facts.get("diverged")
     last = None if diverged else next((record for record in reversed(records) if record.scores), None)
     scores = (last.scores if last else None) or []
@@ -118,7 +118,7 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
 
 
 def mean_score(record: Record) -> float | None:
-    """Mean over agents of an evaluated round: None if a score is missing or not finite, and if it was not evaluated."""
+    """Mean score over agents; None if the round was not evaluated, or a score is missing or not finite."""
     finite = [score for score in record.scores or () if score is not None and math.isfinite(score)]
     return fmean(finite) if len(finite) == len(record.scores or ()) > 0 else None
 
@@ -126,8 +126,8 @@ def mean_score(record: Record) -> float | None:
 def aggregate(rows: Iterable[SummaryRow]) -> list[Aggregate]:
     """Mean and standard deviation over the seeds of each (algorithm, graph, partition).
 
-    Those under one graph and partition stand together, the algorithms in the order of their first appearance.
-    A seed counts once: of two rows for it the later one.
+    Rows of one graph and partition stand together, with algorithms in the order of their first appearance. A seed
+    counts once: of two rows with one seed, the later.
     """
     runs: dict[tuple[str, str, str], dict[int, SummaryRow]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""How does a value go over the rounds? Curves with their bands, one an algorithm."""
+"""How does a value change over the rounds? A curve with its band for each algorithm."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Values = Sequence[float | None] | None
 
 @dataclass(frozen=True)
 class Curve:
-    """A value over rounds: the mean and the band around it, which is the mean itself if there is no band."""
+    """A value over rounds, each (rounds,): the mean, and the ends of the band around it (the mean if there is none)."""
 
     rounds: np.ndarray
     mean: np.ndarray
@@ -29,9 +29,17 @@ def one(value: float | None) -> Values:
 
 
 def curve(runs: Sequence[RunRecords], value: Callable[[Record], Values], agents: bool) -> Curve | None:
-    """`value` over the rounds that every run has, mean over agents and seeds.
+    """The curve of a value: mean over agents and seeds, at the rounds that every run has.
 
-    The band is the range over seeds; with one seed, the range over agents if `agents`, otherwise none.
+    The band is the range over seeds or, with a single seed and `agents`, the range over agents.
+
+    Args:
+        runs: runs of one algorithm, one a seed.
+        value: record -> the value of every agent (or one value); None where the round has none.
+        agents: whether the band of a single seed is the range over agents; otherwise it has no band.
+
+    Returns:
+        The curve; None if there is no round that every run has.
     """
     tables = [
         {
@@ -51,7 +59,7 @@ def curve(runs: Sequence[RunRecords], value: Callable[[Record], Values], agents:
 
 
 def draw_curves(axes: Axes, groups: Groups, value: Callable[[Record], Values], log: bool = False) -> list[str]:
-    """A curve for each algorithm; returns those that have no point on the axis because all are zero."""
+    """Draws a curve for each algorithm; returns the algorithms whose curve is zero everywhere, so not on a log axis."""
     unseen = []
     for algorithm, (colour, marker) in looks(groups).items():
         found = curve(groups[algorithm], value, agents=len(groups) == 1)
@@ -75,7 +83,7 @@ def draw_curves(axes: Axes, groups: Groups, value: Callable[[Record], Values], l
 
 
 def band(groups: Groups) -> str:
-    """What the shaded band means, as a sentence for the caption."""
+    """A sentence for the caption that says what the shaded band is; "" without a band."""
     if num_seeds(groups) > 1:
         return " Bands: lowest to highest seed."
     return " Band: lowest to highest agent." if len(groups) == 1 and num_agents(groups) > 1 else ""

@@ -1,4 +1,4 @@
-"""Which figures does a report have? Each is made from the runs of a section; one without data is left out."""
+"""Which figures does a report have? Each is made from the runs of a section; figures without data are left out."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from decaf_lora.report.style import (
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for the page; `alt` is what a screen reader says."""
+    """A figure for the page; `alt` is the text for a screen reader."""
 
     title: str
     caption: str
@@ -43,7 +43,7 @@ class Plot:
 
 
 def make_plots(groups: Groups) -> list[Plot]:
-    """The figures of a section; one without data is left out."""
+    """The figures of a section; figures without data are left out."""
     makers = (
         _scores,
         _scores_by_bytes,
@@ -209,7 +209,9 @@ def _final_scores(groups: Groups) -> Plot | None:
         ranks: list[int] = next((r for run in groups[algorithm] if (r := run.facts.get("ranks"))), [])
         if ranks and len(scores) % len(ranks) == 0 and algorithm != "centralized":
             unequal = True
-            axes.plot(scores, place + jitter, linestyle="")  # for the limits of the axis, which a text does not widen
+            axes.plot(
+                scores, place + jitter, linestyle=""
+            )  # texts do not widen the limits of the axis; invisible points do
             for rank, score, height in zip(np.resize(ranks, len(scores)), scores, place + jitter, strict=True):
                 axes.text(score, height, str(rank), color=colour, fontsize=9, ha="center", va="center")
         else:
@@ -224,7 +226,7 @@ def _final_scores(groups: Groups) -> Plot | None:
 
 
 def _sites(groups: Groups) -> Plot | None:
-    """The last scores of every agent by name, on all test examples and on its own."""
+    """The last scores of every agent by name, on all test examples and on the agent's own."""
     called = peer(groups).facts.get("names") or []
     records = [record for runs in groups.values() for run in runs for record in run.records]
     num = max((len(record.own_scores or record.scores or []) for record in records), default=0)
@@ -306,7 +308,7 @@ def _labels(groups: Groups) -> Plot | None:
 
 
 def _step(count: int) -> int:
-    """Label every how many of `count` rows or columns: a round number that leaves at most 26 labels."""
+    """The distance between labels of `count` rows or columns: a round number that leaves at most 26 labels."""
     steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
     return next(step for step in steps if count <= 26 * step)
 
@@ -356,10 +358,10 @@ def _seconds(groups: Groups) -> Plot | None:
 
 
 def _recolour(axes: Axes) -> None:
-    """Let the drawing follow the page: links in the text's colour, numbers dark on their light discs."""
+    """Adapts the drawing to the page: links in the colour of the text, numbers dark on their light discs."""
     axes.set_title("")
     for links in axes.findobj(LineCollection):
         links.set_color(INK)
     for text in axes.texts:
         text.set_color("#16202c")
-        text.set_visible(float(text.get_fontsize()) >= 5)  # no dots for digits
+        text.set_visible(float(text.get_fontsize()) >= 5)  # smaller numbers would look like dots

@@ -1,8 +1,8 @@
 """How is the page made? One HTML file for a run or a comparison of runs.
 
-The file needs no network and no script: the figures are inline SVG whose text and lines take the page's
-colours, so one drawing serves the light page and the dark one. A run directory holds run.json; a comparison
-holds run directories.
+The file needs no network and no script. Its figures are inline SVG whose text and lines take the colours of the page,
+so that one drawing serves the light page and the dark one. A run's directory holds run.json; a comparison's directory
+holds those of its runs.
 """
 
 import contextlib
@@ -26,7 +26,11 @@ from decaf_lora.report.style import PAGE_COLOURS, STYLE
 
 
 def write_report(directory: Path | str) -> Path:
-    """Write report.html for the run or the comparison in `directory` and return its path."""
+    """Writes report.html for the run or the comparison in `directory`, and returns its path.
+
+    Raises:
+        UserError: there is no run, one cannot be read, or the file cannot be written.
+    """
     directory = Path(directory)
     runs = read_runs(directory)
     with writing(directory / "report.html"):
@@ -35,7 +39,7 @@ def write_report(directory: Path | str) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An error of the file system as one line that names what could not be written."""
+    """Turns an error of the file system inside into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -74,11 +78,17 @@ def write_page(
     configurations: dict[str, str],
     environment: dict[str, str],
 ) -> None:
-    """Write a page of figures to `path`.
+    """Writes a page of figures to `path`.
 
-    facts: a few words each on what was done. table: `columns`, `note` and `groups`, (title, rows) of (text,
-    highlighted) cells, and perhaps `pivots` and `warnings`, lines of text. sections: (title, figures, made under
-    `STYLE`). configurations: name -> how to repeat it.
+    Args:
+        path: the file to write.
+        title: of the page.
+        facts: name -> a few words on what was done.
+        table: `columns`; `groups`, pairs of a title and rows of (text, highlighted) cells; `note`; and, where there are
+            some, `pivots` and `warnings` (lines of text).
+        sections: pairs of a title and figures, which were made under `STYLE`.
+        configurations: name of a run -> its configuration, to repeat it.
+        environment: name -> where it ran.
     """
     loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora.report", "."),
@@ -108,7 +118,16 @@ def write_page(
 
 
 def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
-    """Write every figure of the report as a file of its own (.png, .svg or .pdf), on white, into `folder`."""
+    """Writes every figure of a report to a file of its own, on white; returns the files.
+
+    Args:
+        directory: of the run or comparison.
+        folder: to write to; made if missing.
+        suffix: of the files: .png, .svg or .pdf.
+
+    Raises:
+        UserError: there is no run, one cannot be read, or a file cannot be written.
+    """
     with writing(Path(folder)):
         return _write_figures(Path(directory), Path(folder), suffix)
 
@@ -128,7 +147,7 @@ def _write_figures(directory: Path, folder: Path, suffix: str) -> list[Path]:
 
 
 def inline(plot: Plot, prefix: str) -> Markup:
-    """The figure as an SVG element for the page: its colours and font, and ids that no other figure has."""
+    """The figure as an SVG element in the colours and font of the page; `prefix` makes its ids differ from others'."""
     buffer = io.StringIO()
     plot.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()

@@ -16,7 +16,7 @@ GRAPHLESS = ("server", "pooled", "none")  # graph names of algorithms that do no
 
 @dataclass(frozen=True)
 class RunRecords:
-    """One run directory, read."""
+    """What is read from the directory of one run."""
 
     name: str
     facts: dict[str, Any]
@@ -42,7 +42,7 @@ class RunRecords:
 
     @property
     def uses_graph(self) -> bool:
-        """Whether who talks to whom is what the graph says: not so for a server, pooled data, no exchange."""
+        """Whether agents exchange along the graph; false with a server, with pooled data, and without an exchange."""
         return bool(self.facts.get("uses_graph", self.graph not in GRAPHLESS and self.algorithm != "centralized"))
 
 
@@ -52,7 +52,8 @@ Groups = dict[str, list[RunRecords]]  # algorithm -> its runs, one a seed
 def read_runs(directory: Path) -> list[RunRecords]:
     """The runs in `directory`, in the order of its summary.json if it has one.
 
-    Raises UserError if there is none, or if one cannot be read.
+    Raises:
+        UserError: there is no run, or one cannot be read.
     """
     try:
         if (directory / "run.json").exists():
@@ -88,7 +89,7 @@ def read_run(directory: Path) -> RunRecords:
 
 
 def _told(path: Path, read: Callable[[str], Any]) -> Any:
-    """What a file that only informs says; None, with a warning, if it cannot be read."""
+    """What a file says that the report can do without; None, with a warning, if it cannot be read."""
     try:
         return read(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
@@ -105,10 +106,10 @@ def _identity(run: RunRecords | SummaryRow) -> tuple[str, str, str, int]:
 
 
 def by_setting(runs: Sequence[RunRecords]) -> dict[tuple[str, str], list[RunRecords]]:
-    """What is to be compared with what: the runs under one graph and partition.
+    """(graph, partition) -> the runs to compare with each other.
 
-    Baselines that have no use for the graph (a server, pooled data, no exchange) may have run once only; they
-    belong to every graph of their partition.
+    Baselines that do not use the graph (a server, pooled data, no exchange) may have run only once. Such a run belongs
+    to every graph of its partition.
     """
     bound = [run for run in runs if run.uses_graph]
     sections: dict[tuple[str, str], list[RunRecords]] = {(run.graph, run.partition): [] for run in bound or runs}
@@ -125,7 +126,7 @@ def by_setting(runs: Sequence[RunRecords]) -> dict[tuple[str, str], list[RunReco
 
 
 def by_algorithm(runs: Iterable[RunRecords]) -> Groups:
-    """The runs of each algorithm; a seed counts once."""
+    """Algorithm -> its runs, one for each seed: of several with one seed, the last."""
     groups: dict[str, dict[int, RunRecords]] = {}
     for run in runs:
         groups.setdefault(run.algorithm, {})[run.seed] = run
@@ -133,7 +134,7 @@ def by_algorithm(runs: Iterable[RunRecords]) -> Groups:
 
 
 def peer(groups: Groups) -> RunRecords:
-    """The run whose graph and partition stand for the section."""
+    """The run from which graph and partition of the section are drawn: one that uses the graph, where there is one."""
     runs = [run for group in groups.values() for run in group]
     peers = [run for run in runs if run.algorithm != "centralized"] or runs
     return next((run for run in peers if run.uses_graph), peers[0])

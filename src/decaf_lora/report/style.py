@@ -8,7 +8,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-INK, FAINT = "#0a0b0c", "#d0d1d2"  # stand for the page's text and rule colours; `page.inline` puts those in
+INK, FAINT = "#0a0b0c", "#d0d1d2"  # placeholders, for which `page.inline` puts the page's own text and rule colours
 PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--rule)"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "decaf",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart; the marker says the same once more.
+# Okabe and Ito's colours, which colour-blind people can tell apart; each algorithm also has a marker of its own.
 LOOKS = {
     "decaf": ("#D55E00", "o"),
     "decaf_tracked": ("#009E73", "D"),
@@ -67,7 +67,7 @@ def new_figure(width: float = HALF, height: float = 3.6) -> Figure:
 
 
 def looks(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each algorithm: always the same for those of the package."""
+    """Algorithm -> (colour, marker). Those of this package always have the same; others take spare ones in turn."""
     names = list(algorithms)
     strangers = [name for name in names if name not in LOOKS]
     spare = {name: SPARE_LOOKS[index % len(SPARE_LOOKS)] for index, name in enumerate(strangers)}
@@ -75,7 +75,7 @@ def looks(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def line_style(algorithm: str, colour: str, marker: str, points: int) -> dict[str, Any]:
-    """The style of a curve. Markers are about ten a curve; a single point is always marked."""
+    """Keyword arguments of `Axes.plot` for a curve of `points` points: about ten markers, and one on a single point."""
     if algorithm == "centralized":
         return {"color": colour, "linestyle": "--", "linewidth": 1.3, "marker": "" if points > 1 else "_"}
     return {"color": colour, "marker": marker, "markevery": max(1, points // 10)}
@@ -99,7 +99,7 @@ def _power(value: float) -> str:
 
 
 def legend(figure: Figure) -> None:
-    """One legend for all axes, above them, if there is anything to tell apart."""
+    """Puts one legend for all axes above them, if there are at least two entries."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -111,7 +111,7 @@ def legend(figure: Figure) -> None:
 
 
 def name_rows(axes: Axes, names: Collection[str]) -> None:
-    """Rows from the top down, one a name, for a y axis; a single row does not fill the height."""
+    """Labels the y axis with one row for each name, from the top down; a single row does not fill the height."""
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(max(len(names) - 0.5, 1), -0.5 if len(names) > 1 else -1)
     axes.grid(axis="y", visible=False)

@@ -19,12 +19,12 @@ def title(runs: Sequence[RunRecords]) -> str:
 
 
 def _distinct(values: Iterable[object]) -> str:
-    """The different values, in order of appearance, as one text."""
+    """The distinct values, in order of appearance, as one text; None is left out."""
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def facts_shown(runs: Sequence[RunRecords]) -> dict[str, str]:
-    """What was run, in a few words each."""
+    """Name -> a few words on what was run."""
     peers = [run for run in runs if run.algorithm != "centralized"] or runs
     bound = [run for run in peers if run.uses_graph] or peers
     facts = {
@@ -47,9 +47,9 @@ def _graph_name(run: RunRecords) -> str:
 
 
 def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
-    """The summary for the template: for each section its rows, and which of their cells are the best.
+    """The summary table for the template: the rows of each section, and which cells are highlighted as the best.
 
-    The centralized baseline competes with nobody: it sees all the data.
+    The centralized baseline is never highlighted, since it sees all the data.
     """
     algorithms = list(dict.fromkeys(run.algorithm for run in runs))
     everything: list[SummaryRow] = []
@@ -81,7 +81,7 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
 
 
 def _pivot(rows: Sequence[SummaryRow], metric: str) -> dict[str, Any]:
-    """A score by algorithm and setting for the template, the best of each column marked as in the other table."""
+    """The table of one score by algorithm and setting for the template, with the best of each column highlighted."""
     pivot = records.pivot(rows, metric)
     lines = {algorithm: pivot.cells(algorithm) for algorithm in pivot.lines}
     lower_is_better = any(row.lower_is_better for row in rows)
@@ -99,7 +99,7 @@ def _pivot(rows: Sequence[SummaryRow], metric: str) -> dict[str, Any]:
 
 
 def _best(rows: Iterable[Aggregate]) -> set[tuple[int, int]]:
-    """(id of the row, column) of the best scores, as far as the three decimals shown can tell."""
+    """(id of the row, column) of the best scores; scores that are equal to three decimals, as shown, tie."""
     rows = list(rows)
     lower_is_better = any(row.lower_is_better for row in rows)
     best: set[tuple[int, int]] = set()
@@ -110,7 +110,7 @@ def _best(rows: Iterable[Aggregate]) -> set[tuple[int, int]]:
 
 
 def _winners(means: Mapping[Key, float], lower_is_better: bool) -> list[Key]:
-    """Those with the best value; nobody without somebody to compare with."""
+    """The keys with the best mean; none if there are fewer than two to compare."""
     if len(means) < 2:
         return []
     best = (min if lower_is_better else max)(means.values())
@@ -118,7 +118,7 @@ def _winners(means: Mapping[Key, float], lower_is_better: bool) -> list[Key]:
 
 
 def environments(runs: Sequence[RunRecords]) -> dict[str, str]:
-    """The environments of the runs as one table; where they differ, every value is listed."""
+    """The environments of the runs as one table; a value that differs between runs is listed in every form."""
     keys = dict.fromkeys(key for run in runs for key in run.environment)
     table = {key: _distinct(run.environment.get(key) for run in runs) for key in keys if key != "started"}
     started = sorted(str(run.environment["started"]) for run in runs if run.environment.get("started"))

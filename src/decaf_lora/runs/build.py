@@ -1,4 +1,4 @@
-"""How does a configuration become a run? Task, graph, partition, algorithm and adapters, put together."""
+"""How does a configuration become a run? Task, graph, partition, algorithm and adapters are put together."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def build_run(
 
     Args:
         config: what to run.
-        engine: number of agents -> where they live; None: all in this process.
-        device: goes before the configuration's.
-        graph: in place of the one that the configuration names.
-        split: task -> who holds what, in place of the partition that the configuration names; its agents and those of
-            the graph are in one order.
+        engine: makes, from the number of agents, the engine that they live in; None: all live in this process.
+        device: takes the place of the configuration's device.
+        graph: takes the place of the graph that the configuration names.
+        split: makes the partition from the task, in place of the one that the configuration names. Its agents are in
+            the order of the graph's.
+
+    Raises:
+        UserError: something in the configuration cannot be run; names the field.
     """
     from decaf_lora import algorithms, graphs, partition
     from decaf_lora.engines import Simulate
@@ -73,12 +76,12 @@ def build_run(
         eval_batch_size=config.task.eval_batch_size,
         engine=engine or Simulate,
     )
-    _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is to be one line
+    _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is then one line, without a warning before it
     return run
 
 
 def _refuse_moved_rows(config: RunConfig) -> None:
-    """UserError if a file gives the rows of the training split, but the task numbers its examples otherwise."""
+    """Raises UserError if the partition names rows of the training split, but an option of the task moves the rows."""
     if not re.search(r"(^|/)indices:", config.partition):
         return
     task = config.task
@@ -93,7 +96,7 @@ def _refuse_moved_rows(config: RunConfig) -> None:
 
 
 def lora_configs(config: RunConfig, default: LoraConfig) -> LoraConfig | list[LoraConfig]:
-    """The `peft.LoraConfig` of the options, or a list of one for each agent where they differ in rank or alpha."""
+    """The `peft.LoraConfig` of the options; a list of one for each agent if agents may differ in rank or alpha."""
     options, own = config.lora, lora_config(config, default)
     for field, values in (("ranks", options.ranks), ("alphas", options.alphas)):
         if values and len(values) != config.agents:
@@ -122,7 +125,7 @@ def lora_configs(config: RunConfig, default: LoraConfig) -> LoraConfig | list[Lo
 
 
 def init_adapters(config: RunConfig) -> list[str | None]:
-    """The PEFT directory that each agent starts from, None for a fresh start; empty if nobody has one."""
+    """The PEFT directory that each agent starts from, None for a fresh start; [] if no agent has one."""
     given = config.init_adapters
     if not given:
         return []
@@ -137,7 +140,7 @@ def init_adapters(config: RunConfig) -> list[str | None]:
 
 
 def lora_config(config: RunConfig, default: LoraConfig) -> LoraConfig:
-    """The `peft.LoraConfig` of the options; unset targets are the task's own, and its new layers always train."""
+    """The `peft.LoraConfig` of the options. Unset targets are those of `default`, whose new layers always train."""
     from peft import LoraConfig
 
     values = config.lora.model_dump(exclude={"ranks", "alphas"})
@@ -148,7 +151,7 @@ def lora_config(config: RunConfig, default: LoraConfig) -> LoraConfig:
             values[field] = [name]
     if values["target_modules"] is None:
         values["target_modules"] = default.target_modules
-    # Without the task's own modules a new head would stay as it was drawn, and not be exported.
+    # Without the task's own modules a new head would keep its random weights, and would not be exported.
     values["modules_to_save"] = (
         list(dict.fromkeys([*(values["modules_to_save"] or []), *(default.modules_to_save or [])])) or None
     )
@@ -161,13 +164,13 @@ def lora_config(config: RunConfig, default: LoraConfig) -> LoraConfig:
 
 _tasks: dict[tuple[str, str, str], Task] = {}
 _loading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-"""Held while a task is loaded: of several processes the first preprocesses, the others find its cache."""
+"""Held while a task is loaded. Of several processes the first preprocesses; the others then find its cache."""
 
 
 def _task(config: TaskConfig, device: str) -> Task:
-    """The task, loaded once per process: the runs of a comparison share the model and the data.
+    """The task, loaded once in a process, since the runs of a comparison share model and data.
 
-    It is loaded again if a file of it has changed.
+    The task is loaded again if one of its files has changed.
     """
     from decaf_lora import tasks
 
@@ -193,7 +196,7 @@ def _device(name: str) -> torch.device:
 
 
 def _warn_of_slow_bfloat16(config: RunConfig, device: Any) -> None:
-    """Says so if the run is to compute in bfloat16 on a processor that has to emulate it."""
+    """Warns if the run computes in bfloat16 on a processor that has to emulate bfloat16."""
     import torch
 
     fields = {"task.dtype": config.task.dtype, "training.precision": config.training.precision}

@@ -1,4 +1,4 @@
-"""How does a run stop and go on? Checkpoints: a folder a checkpoint, written aside and renamed.
+"""How does a run stop and go on? Each checkpoint is a folder, which is written aside and then renamed.
 
 `checkpoints/round-000010/` holds `tensors.safetensors`, `values.json` and their checksums in `SHA256SUMS` (`sha256sum
 -c` reads it); nothing is pickled. A folder that carries its final name is complete. The newest `KEEP` are kept.
@@ -24,15 +24,16 @@ from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 
 FORMAT = 1
-"""Version of what a run's folder holds; another one is refused."""
+"""Version of the content of a run's folder; a folder of another version is refused."""
 KEEP = 2
+"""Number of checkpoints that are kept."""
 TENSORS, VALUES, SUMS = "tensors.safetensors", "values.json", "SHA256SUMS"
 
 _NAME = re.compile(r"round-(\d+)(?:-step-(\d+))?")
 
 
 class Damaged(Exception):  # noqa: N818 - it says what a file is
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
 
 
 def save(directory: Path, tensors: Tensors, values: dict[str, Any]) -> Path:
@@ -41,7 +42,13 @@ def save(directory: Path, tensors: Tensors, values: dict[str, Any]) -> Path:
     Args:
         directory: the run's `checkpoints/`.
         tensors: from `Run.snapshot`.
-        values: from `Run.snapshot`, with "round" and "step_in_round"; more JSON values may stand beside them.
+        values: from `Run.snapshot`, with "round" and "step_in_round"; more JSON values may be added.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint cannot be written; earlier ones are kept.
     """
     name = f"round-{values['round']:06d}"
     if values["step_in_round"]:
@@ -78,7 +85,7 @@ def save(directory: Path, tensors: Tensors, values: dict[str, Any]) -> Path:
 
 
 def all_of(directory: Path) -> list[Path]:
-    """The checkpoints below `directory`, oldest first; whether they are whole, `load` tells."""
+    """The checkpoints below `directory`, oldest first. `load` tells whether one is whole."""
     for old in directory.glob(".round-*.old"):  # the program died between two renames
         final = old.with_name(old.name[1:].removesuffix(".old"))
         if not final.exists():
@@ -130,14 +137,14 @@ def load_latest(
 ) -> tuple[Tensors, dict[str, Any]] | None:
     """The newest checkpoint below `directory` that can be used; None if there is none at all.
 
-    One that is damaged or refused is passed over, with a warning.
+    A checkpoint that is damaged or refused is passed over, with a warning.
 
     Args:
         directory: the run's `checkpoints/`.
-        refuse: says for a path why the checkpoint cannot be used, None if it can.
+        refuse: gives, for the path of a checkpoint, the reason why it cannot be used; None if it can.
 
     Raises:
-        UserError: there are checkpoints, but none can be used; names the newest one's fault.
+        UserError: there are checkpoints, but none can be used; names what is wrong with the newest one.
     """
     faults: list[str] = []
     for path in reversed(all_of(directory)):

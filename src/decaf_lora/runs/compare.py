@@ -1,4 +1,4 @@
-"""How do several runs become one comparison? A folder a run, side by side in processes, and a report over all.
+"""How do several runs become one comparison? Each run has a folder; several run at a time; a report covers all.
 
 A comparison's folder holds config.yaml, the folder of each run, summary.json, tables and report.html.
 """
@@ -36,7 +36,7 @@ from decaf_lora.runs.workers import Lost, Stopped, Workers
 
 
 def default_jobs(device: str) -> int:
-    """Runs at a time unless the user says: one on a GPU, which one model may fill; else one a core."""
+    """How many runs go on at a time by default: one on a GPU, which one model may fill; otherwise one for each core."""
     import torch
 
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -45,7 +45,7 @@ def default_jobs(device: str) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison: the name of its folder, its configuration, and the graphs that it stands for."""
+    """One run of a comparison: the name of its folder, its configuration, and the graphs whose rows it fills."""
 
     name: str
     config: RunConfig
@@ -55,8 +55,8 @@ class Cell:
 def cells(config: CompareConfig) -> list[Cell]:
     """The runs of a comparison: graphs x partitions x seeds x algorithms.
 
-    An algorithm that does not use the graph (local, centralized, fedavg) runs once for all graphs. What is given
-    twice runs once, with a warning.
+    An algorithm that does not use the graph (local, centralized, fedavg) runs once for all graphs. A value that is
+    given twice runs once, with a warning.
 
     Raises:
         UserError: two runs would share a folder.
@@ -90,7 +90,7 @@ def cells(config: CompareConfig) -> list[Cell]:
 
 
 def _once(field: str, given: Iterable[Any]) -> tuple[Any, ...]:
-    """What is given, each once."""
+    """The given values without repetitions, with a warning that names `field` and the repeated ones."""
     values = tuple(given)
     once = tuple(dict.fromkeys(values))
     if len(once) < len(values):
@@ -124,11 +124,10 @@ def compare(
     jobs: int = 1,
     watch: Watch = nobody,
 ) -> tuple[list[SummaryRow], Path]:
-    """Runs every cell of a comparison below `out`, `jobs` at a time; finished ones are kept with `resume`.
+    """Runs all runs of a comparison, and writes summary.json, tables and the report over all.
 
-    Writes summary.json, tables and the report over all; a run that stands for several graphs has a row under each.
-    A run whose training diverges has a row that says so, without scores; the others go on, as they do where one
-    run's process is killed.
+    A run that stands for several graphs has a row under each. A run whose training diverges has a row that says so,
+    without scores. The other runs go on then, and also when the process of a run is killed.
 
     Args:
         config: what to compare.
@@ -136,11 +135,11 @@ def compare(
         resume: go on with the runs that have not finished.
         take_over: the former owner of the folder, on another machine, is gone.
         unique: if `out` exists, take the first of `out`-2, `out`-3, ... that does not.
-        jobs: runs at a time, each in its own process; one runs in this process.
-        watch: who hears of each run, by its name.
+        jobs: number of runs at a time, each in its own process; 1: one after another in this process.
+        watch: gives the subscriber of each run, by the run's name.
 
     Returns:
-        The rows, and the folder.
+        The rows of the summary, and the folder that was written.
 
     Raises:
         UserError: a mistake in any run, found before anything is written; or a run was lost.
@@ -192,7 +191,7 @@ def _tell_of_finished(subscriber: Subscriber, directory: Path) -> None:
 
 
 def _conclude(todo: list[Cell], rows: Mapping[str, SummaryRow], out: Path) -> list[SummaryRow]:
-    """Writes what stands over all runs."""
+    """Writes summary, tables and report over all runs; returns the rows in their order."""
     from decaf_lora.records import tables
     from decaf_lora.report import write_report
 
@@ -245,7 +244,7 @@ class _InTurn:
 
 
 class _InProcesses:
-    """Several at a time, each in its own process."""
+    """Several runs at a time, each in its own process."""
 
     def __init__(self, jobs: int, watch: Watch) -> None:
         self._jobs, self._watch = jobs, watch
@@ -267,7 +266,7 @@ class _InProcesses:
             self._workers.stop()
 
     def check(self, left: list[Cell]) -> None:
-        """One worker checks, while the others load."""
+        """Has one worker check all runs, while the others load the libraries."""
         jobs = min(self._jobs, len(left))
         self._workers = Workers(jobs, max(1, (os.cpu_count() or 1) // jobs), self._hear).__enter__()
         for _, result in self._workers.run(_check_in_worker, [left]):
@@ -301,7 +300,7 @@ class _InProcesses:
 
 
 def _check_cells(left: list[Cell]) -> None:
-    """Builds every run once: a mistake in any is found before the first begins."""
+    """Builds every run once, so that a mistake in any of them is found before the first begins."""
     for cell in left:
         training = cell.config.training.model_copy(update={"agents_per_pass": 1})  # without a calibration
         build_run(cell.config.model_copy(update={"training": training})).close()
@@ -315,7 +314,9 @@ def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
         return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)[0]
     except Interrupted as stop:
         raise Interrupted(out, stop.round) from None
-    except TrainingError as error:  # a result, too: the other runs go on, and --resume does not run it again
+    except (
+        TrainingError
+    ) as error:  # divergence is a result: the other runs go on, and --resume does not repeat this one
         with disk(out):
             write_json(directory / "run.json", read_facts(directory) | {"diverged": str(error)})
             row = summarise(directory)
@@ -336,7 +337,7 @@ def _run_in_worker(cell: Cell, tell: Callable[[Any], None], out: Path) -> Summar
 
 
 class _Telling(Subscriber):
-    """Tells the parent of a run, of its steps at most ten times a second."""
+    """Tells the parent process of a run; of its steps at most ten times a second."""
 
     def __init__(self, name: str, tell: Callable[[Any], None]) -> None:
         self._name, self._tell, self._last = name, tell, 0.0

@@ -1,7 +1,7 @@
 """What does a run say while it goes on? One channel: start, step, record, close.
 
-Whoever wants to hear of a run is a `Subscriber`: the folder on disk, the live display, a tracker. `follow` trains
-a run and tells them all.
+Whatever wants to hear of a run is a `Subscriber`: the folder on disk, the live display, a tracker. `follow` trains a
+run and tells all its subscribers.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Progress(NamedTuple):
     fraction: float
     """Share of the run's local steps that are done, 0 to 1."""
     loss: float | None
-    """Mean over agents and over the steps of this round so far."""
+    """Mean loss over agents and over the steps of this round so far."""
 
 
 class Subscriber:
-    """Hears of one run. Every method may be left out."""
+    """Hears of one run. A subclass overrides the methods that it needs; the others do nothing."""
 
     def attach(self, run: Run) -> None:
-        """Called first, where the run is in this process: `Folder` saves and restores it."""
+        """Called first, if the run is in this process. `Folder` needs the run, to save and restore it."""
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Called once, before the first step. `facts` are JSON values that do not change from round to round."""
@@ -46,20 +46,20 @@ class Subscriber:
         """Called after every round, and once for the state at the start (round 0)."""
 
     def close(self, error: BaseException | None) -> None:
-        """Called once, also if another subscriber failed; `error` is what ended the run early, None if nothing did."""
+        """Called once, also if another subscriber failed. `error` ended the run early; None: nothing did."""
 
 
 Watch = Callable[[str], Subscriber]
-"""The name of a run -> who hears of it, for instance a line of a display."""
+"""Name of a run -> the subscriber that hears of it, for instance a line of a display."""
 
 
 def nobody(name: str) -> Subscriber:
-    """Watches nothing."""
+    """A `Watch` of which nobody hears anything."""
     return Subscriber()
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The run was stopped by the user and has left a checkpoint; `directory` says where."""
+    """The user has stopped the run in round `round`; its checkpoint is in `directory`."""
 
     def __init__(self, directory: Path, round_: int) -> None:
         super().__init__(f"stopped in round {round_}; go on with --out {directory} --resume")
@@ -67,12 +67,12 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None = None) -> Iterator[Record]:
-    """Trains `run` round by round like `run.train()`, and tells the subscribers.
+    """Trains `run` round by round like `run.train()`, yields its records, and tells the subscribers.
 
     Args:
-        run: made ready, or restored from a checkpoint.
-        subscribers: told in this order; closed in the reverse one, also if the caller leaves the loop.
-        facts: what `start` is told; by default `identity.facts_of(run)`.
+        run: a new run, or one that was restored from a checkpoint.
+        subscribers: told in this order, and closed in the reverse order, also if the caller leaves the loop.
+        facts: what `start` is told; None: `identity.facts_of(run)`.
     """
     from decaf_lora.runs.identity import facts_of
 
@@ -105,7 +105,7 @@ def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None =
 
 
 def _close(subscribers: tuple[Subscriber, ...], error: BaseException | None) -> None:
-    """Closes all, the last first, even if some fail: a display whose terminal is gone must not cost a checkpoint."""
+    """Closes all, the last first, also if some fail: a display whose terminal is gone must not cost a checkpoint."""
     failed: BaseException | None = None
     for subscriber in reversed(subscribers):
         try:

@@ -1,7 +1,7 @@
 """What does a run leave? An agent's adapter, the averaged model or all agents', for PEFT or folded into the base.
 
-An export reads the newest checkpoint, which knows the names of the classes, their order and where the base model came
-from. It needs neither the data nor a task's own file, and imports no Python code that the folder names.
+An export reads the newest checkpoint. The checkpoint knows the names and order of the classes, and where the base model
+came from, so an export needs neither the data nor a task's own file. It imports no Python that the folder names.
 """
 
 from __future__ import annotations
@@ -22,11 +22,20 @@ ALL = "all"
 
 
 def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) -> list[Path]:
-    """Writes an agent's adapter, or the "averaged" model, of a run's newest checkpoint as a PEFT directory.
+    """Writes adapters of a run's newest checkpoint as PEFT directories.
 
-    An agent is given by its number or its name. With "all" every agent's goes to `to`/agent-K. With `merge` the whole
-    model is written with the adapter folded in, to load without PEFT. Returns the directories; none is left half
-    written.
+    Args:
+        directory: the folder of the run.
+        agent: the number or the name of an agent; "averaged" for the averaged model; or "all" for every agent, each
+            written to `to`/agent-K.
+        to: the directory to write, new or empty.
+        merge: write the whole model with the adapter folded in, which loads without PEFT.
+
+    Returns:
+        The directories that were written. None is ever left half written.
+
+    Raises:
+        UserError: there is no run, no checkpoint that can be used, or no such agent; or `to` cannot be written.
     """
     from decaf_lora.adapters.adapter import as_adapter
     from decaf_lora.adapters.names import put, take
@@ -53,14 +62,14 @@ def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) 
 
 
 def numbered(agent: int | str, names: Sequence[str]) -> int | str:
-    """The number of the agent that a user means; "averaged" and "all" stay.
+    """The number of the agent that a user names. "averaged" and "all" stay as they are.
 
     Args:
         agent: a number, a name, "averaged" or "all".
-        names: (N,) of the agents, or () if they only have numbers.
+        names: (N,) names of the agents; () if they only have numbers.
 
     Raises:
-        UserError: it is none of these, or has two meanings.
+        UserError: `agent` is none of these, or has two meanings.
     """
     if isinstance(agent, int):
         return agent
@@ -122,7 +131,7 @@ def _checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _made(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model was made, for its card."""
+    """How the model was made, for its model card."""
     facts = read_facts(directory)
     made: dict[str, Any] = {name: facts.get(name) for name in ("algorithm", "agents", "seed")}
     made["partition"] = facts["partition"]["name"]

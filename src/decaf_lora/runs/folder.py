@@ -1,7 +1,7 @@
 """How does a run become a finished folder? `Folder` hears of the run and writes it down.
 
-A run's folder holds config.yaml, environment.json, run.json, records.jsonl, checkpoints/, summary.json and
-report.html. A run can be interrupted at any time and goes on with `resume`. One run at a time has the folder.
+A run's folder holds config.yaml, environment.json, run.json, records.jsonl, checkpoints/, summary.json and report.html.
+A run can be interrupted at any time, and goes on with `resume`. A folder belongs to one run at a time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(
     unique: bool = False,
     watch: Watch = nobody,
 ) -> tuple[SummaryRow, Path]:
-    """Runs `config` into a folder, or goes on there.
+    """Runs `config` and writes its folder, or goes on with the run in that folder.
 
     Args:
         config: what to run.
@@ -58,7 +58,7 @@ def run(
         resume: go on from the newest checkpoint.
         take_over: the former owner of the folder, on another machine, is gone.
         unique: if `out` exists, take the first of `out`-2, `out`-3, ... that does not.
-        watch: who else hears of the run, by the folder's name.
+        watch: gives, for the folder's name, another subscriber of the run.
 
     Returns:
         The row of the run's summary, and the folder that it was written to.
@@ -91,14 +91,14 @@ class Folder(Subscriber):
     Args:
         path: the folder, new or empty unless `resume`.
         resume: go on from the newest checkpoint in the folder, from the beginning if there is none.
-        checkpoint_every: rounds between checkpoints; the configuration's, if there is one.
-        config: the configuration that the run was made from; without one, what run.json says must agree.
+        checkpoint_every: number of rounds from one checkpoint to the next; the configuration's takes its place.
+        config: the configuration that the run was made from, if it was made from one; `resume` compares it.
         take_over: the former owner of the folder, on another machine, is gone.
         unique: if `path` exists, take the first of `path`-2, `path`-3, ... that does not.
 
     Raises:
-        UserError: when the run starts: the folder is in use or holds something else, or what is there does not
-            belong to this run, or cannot be read.
+        UserError: raised when the run starts. The folder is in use or holds something else, or its content does not
+            belong to this run or cannot be read.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Folder(Subscriber):
         self._release()
 
     def open(self) -> None:
-        """Makes the folder and takes it for this run; does nothing if it has it already."""
+        """Makes the folder and locks it for this run; does nothing if this object has locked it already."""
         if self._lock is not None:
             return
         with disk(self.path):
@@ -145,7 +145,7 @@ class Folder(Subscriber):
             lock.acquire(self._take_over)
         self._lock = lock
         try:
-            check_folder(self.config, self.path, self.resume)  # another run may have come first
+            check_folder(self.config, self.path, self.resume)  # another run may have written since the first check
         except BaseException:
             self._release()
             raise
@@ -154,7 +154,10 @@ class Folder(Subscriber):
         """The newest checkpoint that the run can go on from; None: it starts from the beginning.
 
         Args:
-            rounds: how many the run is to have.
+            rounds: number of rounds that the run is to have.
+
+        Raises:
+            UserError: there are checkpoints, but none can be used.
         """
         if self._sought or not self.resume:
             return self._point
@@ -176,7 +179,11 @@ class Folder(Subscriber):
         return self._point
 
     def restore(self, run: Run, point: Point | None) -> None:
-        """Brings the run to a checkpoint of this folder. Under an engine of several processes all call this.
+        """Brings the run to a checkpoint of this folder. Every process of the run calls this.
+
+        Args:
+            run: a new run.
+            point: from `point`; None: the run stays at its beginning.
 
         Raises:
             UserError: data, model or code are no longer what they were, or the checkpoint does not fit this run.
@@ -211,13 +218,13 @@ class Folder(Subscriber):
     # What a subscriber hears
 
     def attach(self, run: Run) -> None:
-        """Takes the folder, and brings the run to its checkpoint."""
+        """Locks the folder, and brings the run to its newest checkpoint."""
         self.open()
         if self._run is None:
             self.restore(run, self.point(run.rounds))
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Writes what does not change."""
+        """Writes the files that do not change from round to round."""
         run = self._run
         assert run is not None
         with disk(self.path):
@@ -227,7 +234,7 @@ class Folder(Subscriber):
             self._writer = RecordWriter(self.path / "records.jsonl", run.round if resumed else None)
 
     def record(self, record: Record) -> None:
-        """Writes the record, and a checkpoint where one is due."""
+        """Writes the record, and a checkpoint if one is due."""
         assert self._writer is not None
         assert self._run is not None
         with disk(self.path):
@@ -236,7 +243,7 @@ class Folder(Subscriber):
             self._save()
 
     def close(self, error: BaseException | None) -> None:
-        """Saves where the run stands unless it has failed; summary and report of a finished one."""
+        """Saves a checkpoint unless the run has failed; writes summary and report of a run that has finished."""
         try:
             if self._writer is None or self._run is None:
                 return
@@ -294,12 +301,12 @@ class Folder(Subscriber):
 
 
 def due(every: int, round_: int, rounds: int) -> bool:
-    """Whether a checkpoint is written after this round; the last one's is written at the end."""
+    """Whether a checkpoint is written after this round. After the last round, `close` writes one."""
     return round_ > 0 and round_ % every == 0 and round_ < rounds
 
 
 def _new_folder(path: Path) -> Path:
-    """Makes `path`, or the first of `path`-2, `path`-3, ... that nobody has."""
+    """Makes `path` or, if it exists, the first of `path`-2, `path`-3, ... that does not."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
@@ -319,7 +326,7 @@ def _versions() -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is none that reads."""
+    """The JSON object in a file; None if the file is missing, unreadable, or holds something else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -337,12 +344,16 @@ def started(out: Path) -> bool:
 
 
 def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
-    """Refuses a folder that holds something else, or to go on with a run of another configuration. Writes nothing.
+    """Checks that a run may use a folder. Writes nothing.
 
     Args:
-        config: of the run that is to be there; None if it was not made from one.
+        config: the configuration of the run; None if it was not made from one.
         out: the folder.
         resume: whether to go on with the run in the folder.
+
+    Raises:
+        UserError: the folder holds something else; or a run without `resume`; or with `resume` no run, or a run of
+            another configuration (only its rounds may grow).
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; give a folder.")
@@ -353,7 +364,7 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
             raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")
         if torn != left:
             raise UserError(f"out: {out} is not empty; choose another folder.")
-        return  # at most what is left of a run that died before its first file was whole
+        return  # empty, or left by a run that died before its first file was whole
     if not resume:
         raise UserError(f"out: {out} already holds a run; pass --resume to go on with it, or choose another folder.")
     _check_format(out)
@@ -383,7 +394,7 @@ def _check_format(out: Path) -> None:
 
 @contextlib.contextmanager
 def disk(out: Path) -> Iterator[None]:
-    """An error of the file system as one line that says what is kept."""
+    """Turns an error of the file system inside into a UserError that says what is kept."""
     try:
         yield
     except OSError as error:

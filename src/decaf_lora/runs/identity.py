@@ -1,7 +1,7 @@
 """What must be the same for a run to go on? Facts of a run, for its report, and hashes of what it was made from.
 
-A checkpoint holds adapters and moments, but not the base model, the data, or Python of the user's own. Each is told
-by a hash, so that a run which goes on with something else under the same name is refused.
+A checkpoint holds adapters and moments, but not the base model, the data, or the user's own Python. The checkpoint has
+a hash of each instead. A run that would go on with something else under the same name is refused.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from decaf_lora.run import Run
 
 SAMPLES = 512
-"""Numbers of each parameter that go into the hash of the base model."""
+"""Number of values of each parameter that go into the hash of the base model."""
 
 
 def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     """What run.json says: the facts of a run that its report needs, as JSON values.
 
     Args:
-        run: made ready.
-        config: what it was made from, for the names that the user gave to graph and partition.
+        run: a run, before or after training.
+        config: the configuration that it was made from, for the names that the user gave to graph and partition.
     """
     schedule = run.schedule
     if config is not None:
@@ -74,7 +74,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
 
 
 def sources(run: Run) -> dict[str, Any]:
-    """What a run is made from, as JSON values that are equal for equal runs: hashes of data, model, graph and split."""
+    """Hashes and sizes of the data, model, graph and split that a run is made from, as JSON values."""
     task, schedule = run.task, run.schedule
     known = [run.partition.agent] if isinstance(run.partition, partition.Own) else range(run.partition.num_agents)
     told = task.facts()
@@ -94,7 +94,7 @@ def sources(run: Run) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs of the sources that both know, as `name: before -> now`."""
+    """What differs between two results of `sources`, as `name: before -> now`; names that only one has are ignored."""
     return [f"{k}: {_short(before[k])} -> {_short(now[k])}" for k in before if k in now and before[k] != now[k]]
 
 
@@ -104,7 +104,7 @@ def _short(value: Any) -> str:
 
 
 def _model(run: Run) -> str:
-    """Hash of names, shapes and some numbers of every parameter of the base that no agent trains."""
+    """Hash of name, shape, dtype and `SAMPLES` values of every parameter of the base model that no agent trains."""
     trained = set(run.attached.extras)
     digest = hashlib.sha256()
     for name, parameter in sorted(run.task.model.named_parameters()):
@@ -149,7 +149,7 @@ def own_code(config: RunConfig) -> dict[str, str]:
 
 
 def _python_of(value: str) -> str | None:
-    """The file or the module that a name runs, None if it names none. Looks, but imports nothing."""
+    """The file or module of `file.py:function` or `module:function`; None for another name. Imports nothing."""
     match = re.search(r"([^:]+\.py):[A-Za-z_]", value)
     if match is not None:
         return match[1]
@@ -160,7 +160,7 @@ def _python_of(value: str) -> str | None:
 
 
 def code_hashes(config: RunConfig) -> dict[str, str]:
-    """What `own_code` finds -> hash of its file; without those whose file cannot be found. Imports packages."""
+    """Name that `own_code` finds -> hash of its file, if the file can be found. Imports the packages above a module."""
     hashes = {}
     for value in own_code(config):
         file = _file_of(_python_of(value) or "")
@@ -180,7 +180,10 @@ def _file_of(where: str) -> Path | None:
 
 
 def refuse_changed_code(before: Mapping[str, str], config: RunConfig) -> None:
-    """Raises UserError if a Python file of the user's own is not what it was when the checkpoint was written."""
+    """Raises UserError if a Python file of the user has changed since the checkpoint was written.
+
+    `before` is what `code_hashes` gave then.
+    """
     now = code_hashes(config)
     for value, hash_ in before.items():
         if now.get(value, hash_) != hash_:

@@ -32,9 +32,19 @@ def run_split(
     unique: bool = False,
     watch: Watch = nobody,
 ) -> tuple[SummaryRow, Path] | None:
-    """Like `folder.run`, with the agents split over `processes`, all of which call this.
+    """Like `folder.run`, with the agents split over several processes. Every process calls this.
 
-    The main process alone reads and writes `out`. After a restart by the launcher the run goes on by itself.
+    The main process alone reads and writes the folder. After a restart by the launcher the run goes on by itself.
+
+    Args:
+        config: what to run; equal in all processes.
+        out: the folder of the run.
+        processes: the processes that the launcher has started.
+        wire: number format of messages between processes: "exact" or "bfloat16".
+        resume: go on from the newest checkpoint.
+        take_over: the former owner of the folder, on another machine, is gone.
+        unique: if `out` exists, take the first of `out`-2, `out`-3, ... that does not.
+        watch: gives, for the folder's name, another subscriber; only in the main process.
 
     Returns:
         In the main process the row of the summary and the run's folder, in the others None.
@@ -82,7 +92,7 @@ def run_split(
 
 
 def _follow(config: RunConfig, out: Path, run: Run) -> None:
-    """What `Folder` has the main process do, in a process that writes nothing."""
+    """Trains in a process that writes nothing: takes part in the snapshots that the main process's `Folder` makes."""
     with stopping(run.stop, launched=True):
         for record in run.train():
             if due(config.checkpoint_every, record.round, config.rounds):

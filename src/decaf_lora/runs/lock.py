@@ -1,8 +1,8 @@
 """How does a folder belong to one run at a time? A lock that the system drops when its holder dies.
 
-The lock is `flock` through filelock, on `.lock`. `.owner.json` beside it says who holds it, for the message to whoever
-comes second. Where locks do not work, and across machines whose file systems may keep them apart, the owner alone
-counts: of another machine nobody can tell whether it still runs, so the user has to.
+The lock is `flock` through filelock, on `.lock`. `.owner.json` beside it says who holds the lock, for the message to a
+second run. Some file systems have no locks, or do not share them between machines: then `.owner.json` alone counts.
+Whether a process on another machine still runs cannot be seen from here, so the user has to say it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 _HERE: set[Path] = set()
-"""Folders that runs of this process have."""
+"""Folders that runs of this process have locked."""
 
 
 class FolderLock:
@@ -44,7 +44,7 @@ class FolderLock:
             take_over: the user says that the former owner, on another machine, is gone.
 
         Raises:
-            UserError: another process has it, or may have; names its number and machine.
+            UserError: another process has the folder, or may have it; names that process and its machine.
             OSError: the folder cannot be written.
         """
         locks = True
@@ -69,7 +69,7 @@ class FolderLock:
         _HERE.add(self.path.resolve())
 
     def release(self) -> None:
-        """Gives the folder back; both files go."""
+        """Gives the folder back, and removes `.lock` and `.owner.json`."""
         if not self._held:
             return
         self._held = False
@@ -82,7 +82,7 @@ class FolderLock:
             self._lock.release()
 
     def _claim(self, locks: bool, take_over: bool) -> None:
-        """Writes down who has the folder, unless somebody who may still run had it."""
+        """Writes `.owner.json`; UserError if the owner that it names may still run."""
         owner = self._owner()
         if self.path.resolve() in _HERE or (owner is not None and not take_over and not _is_gone(owner, locks)):
             raise self._in_use(owner)
@@ -106,7 +106,7 @@ class FolderLock:
             aside.unlink(missing_ok=True)
 
     def _owner(self) -> dict[str, Any] | None:
-        """Who has the folder, or had it and did not give it back; {} if that cannot be read."""
+        """Who has the folder, or had it and did not give it back; None: nobody; {}: `.owner.json` cannot be read."""
         try:
             owner = json.loads((self.path / OWNER).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -146,7 +146,7 @@ def _me() -> dict[str, Any]:
 
 
 def _launch() -> dict[str, int]:
-    """Name -> number of this start, of launchers that start a run again once its former processes are gone."""
+    """Launcher -> how often it has restarted this run. It restarts a run only once the former processes are gone."""
     found = {}
     for name, restarts in (
         ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
@@ -163,7 +163,7 @@ def _is_here(owner: dict[str, Any]) -> bool:
 
 
 def _is_gone(owner: dict[str, Any], locks: bool) -> bool:
-    """Whether the owner that a folder names has ended for sure; with `locks` the folder's lock is ours by now."""
+    """Whether the owner that a folder names has ended for sure; with `locks` this process holds the lock already."""
     before = owner.get("launch")
     if isinstance(before, dict) and any(before.get(name, count) < count for name, count in _launch().items()):
         return True
@@ -175,7 +175,7 @@ def _is_gone(owner: dict[str, Any], locks: bool) -> bool:
 
 
 def _runs(pid: Any) -> bool:
-    """Whether a process of this machine has this number."""
+    """Whether another process of this machine has this number."""
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
         return False
     try:

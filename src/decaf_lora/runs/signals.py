@@ -17,10 +17,14 @@ _asked = False
 
 @contextlib.contextmanager
 def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]:
-    """The first signal calls `stop`; a second Ctrl-C interrupts at once.
+    """A context in which the first signal calls `stop`, and a second Ctrl-C interrupts at once.
 
-    Not where a launcher passes signals on (`launched`): processes then get the first one several times. A SIGHUP
-    that is ignored (nohup) stays so.
+    Args:
+        stop: asks the run to stop.
+        launched: a launcher passes signals on. A process then gets the first signal several times, so a second Ctrl-C
+            does not interrupt.
+
+    A SIGHUP that the process ignores (nohup) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -32,7 +36,7 @@ def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {s: signal.signal(s, handler) for s in STOPPING if not _ignored_hangup(s)}
-    if _asked:  # while the task was loading
+    if _asked:  # a signal came while the task was loading
         stop()
     try:
         yield
@@ -51,6 +55,6 @@ def asked() -> bool:
 
 
 def ask(*_: Any) -> None:
-    """Notes the wish to stop, for the next run; also a signal handler."""
+    """Notes that this process was asked to stop, for the next run to find. Serves as a signal handler."""
     global _asked
     _asked = True

@@ -1,8 +1,8 @@
 """How do several runs go on side by side? Processes that take one piece of work after another.
 
-A worker that is killed, by the system for want of memory for instance, takes only its own piece with it: a process
-pool of the standard library breaks as a whole there. A worker gets its next piece when it asks for it, so that
-nothing begins after a stop. Workers end when their parent does, however it ends.
+A worker that is killed, for instance because memory is short, loses only its own piece of work; a process pool of the
+standard library would break as a whole. A worker gets its next piece only when it is idle, so that no piece begins
+after a stop. Workers end when their parent ends, in whatever way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from decaf_lora.runs import build, signals
 _PRELOAD = ("decaf_lora.runs.compare", "decaf_lora.run", "decaf_lora.tasks", "decaf_lora.report")
 
 GRACE = 20.0
-"""Seconds that a worker whose parent is gone takes at most to save where it stands."""
+"""Seconds that a worker whose parent is gone has to save a checkpoint."""
 
 Work = Callable[..., Any]
 """A function of a module: (piece, tell, *arguments) -> result. `tell` hands any value to the parent."""
@@ -57,8 +57,9 @@ class Workers:
 
     Args:
         count: number of processes.
-        threads: of torch, in each.
-        hear: gets what the work tells; warnings are shown here, so that one is said once for all.
+        threads: number of torch's threads in each process.
+        hear: called with each value that the work tells. Workers' warnings are issued in this process, so that each is
+            shown once for all workers.
     """
 
     def __init__(self, count: int, threads: int, hear: Callable[[Any], None]) -> None:
@@ -90,7 +91,16 @@ class Workers:
         self._folder.cleanup()
 
     def run(self, work: Work, pieces: Sequence[Any], *arguments: Any) -> Iterator[tuple[Any, Any]]:
-        """Every piece with its result, an exception, `Lost` or `Stopped`; in the order in which they end."""
+        """Does the work; yields each piece with its result, in the order in which pieces end.
+
+        Args:
+            work: the function to call in a worker.
+            pieces: its first argument, one after another.
+            arguments: more arguments, the same for all pieces.
+
+        Yields:
+            The piece, and its result: what `work` returned, the exception that it raised, `Lost`, or `Stopped`.
+        """
         left = list(pieces)
         while left or self._busy:
             if self._killed:
@@ -103,7 +113,7 @@ class Workers:
             while left and idle:
                 worker = idle.pop(0)
                 self._busy[worker] = left[0]
-                with contextlib.suppress(OSError):  # it has died: the next look finds that
+                with contextlib.suppress(OSError):  # the worker has died: `_listen` finds that
                     worker.connection.send((work, left[0], arguments))
                 left.pop(0)
             yield from self._listen()
@@ -111,7 +121,7 @@ class Workers:
                 self._begin()
 
     def stop(self) -> None:
-        """Asks the runs to end after their current step; none begins. A second call kills."""
+        """Asks the runs to end after their current step; no piece begins any more. A second call kills the workers."""
         if self._asked:
             self._killed = True
         self._asked = True
@@ -129,7 +139,7 @@ class Workers:
         self._workers.append(_Worker(process, ours))
 
     def _listen(self) -> Iterator[tuple[Any, Any]]:
-        """Hears what has arrived; waits a moment for something to."""
+        """Handles what the workers have sent; waits at most 0.2 s for it."""
         ready = set(wait([w.connection for w in self._workers] + [w.process.sentinel for w in self._workers], 0.2))
         for worker in list(self._workers):
             if worker.connection in ready or worker.process.sentinel in ready:
@@ -163,7 +173,7 @@ def _how(code: int | None) -> str:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Signals that ask to stop wait until the end; processes that are started within begin with them waiting."""
+    """A context that holds back signals that ask to stop; a process started inside begins with them held back."""
     if sys.platform == "win32":
         yield
         return
@@ -178,7 +188,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _serve(connection: Connection, lock: str, threads: int) -> None:
-    """Does what arrives, until the parent hangs up."""
+    """The main function of a worker: does the work that arrives, until the parent closes the connection."""
     # Ctrl-C reaches every process of a terminal; here the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in signals.STOPPING:

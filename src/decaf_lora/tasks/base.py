@@ -1,9 +1,9 @@
 """The contract of a task: model + data + loss + score.
 
-A task is one object. Give it a frozen model, one label per training example (what a partition splits on), a
-way to make batches of training and test examples by index, a loss and a score. Batches carry the examples
-of k agents, agent after agent, on the leading axis k b of every tensor, so a task is written once for one
-agent or many. docs/own-task.md builds one from a plain torch module and a list of tensors.
+A task is one object. It has a frozen model, one label for each training example (which partitions split on), a way to
+make batches of training and test examples by index, a loss and a score. A batch holds b examples of each of k agents,
+agent after agent, on the leading axis (k b) of every tensor. So a task is written once for one agent or many.
+docs/own-task.md builds a task from a plain torch module and a list of tensors.
 """
 
 from __future__ import annotations
@@ -30,29 +30,36 @@ class Task(ABC):
 
     name: str = "task"
     model: nn.Module
-    """The foundation model; it is frozen and stays shared."""
+    """The foundation model; it is frozen, and all agents share it."""
     labels: np.ndarray
-    """(num_train,) the label of every training example: what a partition splits on."""
+    """(num_train,) the label of every training example, which partitions split on."""
     num_test: int
     """Number of test examples."""
     score_name: str = "accuracy"
-    """What `score` returns; higher is better unless `lower_is_better`."""
+    """Name of the number that `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False
     classes: Sequence[str] = ()
-    """Names of the classes in the order of their numbers, where there are any."""
+    """Names of the classes in the order of their numbers; empty without classes."""
     content: str = ""
-    """A hash of the examples; a run is resumed only on the same. "" compares labels and counts only."""
+    """A hash of the examples. A run goes on only with examples of the same hash. "": labels and counts are compared."""
     interface: Mapping[str, Any] = MappingProxyType({})
-    """How examples are put to the model: what whoever uses the trained model must know, in JSON's types.
+    """How examples are put to the model, in JSON's types: whoever uses the trained model must know this.
 
-    Known to exports: `labels` (class names in the order of the model's outputs, or of the prompts), `templates`,
-    `answers`, `max_length` (tokens), `pad_token`, `processor` (whether images go in)."""
+    Exports know the keys `labels` (class names in the order of the model's outputs, or of the prompts), `templates`,
+    `answers`, `max_length` (tokens), `pad_token`, and `processor` (whether images go in)."""
 
     tables: Mapping[str, Any] = MappingProxyType({})
-    """"train" and "test" -> the `datasets.Dataset` of the examples, in their order, where there is one."""
+    """"train" and "test" -> the `datasets.Dataset` of the examples, in their order; empty if there is none."""
 
     def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
-        """(num_train,) or (num_test,) values of a column of the data, for partitions that split by one.
+        """The values of a column of the data, for partitions that split by one.
+
+        Args:
+            name: of the column.
+            split: whose examples.
+
+        Returns:
+            (num_train,) or (num_test,), in the order of the examples. Classes are given by name.
 
         Raises:
             UserError: the task has no columns, or none of this name.
@@ -71,12 +78,15 @@ class Task(ABC):
         return np.array(values, dtype=object if any(value is None for value in values) else None)
 
     def default_lora(self) -> LoraConfig:
-        """The LoRA configuration to use when the user gives none; PEFT's defaults for known architectures."""
+        """The LoRA configuration if the user gives none. By default PEFT's own, which knows many architectures."""
         return LoraConfig()
 
     def on_attach(self, sites: list[str]) -> None:  # noqa: B027 - an optional hook
-        """Called once with the names of the adapted layers and of the modules that are trained in full, before any
-        batch: a place to set up caches of what no agent changes."""
+        """Called once, before any batch. A place to set up caches of what no agent changes.
+
+        Args:
+            sites: names of the adapted layers, and of the modules that are trained in full.
+        """
 
     @abstractmethod
     def train_batch(self, indices: np.ndarray) -> Batch:
@@ -88,21 +98,37 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, agents: int) -> Tensor:
-        """(agents,) mean loss of every agent on its share of `batch` (leading axis agents * b)."""
+        """The mean loss of every agent on its own examples.
+
+        Args:
+            batch: tensors with leading axis agents * b.
+            agents: number of agents.
+
+        Returns:
+            (agents,), differentiable.
+        """
 
     @abstractmethod
     def statistics(self, batch: Batch, agents: int) -> Tensor:
-        """(agents, q) sums over every agent's examples from which `score` is computed, e.g. (correct, all)."""
+        """Sums over every agent's examples, from which `score` is computed.
+
+        Args:
+            batch: tensors with leading axis agents * b.
+            agents: number of agents.
+
+        Returns:
+            (agents, q), for instance the numbers of correct and of all examples (q = 2).
+        """
 
     def score(self, statistics: Tensor) -> Tensor:
-        """(agents, q) summed statistics -> (agents,) scores; by default the first over the second."""
+        """(agents, q) summed statistics -> (agents,) scores; by default the first sum divided by the second."""
         return statistics[:, 0] / statistics[:, 1].clamp_min(1)
 
     def facts(self) -> dict[str, Any]:
-        """What a run rests on, as plain JSON values: a checkpoint keeps it, and a resume compares it.
+        """What a run is made from, in JSON's types. A checkpoint keeps these facts, and a resume compares them.
 
-        `task`, `num_train`, `num_test`, `classes` (names in the order of their numbers, or []), and `content`, a
-        hash over the labels and `self.content`.
+        The keys are `task`, `num_train`, `num_test`, `classes` (names in the order of their numbers, or []), and
+        `content`, a hash over the labels and `self.content`.
         """
         labels = np.asarray(self.labels).astype("<i8")
         digest = hashlib.sha256(f"{self.content} ".encode() + labels.tobytes())
@@ -115,13 +141,13 @@ class Task(ABC):
         }
 
     def majority_score(self) -> float | None:
-        """The score of always giving the most frequent class of the training examples; None where there is none."""
+        """The score of always giving the most frequent class of the training examples; None without classes."""
         return None
 
     def describe(self) -> Mapping[str, Any]:
-        """Plain facts, in JSON's types: what the task is, sizes, the pretrained model, and its `interface`.
+        """What the task is, in JSON's types: its sizes, its pretrained model, and its `interface`.
 
-        They go into checkpoints, so that an export needs neither the data nor the code of the task.
+        This goes into checkpoints, so that an export needs neither the data nor the code of the task.
         """
         facts = {
             "name": self.name,
@@ -134,7 +160,7 @@ class Task(ABC):
 
 
 def _pretrained(model: nn.Module) -> dict[str, Any]:
-    """Where a model of transformers came from, and how it was loaded; nothing of another model."""
+    """Where a model of transformers came from, and how it was loaded; {} for another model."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name:
@@ -151,7 +177,7 @@ def _pretrained(model: nn.Module) -> dict[str, Any]:
 
 
 def repeat_for_agents(batch: Batch, agents: int) -> Batch:
-    """The same examples for every one of `agents` agents: leading axis b -> agents * b."""
+    """Repeats the same examples for each of the agents: leading axis b -> agents * b."""
     return {k: t.repeat(agents, *[1] * (t.dim() - 1)) for k, t in batch.items()}
 
 
@@ -162,6 +188,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, agents: int) -> Tensor:
 
 
 def accuracy_statistics(logits: Tensor, labels: Tensor, agents: int) -> Tensor:
-    """(agents, 2) number of correct and of all examples."""
+    """(agents, 2) numbers of correct and of all examples, from logits (agents * b, C) and labels (agents * b,)."""
     correct = (logits.argmax(-1) == labels).view(agents, -1)
     return torch.stack([correct.sum(1), torch.full_like(correct[:, 0], correct.shape[1], dtype=torch.long)], 1)

@@ -91,7 +91,13 @@ class CausalTask(Task):
 class LanguageModeling(CausalTask):
     """Instruction or text tuning; the score is the log-likelihood per target token of the test set.
 
-    `labels` (num_train,) are any classes to split data by, with their names `classes`, or zeros.
+    Args:
+        model: a causal language model of transformers.
+        train: the training sequences.
+        labels: (num_train,) class numbers for partitions to split by; zeros if there are no classes.
+        test: the test sequences.
+        classes: names of these classes.
+        name: of the task.
     """
 
     score_name = "log-likelihood per token"
@@ -120,8 +126,17 @@ class LanguageModeling(CausalTask):
 class AnswerScoring(CausalTask):
     """Classification by the likeliest answer.
 
-    `train` and `test` hold one sequence for every example and class: example e with the answer of class c is
-    sequence e C + c. With `length_normalized` answers are compared by log-likelihood per token.
+    Args:
+        model: a causal language model of transformers.
+        train: one sequence for every training example and class: example e with the answer of class c is sequence
+            e C + c.
+        labels: (num_train,) class numbers.
+        test: one sequence for every test example and class, in the same order.
+        test_labels: (num_test,) class numbers.
+        classes: names of the C classes.
+        length_normalized: compare answers by their log-likelihood per token, not by its sum.
+        score: how to score; None: accuracy.
+        name: of the task.
     """
 
     def __init__(
@@ -148,8 +163,10 @@ class AnswerScoring(CausalTask):
         return self._train.batch(indices * len(self.classes) + self.labels[indices])
 
     def test_batch(self, indices: np.ndarray) -> Batch:
-        """Tensors with the answers on the second axis: (m, C, L); where answers are one token, the prompts
-        (m, L - 1) with the answers' tokens (m, C)."""
+        """Tensors (m, C, L), with the answers on the second axis.
+
+        If all answers are single tokens: the prompts (m, L - 1), and the tokens of the answers (m, C).
+        """
         count = len(self.classes)
         rows = (indices[:, None] * count + np.arange(count)).ravel()
         batch = {k: t.unflatten(0, (-1, count)) for k, t in self._test.batch(rows).items()}

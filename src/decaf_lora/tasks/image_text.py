@@ -34,10 +34,22 @@ Images = Callable[[np.ndarray], Tensor]
 
 
 class ImageText(Task):
-    """Image classification by prompts with a `CLIPModel`- or `SiglipModel`-like model.
+    """Image classification by prompts.
 
-    `train_images` and `test_images` give pixel values by index; `labels` (num_train,) and `test_labels`
-    (num_test,) are class indices; `prompts[c]` are the texts of class c, one a template.
+    Args:
+        model: like transformers' `CLIPModel` or `SiglipModel`.
+        tokenizer: that of the model.
+        prompts: for each class its texts, one for each template.
+        train_images: gives pixel values of training images by index.
+        labels: (num_train,) class numbers.
+        test_images: gives pixel values of test images by index.
+        test_labels: (num_test,) class numbers.
+        name: of the task.
+        classes: names of the classes; None: the first prompt of each.
+        score: how to score; None: accuracy.
+
+    Raises:
+        UserError: classes have different numbers of prompts.
     """
 
     model: Any
@@ -88,7 +100,7 @@ class ImageText(Task):
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
     def on_attach(self, sites: list[str]) -> None:
-        """Text features are computed once unless something outside the vision tower is trained."""
+        """Decides whether text features are computed once: not if anything outside the vision tower is trained."""
         self._text_adapted = not all(site.startswith(("vision", "visual")) for site in sites)
         self._cached_text = None
 

@@ -28,7 +28,7 @@ _loader: ContextVar[Loader | None] = ContextVar("loader", default=None)
 
 @contextlib.contextmanager
 def loading_by(loader: Loader) -> Iterator[None]:
-    """Inside, `pretrained_model` calls `loader`: for a model of which only the shapes are wanted (plan.py)."""
+    """A context in which `pretrained_model` calls `loader`. The plan uses it: it needs only the shapes of a model."""
     token = _loader.set(loader)
     try:
         yield
@@ -37,11 +37,21 @@ def loading_by(loader: Loader) -> Iterator[None]:
 
 
 def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any, list[str]]:
-    """The model `config.model` as the transformers class `kind` loads it, in eval mode, and the names of the
-    parameters that the checkpoint does not have.
+    """Loads the pretrained model that `config.model` names.
 
-    Those are drawn from a fixed seed: every agent and every process starts from the same ones, and the global
-    generators are left alone. Raises UserError if there is no such model, or no GPU for a quantized one.
+    New parameters, which the checkpoint does not have, are drawn from a fixed seed: every agent and every process
+    starts with the same ones. Global random generators stay untouched.
+
+    Args:
+        config: names the model, and how it is to be loaded.
+        kind: the transformers class that loads it.
+        options: more arguments of its `from_pretrained`.
+
+    Returns:
+        The model in eval mode, and the names of its new parameters.
+
+    Raises:
+        UserError: there is no such model, or no GPU for a quantized one.
     """
     if config.model is not None:
         refuse_adapter(Path(config.model).expanduser())
@@ -102,11 +112,11 @@ def pretrained_tokenizer(config: TaskConfig, processor: bool = False) -> Any:
 
 
 def max_tokens(config: TaskConfig, model: Any, tokenizer: Any) -> int:
-    """The longest sequence: the model's limit, or `config.max_length`, which must not be above it."""
+    """The longest sequence in tokens: `config.max_length`, or the model's limit; UserError if the first is above it."""
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or sys.maxsize
     for name, module in model.named_modules():
-        # RoBERTa's kin number positions from after the padding's.
+        # RoBERTa and its relatives number positions from one after that of the padding.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limit = module.num_embeddings - module.padding_idx - 1
     limit = min(limit, tokenizer.model_max_length)  # huge if the tokenizer knows no limit
@@ -167,7 +177,7 @@ def family_targets(model: Any) -> list[str] | None:
 def checkpoint_layers(model: nn.Module) -> None:
     """Makes every block compute its activations again in the backward pass.
 
-    transformers does so only in training mode, which would switch dropout on; this leaves the mode alone.
+    transformers does this only in training mode, which would switch dropout on. This function leaves the mode alone.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -40,10 +40,10 @@ def _causal_lm(config: TaskConfig) -> Task:
 
 @dataclass(frozen=True)
 class TaskKind(Kind):
-    """A task by name; `build` takes the `TaskConfig`.
+    """A kind of task; `build` takes the `TaskConfig`.
 
     Attributes:
-        options: the fields of the configuration that it reads; None: any.
+        options: the fields of the `TaskConfig` that the task reads; None: any.
     """
 
     options: frozenset[str] | None = None
@@ -94,7 +94,7 @@ _BUILT_IN = {
 
 
 def _own(function: Callable[..., Any], name: str) -> TaskKind:
-    """A function of the user's as a kind. A parameter that has no default and is not set is given the `TaskConfig`."""
+    """The kind of a user's function. Parameters without a default that are not set get the `TaskConfig`."""
     required = [option.name for option in options(function).values() if option.default is inspect.Parameter.empty]
 
     def build(config: TaskConfig) -> Task:
@@ -114,9 +114,12 @@ KINDS: Table[TaskKind] = Table("task", "decaf_lora.tasks", _BUILT_IN, _own)
 
 
 def make(config: TaskConfig) -> Task:
-    """The task named by the configuration: one of `KINDS`, or a function of the user's own (docs/own-task.md).
+    """The task that the configuration names: one of `KINDS`, or what a user's function returns (docs/own-task.md).
 
-    A function of your own is called without arguments or, if it requires one, with the `TaskConfig`.
+    A user's function gets its options. A parameter without a default that is no option gets the `TaskConfig`.
+
+    Raises:
+        UserError: the name is unknown, an option is set that the task does not use, or the task cannot be made.
     """
     name, kind, argument = KINDS.find(config.name)
     if argument:
@@ -127,9 +130,9 @@ def make(config: TaskConfig) -> Task:
 
 
 def files_state(config: TaskConfig) -> str:
-    """A short text that changes whenever a local file does that a task is made of: data, model, a user's own code.
+    """A short text that changes whenever a local file of the task changes: data, model, or the user's own code.
 
-    A process that keeps a task for its next run compares this.
+    A process that keeps a task for its next run compares this text.
     """
     source = config.name.rpartition(":")[0]
     if not (config.data or config.model or source):
@@ -140,7 +143,7 @@ def files_state(config: TaskConfig) -> str:
 
 
 def refuse_unused(config: TaskConfig, used: frozenset[str], user: str) -> None:
-    """UserError for an option that was set but that `user` does not read."""
+    """Raises UserError if an option is set that is not among `used`, those that the task called `user` reads."""
     for field, info in TaskConfig.model_fields.items():
         if field not in used and field != OWN and getattr(config, field) != info.default:
             raise UserError(f"task.{field}: {user} does not use it; leave it out.")

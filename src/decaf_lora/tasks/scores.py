@@ -16,7 +16,13 @@ from decaf_lora.tasks.base import accuracy_statistics
 class ClassScore:
     """The score of a classification: accuracy, the F1 of one of two classes, or the mean F1 of all.
 
-    `positive` names the class of `f1`, the second one if None.
+    Args:
+        metric: "accuracy", "f1" or "macro-f1".
+        classes: names of the classes in the order of their numbers.
+        positive: name of the class of "f1"; None: the second one.
+
+    Raises:
+        UserError: "f1" without exactly two classes, or a positive class that does not exist or is not used.
     """
 
     def __init__(self, metric: str, classes: Sequence[str], positive: str | None = None) -> None:
@@ -39,8 +45,17 @@ class ClassScore:
         return float(self.score(self.statistics(constant, test_labels, 1))[0])
 
     def statistics(self, logits: Tensor, labels: Tensor, agents: int) -> Tensor:
-        """Logits (agents * b, C) and labels (agents * b,) -> sums over the examples: (agents, 2) right and all
-        for accuracy; (agents, 3 C) true positives, false positives, false negatives of each class for F1."""
+        """Sums over the examples of each agent, for `score`.
+
+        Args:
+            logits: (agents * b, C).
+            labels: (agents * b,).
+            agents: number of agents.
+
+        Returns:
+            For accuracy (agents, 2), the numbers of correct and of all examples. For F1 (agents, 3 C), the true
+            positives of each class, then the false positives, then the false negatives.
+        """
         if self.metric == "accuracy":
             return accuracy_statistics(logits, labels, agents)
         told = nn.functional.one_hot(logits.argmax(-1), self.num_classes).view(agents, -1, self.num_classes)
@@ -48,7 +63,7 @@ class ClassScore:
         return torch.cat([(told * true).sum(1), (told * (1 - true)).sum(1), ((1 - told) * true).sum(1)], 1)
 
     def score(self, statistics: Tensor) -> Tensor:
-        """(agents, q) -> (agents,). The mean F1 is over the classes that occur as a label or a prediction."""
+        """(agents, q) summed statistics -> (agents,) scores. macro-F1 is over classes that occur."""
         if self.metric == "accuracy":
             return statistics[:, 0] / statistics[:, 1].clamp_min(1)
         right, false_positive, false_negative = double(statistics).chunk(3, 1)

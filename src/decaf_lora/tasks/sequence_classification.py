@@ -1,8 +1,8 @@
 """Text classification with a pretrained encoder and a head (`AutoModelForSequenceClassification`).
 
-Which class is the text, or the pair of texts? The loss is the cross-entropy over the classes. The head, and
-whatever else the checkpoint does not have, is trained in full: it goes to `modules_to_save`, starts equal on
-all agents, and is mixed like the adapters.
+Which class is the text, or the pair of texts? The loss is the cross-entropy over the classes. The head, and every other
+module that the checkpoint lacks, is trained in full: it goes to `modules_to_save`, starts equal on all agents, and is
+averaged with the same mixing weights as the adapters.
 """
 
 from __future__ import annotations
@@ -40,11 +40,19 @@ HEADS = ("classifier", "score")
 
 
 class SequenceClassification(Task):
-    """Classification of token sequences with a model of transformers whose output has `logits` (m, C).
+    """Classification of token sequences.
 
-    `train` and `test` hold, by name of the model's argument (`input_ids`, `token_type_ids`), the sequences;
-    `labels` (num_train,) and `test_labels` (num_test,) are class numbers; `fills` are what sequences are padded
-    with, 0 by default; `heads` are the modules to train in full.
+    Args:
+        model: a model of transformers whose output has `logits` (m, C).
+        train: argument of the model (`input_ids`, `token_type_ids`) -> its sequences for the training examples.
+        labels: (num_train,) class numbers.
+        test: the same as `train` for the test examples.
+        test_labels: (num_test,) class numbers.
+        classes: names of the classes in the order of their numbers.
+        heads: names of the modules to train in full.
+        fills: argument of the model -> the number that pads its sequences; 0 for others.
+        score: how to score; None: accuracy.
+        name: of the task.
     """
 
     model: Any
@@ -69,7 +77,7 @@ class SequenceClassification(Task):
         self._train_labels, self._test_labels = torch.as_tensor(labels), torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name
-        # A decoder's cache would only cost memory, and be filled twice where activations are computed again.
+        # A decoder's cache only costs memory, and gradient checkpointing would fill it twice.
         self._arguments = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         for head in self.heads:
             setattr(model.get_submodule(head), IN_OWN_DTYPE, True)

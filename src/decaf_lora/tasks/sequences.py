@@ -1,7 +1,7 @@
 """Which tokens does a causal language model read, and from where on must it predict them?
 
-Prompt and answer are tokenized as one text, as they are met in use; a token that reaches over the seam belongs
-to the answer. Sequences are padded on the right, where a causal model sees nothing of it.
+Prompt and answer are tokenized as one text, as they are in use. A token that reaches over the seam between them belongs
+to the answer. Sequences are padded on the right: a causal model does not look there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IGNORED = -100
 
 
 class Sequences(NamedTuple):
-    """Token sequences, and for each the position (n,) of its first target; all from there on are targets."""
+    """n token sequences, and the position (n,) of each one's first target: from there on all tokens are targets."""
 
     tokens: Ragged
     starts: NDArray[np.int64]
@@ -44,8 +44,13 @@ class Sequences(NamedTuple):
 
 
 def packed(tokens: Ragged, labels: np.ndarray, length: int) -> tuple[Sequences, np.ndarray]:
-    """Sequences of one label after the other as blocks of `length` tokens (the last of a label may be shorter),
-    and the label of each block (n,). A single token left over predicts nothing and is dropped."""
+    """Joins the sequences of each label end to end, and cuts them into blocks of `length` tokens.
+
+    The last block of a label may be shorter; one of a single token predicts nothing and is dropped.
+
+    Returns:
+        The blocks, and the label (n,) of each.
+    """
     blocks: list[NDArray[Any]] = []
     of_block: list[Any] = []
     for label in np.unique(labels):
@@ -71,7 +76,7 @@ def encode_texts(batch: Mapping[str, list[str]], tokenizer: Any, column: str, li
 
 
 def parts_of(template: str) -> list[tuple[str, str]]:
-    """A template as pairs of a text and the column behind it, "" behind the last; {{ and }} are braces in the text.
+    """A template as pairs (text, column that follows it); no column, "", follows the last text. {{ and }} are braces.
 
     A column's name may have dots, blanks and other signs: everything between two braces is the name.
     """
@@ -100,11 +105,24 @@ def encode_prompts(
     chat: bool,
     limit: int,
 ) -> dict[str, list[Any]]:
-    """Prompts with their answers: the column `answers`, ended, or every one of the list `answers`.
+    """Prompts with their answers as token sequences.
 
-    `parts`: what prompts are made of, as `parts_of` gives it. A space is put between a prompt and an answer unless
-    there is white space or a chat template. What is too long loses the beginning of its prompt, the same for all
-    answers.
+    A space goes between a prompt and an answer, unless there is white space already or a chat template. If a sequence
+    is too long, the beginning of its prompt is cut off, by the same number of tokens for all answers of that prompt.
+
+    Args:
+        batch: column -> its values, one an example.
+        tokenizer: that of the model.
+        parts: what prompts are made of, from `parts_of`.
+        answers: a column, whose answers get an end of sequence; or the list of answers that every prompt gets.
+        chat: whether to put prompt and answer into the tokenizer's chat template.
+        limit: longest sequence in tokens.
+
+    Returns:
+        `input_ids`; `start`, the position of the first target; `truncated`, whether the prompt was cut.
+
+    Raises:
+        UserError: an answer has no token, or the chat template fails.
     """
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     prompts = ["".join(text + (str(row[column]) if column else "") for text, column in parts) for row in rows]

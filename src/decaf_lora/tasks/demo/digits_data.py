@@ -41,7 +41,7 @@ class LabelledImages(NamedTuple):
 
 
 def load(split: Split, *, shift: bool = False) -> LabelledImages:
-    """The digits of `split`, as they were drawn or, with `shift`, as the agents meet them."""
+    """The digits of `split`, as they were written or, with `shift`, turned and inverted as the agents see them."""
     if split not in SPLIT_SIZES:
         raise errors.unknown("split", split, get_args(Split))
     pixels, labels = _source()
