@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from decaf_lora.adapters.fields import check_saved
+from decaf_lora.adapters.fields import check_saved, left_out
 from decaf_lora.adapters.files import read_safetensors, refuse_pointer, tensor_names
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
@@ -77,13 +77,19 @@ def rank_fields(directory: Path, field: str = "init_adapters") -> dict[str, Any]
 def read_adapter(directory: Path, field: str = "init_adapters") -> Saved:
     """The adapter in a PEFT directory.
 
-    Raises UserError as `read_config` does, and for tensors that are missing, damaged, no floating-point numbers or not
-    finite; the message names the file and the tensor.
+    Raises UserError as `read_config` does, and for tensors that are missing, damaged, no floating-point numbers, not
+    finite, or of layers that the configuration leaves out; the message names the file and the tensor.
     """
     directory = Path(directory)
     config = read_config(directory, field)
     path = _weights(directory, field)
     tensors = read_safetensors(path, field)
+    if lost := left_out(config, layers_of(tensors)):
+        raise UserError(
+            f"{field}: {path} holds factors of {len(lost)} layers (first: {lost[0]}) that target_modules, "
+            "exclude_modules and layers_to_transform of adapter_config.json leave out, so that PEFT would not use "
+            "them; mend the file that is wrong."
+        )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
