@@ -207,6 +207,8 @@ BAD_VALUES = {
     "--lora.r 65": "lora.r: rank 65 is larger than",
     "--lora.target_modules q_projj": "lora.target_modules: q_projj matches no linear layer",
     "--graph torus:2x3": "graph: ",
+    "--graph torus:99999x999999": "graph: torus:99999x999999 has more than 100000 agents",
+    "--graph torus:99999x99999": "graph: torus:99999x99999 has more than 100000 agents",
     "--graph nowhere.npy": "nowhere.npy",
     "--graph one-peer-hypercube --agents 10": "use 8 or 16 agents",
     "--gossip-steps 0": "gossip_steps: must be at least 1, or period",
@@ -221,6 +223,7 @@ BAD_VALUES = {
     "--algorithm fedavg --algorithm.messages int8": "algorithm.messages: fedavg does not take this option",
     "--algorithm.messages int8 --algorithm.relay_rank 4": "algorithm.messages: int8 cannot be combined with",
     "--device cuda:9": "device: 'cuda:9' cannot be used here",
+    "--device meta": "device: 'meta' cannot be used here",
     "--task nowhere.py:make": "nowhere.py does not exist",
     "--task nomodule:make": "cannot import 'nomodule'",
     "--task json:loads2": "has no function 'loads2'",
@@ -233,6 +236,13 @@ def test_bad_values_name_the_field_and_write_nothing(capsys, tmp_path, arguments
     line = fails(capsys, "run", "digits", *arguments.split(), "--out", out)
     assert BAD_VALUES[arguments] in line
     assert not out.exists()
+
+
+def test_a_folder_with_too_long_a_name_is_one_line(capsys, tmp_path):
+    for command in ("run", "compare"):
+        line = fails(capsys, command, "digits", *SMALL, "--out", tmp_path / ("x" * 300))
+        assert "out: cannot write in" in line
+        assert "File name too long" in line
 
 
 def test_bad_matrices_name_the_row(capsys, tmp_path):

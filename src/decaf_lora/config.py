@@ -28,6 +28,8 @@ from decaf_lora.errors import UserError, nearest
 from decaf_lora.frozen import Frozen
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
+MOST_EXCHANGES = 10_000
+"""Exchanges that a round may have."""
 OWN = "own"
 """The field of a section that holds the options of a kind which is not of this package."""
 
@@ -394,6 +396,8 @@ class RunConfig(Frozen):
     def _check_gossip(cls, value: int | Literal["period"]) -> int | Literal["period"]:
         if value != "period" and value < 1:
             raise ValueError("must be at least 1, or period")
+        if value != "period" and value > MOST_EXCHANGES:
+            raise ValueError(f"must be at most {MOST_EXCHANGES}, or period")
         return value
 
 

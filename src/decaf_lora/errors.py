@@ -5,6 +5,7 @@ without a traceback and exits with code 2. Any other exception is a bug and keep
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -38,3 +39,17 @@ def unknown(field: str, name: str, known: Iterable[str]) -> UserError:
     hint = nearest(name, choices)
     guess = f" Did you mean {hint[0]!r}?" if hint else ""
     return UserError(f"{field}: {name!r} is not known.{guess} Choose one of: {', '.join(choices)}.")
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The line for what numpy and torch raise where memory does not suffice; None for other errors."""
+    text = str(error)
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    if not isinstance(error, MemoryError) and not any(sign in text.lower() for sign in signs):
+        return None
+    asked = re.search(r"(?:tried to|Tried to|Unable to) allocate ([\d.]+ ?\w+)", text)
+    return UserError(
+        f"memory: {f'{asked[1]} more' if asked else 'what comes next'} does not fit into it. Make lora.r, agents, "
+        "training.batch_size, training.agents_per_pass or task.eval_batch_size smaller; `decaf plan` shows what each "
+        "costs. The last checkpoint, if there is one, is kept."
+    )

@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command import SMALL as SMALL_TOY
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
@@ -205,3 +206,20 @@ def test_absurd_numbers_are_one_line_in_every_field(name):
             configs.build(CompareConfig, values)
         assert name.split(".")[-1] in str(error.value)
         assert len(str(error.value)) < 400
+
+
+def test_a_round_has_no_endless_exchanges():
+    assert configs.build(RunConfig, {"gossip_steps": 10_000}).gossip_steps == 10_000
+    with pytest.raises(UserError, match=r"gossip_steps: must be at most 10000, or period"):
+        configs.build(RunConfig, {"gossip_steps": 10_001})
+
+
+def test_what_does_not_fit_into_memory_is_one_line(tmp_path, capsys):
+    """12 inputs times a rank of 10^9 in float32: 48 GB."""
+    out = tmp_path / "run"
+    arguments = ("run", "digits", *SMALL_TOY, "--lora.r", 10**9, "--out", out)
+    code, (line,) = decaf(capsys, *arguments)
+    assert code == 2
+    assert re.match(r"decaf: memory: .*does not fit into it\. Make lora\.r,", line)
+    code, _ = decaf(capsys, *arguments, "--lora.r", 2)  # what failed does not block the corrected command
+    assert code == 0

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from decaf_lora import data
 from decaf_lora.config import RunConfig, TaskConfig
+from decaf_lora.data.places import PLACE
 from decaf_lora.errors import UserError
 from inputs import ROWS, TEXT, lines, load, model, table
 
@@ -138,6 +139,15 @@ def test_all_faulty_lines_are_named_by_their_number_in_the_file(tmp_path):
     expected = r"3 lines have another number of fields than the 2 of line 1: line 5 \(3 fields\), line 6 \(1 fields\), "
     with pytest.raises(UserError, match=rf"task\.data: .*a\.csv: {expected}line 43 \(4 fields\); mend or remove"):
         load(tmp_path / "a.csv")
+
+
+def test_the_column_of_places_is_no_column_of_a_file(tmp_path):
+    header = ("text", "label", PLACE)
+    table(tmp_path / "a.csv", [(*row, "x") for row in ROWS], header)
+    lines(tmp_path / "a.jsonl", [dict(zip(header, (*row, "x"), strict=True)) for row in ROWS])
+    for name in ("a.csv", "a.jsonl"):
+        with pytest.raises(UserError, match=rf"task\.data: .*{name} has a column 'decaf:place', a name kept for this"):
+            load(tmp_path / name)
 
 
 def test_missing_values_are_named_by_their_line(tmp_path):

@@ -1,6 +1,8 @@
 """Images: deep ones keep their shades, folders mean one class each, and what is no image is named."""
 
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -77,6 +79,36 @@ def test_values_beyond_the_scale_are_refused_and_dark_ones_told(tmp_path):
         load(dark, columns=[], image="image", test_split="test")
     images(dark, pixel_range=(0, 4095))
     images(album(tmp_path / "full", make=noise(np.uint16, 65535)))
+
+
+def save_16_bit_png(path, value, colour_type):
+    """PIL writes no PNG of 16 bits a channel with colours (type 2) or transparency (4: grey, 6: colours)."""
+    channels = {2: 3, 4: 2, 6: 4}[colour_type]
+    row = b"\0" + struct.pack(">H", value) * (9 * channels)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 9, 9, 16, colour_type, 0, 0, 0), b"IDAT": zlib.compress(row * 9)}
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items()) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("colour_type", [2, 4, 6])
+def test_deep_images_with_colours_have_one_scale(colour_type, tmp_path):
+    """PIL keeps the upper 8 of their 16 bits: values up to 4095 are nearly black, and no scale can mend it."""
+
+    def deep(name, top):
+        root = album(tmp_path / name)
+        for i, path in enumerate(sorted(root.rglob("*.png"))):
+            save_16_bit_png(path, top * (i % 4 + 1) // 4, colour_type)
+        return root
+
+    images(deep("full", 65535))
+    message = r"task\.data: 8 of 8 train images have 16 bits a channel and use only 5\.9% of the scale from 0 to 65535"
+    with pytest.warns(UserWarning, match=message):
+        load(deep("dark", 4095), columns=[], image="image", test_split="test")
+    with pytest.raises(UserError, match=r"task\.pixel_range: 8 of 8 train images have 16 bits a channel and colours"):
+        load(tmp_path / "dark", columns=[], image="image", test_split="test", pixel_range=(0, 4095))
 
 
 def test_the_task_reads_deep_images_as_the_scale_says(clip, tmp_path):

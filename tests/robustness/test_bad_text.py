@@ -249,3 +249,29 @@ def test_a_template_of_images_has_its_braces_once(models, tmp_path):
         with pytest.raises(UserError, match=r"task\.templates: .* needs \{\} once"):
             make("image-text", model=models("clip"), data=tmp_path, templates=(template,))
     assert table(tmp_path / "a.csv").exists()
+
+
+# One column, two fields
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "field", "other"),
+    [
+        ("sequence-classification", {"text_pair_column": "text"}, "text_pair_column", "text_column"),
+        ("sequence-classification", {"text_pair_column": "label"}, "label_column", "text_pair_column"),
+        ("sequence-classification", {"label_column": "text"}, "label_column", "text_column"),
+        ("causal-lm", {"prompt_column": "text", "answer_column": "text"}, "answer_column", "prompt_column"),
+        ("causal-lm", {"templates": ("{text} {label}",), "answer_column": "label"}, "answer_column", "templates"),
+        ("causal-lm", {"templates": ("{text} {label}",), "answers": ("no", "yes")}, "label_column", "templates"),
+    ],
+)
+def test_a_column_has_one_field(kind, options, field, other, models, tmp_path):
+    """A model that reads the label or the answer is right in all examples, and has learnt nothing."""
+    family = "bert" if kind == "sequence-classification" else "llama"
+    with pytest.raises(UserError, match=rf"task\.{field}: column '\w+' is that of task\.{other} already"):
+        make(kind, model=models(family), data=table(tmp_path / "a.csv"), test_share=0.3, **options)
+
+
+def test_a_label_that_only_splits_the_data_may_be_the_answer(models, tmp_path):
+    task = causal(models, table(tmp_path / "a.csv"), prompt_column="text", answer_column="label", label_column="label")
+    assert task.classes == ["no", "yes"]

@@ -189,6 +189,53 @@ def test_what_is_not_supported_is_refused_by_name(field, value, adapter):
         read_config(edit(adapter, **{field: value}))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "lost"),
+    [
+        ("exclude_modules", ["q_proj"], 2),
+        ("exclude_modules", r".*\.0\..*", 2),
+        ("layers_to_transform", [0], 2),
+        ("layers_to_transform", 0, 2),
+        ("target_modules", ["v_proj"], 2),
+        ("target_modules", ".*_nothing", 4),
+    ],
+)
+def test_factors_that_peft_would_drop_are_refused(field, value, lost, adapter):
+    """PEFT reads such an adapter without a word, and leaves its factors of these layers out."""
+    edit(adapter, **{field: value})
+    with pytest.raises(UserError, match=rf"holds factors of {lost} layers \(first: model\.layers\.\d\."):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": None},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.[qv]_proj", "exclude_modules": []},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"exclude_modules": ["k_proj"]},
+    ],
+)
+def test_fields_that_leave_nothing_out_are_fine(values, adapter):
+    assert len(read_adapter(edit(adapter, **values)).tensors) == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("target_modules", value) for value in (7, {"a": 1}, ["q_proj", 1])),
+        *(("exclude_modules", value) for value in (7, [None])),
+        *(("modules_to_save", value) for value in ("classifier", {"a": 1})),
+        *(("layers_to_transform", value) for value in ("0", [True], [0.0])),
+        *(("layers_pattern", value) for value in (3, "(", ["layers", 1])),
+    ],
+)
+def test_names_of_layers_that_are_none_are_refused(field, value, adapter):
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {field}: .* is n"):
+        read_config(edit(adapter, **{field: value}))
+
+
 def test_an_option_of_tomorrow_that_is_off_does_no_harm(adapter):
     off = {"one": None, "two": False, "three": [], "four": {}}
     assert read_config(edit(adapter, **off))["r"] == 4

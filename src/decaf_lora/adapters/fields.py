@@ -10,10 +10,12 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from decaf_lora.errors import UserError
 
@@ -109,7 +111,39 @@ def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), str) and (fault := _not_a_pattern(values[name])):
             found.append((name, fault))
+    for pattern in [p for p in _listed(values.get("layers_pattern")) if isinstance(p, str)]:
+        if fault := _not_a_pattern(pattern):
+            found.append(("layers_pattern", fault))
+    for name, (kinds, inner, what) in _KINDS.items():
+        value = values.get(name)
+        listed = isinstance(value, list | tuple | set) and all(type(one) is inner for one in value)
+        if value is not None and not listed and not (type(value) is inner and inner in kinds):
+            found.append((name, f"{value!r} is neither unset nor {what}."))
     return found
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], type, str]] = {
+    "target_modules": ((str,), str, "a pattern or a list of names"),
+    "exclude_modules": ((str,), str, "a pattern or a list of names"),
+    "modules_to_save": ((), str, "a list of names"),
+    "layers_to_transform": ((int,), int, "a number or a list of numbers"),
+    "layers_pattern": ((str,), str, "a name or a list of names"),
+}
+"""Fields that name layers: what may stand alone, what in a list, and how to say so."""
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def left_out(values: Mapping[str, Any], layers: Sequence[str]) -> list[str]:
+    """Those of an adapter's `layers` that PEFT would not adapt under these fields, and whose factors it would drop."""
+    targets = values.get("target_modules")
+    if targets is None or targets == "all-linear":  # what these mean depends on the model; all layers that are there
+        targets = [layer.rpartition(".")[2] for layer in layers]
+    names = {name: values.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+    asked = types.SimpleNamespace(**names, target_modules=targets, target_parameters=None)
+    return [layer for layer in layers if not check_target_module_exists(asked, layer)]
 
 
 def _pattern(values: Mapping[str, Any], field: str, found: list[tuple[str, str]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from decaf_lora.adapters.fields import check_saved
+from decaf_lora.adapters.fields import check_saved, left_out
 from decaf_lora.adapters.files import read_safetensors, refuse_pointer, tensor_names
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
@@ -90,13 +90,19 @@ def read_adapter(directory: Path, field: str = "init_adapters") -> Saved:
         field: the option that named it, for errors.
 
     Raises:
-        UserError: as `read_config` does; or the weights are missing, damaged, no floating-point numbers or not finite
-            (the message names the file and the tensor).
+        UserError: as `read_config` does; or the weights are missing, damaged, no floating-point numbers, not finite,
+            or of layers that the configuration leaves out (the message names the file and the tensor).
     """
     directory = Path(directory)
     config = read_config(directory, field)
     path = _weights(directory, field)
     tensors = read_safetensors(path, field)
+    if lost := left_out(config, layers_of(tensors)):
+        raise UserError(
+            f"{field}: {path} holds factors of {len(lost)} layers (first: {lost[0]}) that target_modules, "
+            "exclude_modules and layers_to_transform of adapter_config.json leave out, so that PEFT would not use "
+            "them; mend the file that is wrong."
+        )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")

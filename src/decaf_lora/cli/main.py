@@ -28,7 +28,7 @@ from decaf_lora.cli.runs import (
     report_command,
     run_command,
 )
-from decaf_lora.errors import UserError, nearest
+from decaf_lora.errors import UserError, nearest, out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except (MemoryError, RuntimeError) as error:
+        line = out_of_memory(error)
+        if debug or line is None:
+            raise
+        console.print(f"decaf: {line}", markup=False, soft_wrap=True)
+        return 2
 
 
 def _warn(said: set[str], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

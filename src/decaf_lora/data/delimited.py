@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from decaf_lora.config import TaskConfig
 from decaf_lora.data.faults import Faults
-from decaf_lora.data.places import PLACE
+from decaf_lora.data.places import PLACE, refuse_place
 from decaf_lora.errors import UserError
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -133,6 +133,7 @@ def _rows(raw: bytes, encoding: str, dialect: Dialect) -> Iterator[Row]:
 
 def _header(fields: Sequence[str], path: Path, wanted: Sequence[str]) -> list[str]:
     header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(fields)]
+    refuse_place(header, path)
     for name in wanted:
         if header.count(name) > 1:
             raise UserError(f"task.data: {path} has {header.count(name)} columns {name!r}; rename all but one.")

@@ -52,6 +52,7 @@ def load(
     label: str | None = None,
     image: str | None = None,
     order: Sequence[str] = (),
+    label_is_learnt: bool = True,
 ) -> Examples:
     """Reads the examples that a task's configuration names.
 
@@ -61,6 +62,7 @@ def load(
         label: the column of labels; None: the data is used without labels.
         image: the column of images; None: there is none.
         order: names of a checkpoint's classes. Data with the same classes are numbered in this order.
+        label_is_learnt: false if labels only split the data, so that another column may be the label's as well.
 
     Raises:
         UserError: data that cannot be read, a split or column that does not exist, an empty split, missing values,
@@ -69,6 +71,7 @@ def load(
     wanted = list(columns)
     wanted += [("label_column", label)] if label is not None else []
     wanted += [("image_column", image)] if image is not None else []
+    _refuse_two_roles(wanted, label_is_learnt)
     splits = read(config, [column for _, column in wanted])
     for name, rows in splits.items():
         if len(rows) == 0:
@@ -103,6 +106,20 @@ def load(
     hashes = [of_rows(splits[name], used, folder) for name in ("train", "test")]
     content = hashlib.sha256(repr([*hashes, classes]).encode()).hexdigest()
     return Examples(splits["train"], splits["test"], numbers["train"], numbers["test"], classes, named, content)
+
+
+def _refuse_two_roles(wanted: Sequence[tuple[str, str]], label_is_learnt: bool) -> None:
+    """UserError for a column that two fields name: the model would read what it is to tell, or one text twice."""
+    roles: dict[str, str] = {}
+    for field, column in wanted:
+        if field == "label_column" and not label_is_learnt:
+            continue
+        if column in roles:
+            raise UserError(
+                f"task.{field}: column {column!r} is that of task.{roles[column]} already; each needs a column of "
+                "its own."
+            )
+        roles[column] = field
 
 
 def needs_text(rows: Dataset, fields: Iterable[tuple[str, str]], numbers: bool = False) -> None:

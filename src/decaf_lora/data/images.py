@@ -6,6 +6,7 @@ their values off at 255. So such images are scaled here, and a data set whose va
 
 from __future__ import annotations
 
+import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,9 +116,20 @@ _DEEP = dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N", "I"), (0.0, 65535.0)) 
 
 
 def _opened(file: dict[str, Any], folder: str) -> Any:
+    return Image().decode_example(_located(file, folder))
+
+
+def _located(file: dict[str, Any], folder: str) -> dict[str, Any]:
     if file["bytes"] is None and file["path"] and "://" not in file["path"]:
-        file = {"bytes": None, "path": str(Path(folder) / file["path"])}
-    return Image().decode_example(file)
+        return {"bytes": None, "path": str(Path(folder) / file["path"])}
+    return file
+
+
+def _is_cut(file: dict[str, Any], folder: str) -> bool:
+    """Whether PIL keeps only the upper 8 of an image's 16 bits a channel, as of all that have colours or alpha."""
+    file = _located(file, folder)
+    with PIL.Image.open(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"])) as image:
+        return image.mode not in _DEEP and any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
 
 
 def image_folder(config: TaskConfig) -> str:
@@ -162,7 +174,8 @@ def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) 
         folder=image_folder(config),
     )
     fine = np.array(checked["decodes"][:], bool)
-    _check_range(config, split, np.array(checked["low"][:], float)[fine], np.array(checked["high"][:], float)[fine])
+    low, high, cut = (np.array(checked[name][:], float)[fine] for name in ("low", "high", "cut"))
+    _check_range(config, split, low, high, cut > 0)
     bad = np.flatnonzero(~fine)
     if not bad.size:
         return rows
@@ -179,32 +192,48 @@ def readable_images(config: TaskConfig, split: str, rows: Dataset, column: str) 
 
 
 def _decodes(batch: dict[str, list[Any]], column: str, folder: str) -> dict[str, list[Any]]:
-    """For each image whether it decodes, and the lowest and highest value of one of more than 8 bits a channel.
+    """For each image whether it decodes, its lowest and highest value, and whether it was cut to 8 bits a channel.
 
-    The values are on the scale from the usual black, 0, to the usual white, 1. They are NaN for all other images.
+    The values are of images with more than 8 bits a channel, on the scale from the usual black, 0, to the usual white,
+    1. They are NaN for all other images.
     """
 
-    def check(file: Any) -> tuple[bool, float, float]:
+    def check(file: Any) -> tuple[bool, float, float, bool]:
         try:
             image = _opened(file, folder)
-            image.convert("RGB")
+            colours = image.convert("RGB")
+            cut = _is_cut(file, folder)
         except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
-            return False, np.nan, np.nan
-        if image.mode not in _DEEP:
-            return True, np.nan, np.nan
-        values = np.asarray(image, np.float64)
+            return False, np.nan, np.nan, False
+        if image.mode not in _DEEP and not cut:
+            return True, np.nan, np.nan, False
+        values = np.asarray(colours if cut else image, np.float64)
         if not np.isfinite(values).all():
-            return False, np.nan, np.nan
-        white = _DEEP[image.mode][1]
-        return True, values.min() / white, values.max() / white
+            return False, np.nan, np.nan, cut
+        white = 255.0 if cut else _DEEP[image.mode][1]
+        return True, values.min() / white, values.max() / white, cut
 
-    decodes, low, high = zip(*map(check, batch[column]), strict=True)
-    return {"decodes": list(decodes), "low": list(low), "high": list(high)}
+    decodes, low, high, cut = zip(*map(check, batch[column]), strict=True)
+    return {"decodes": list(decodes), "low": list(low), "high": list(high), "cut": list(cut)}
 
 
-def _check_range(config: TaskConfig, split: str, low: NDArray[Any], high: NDArray[Any]) -> None:
-    """UserError if values lie outside the scale from black to white; a warning if they fill little of it."""
-    deep = ~np.isnan(low)
+def _check_range(config: TaskConfig, split: str, low: NDArray[Any], high: NDArray[Any], cut: NDArray[Any]) -> None:
+    """UserError for images whose values lie outside the scale, or are on another than the only one that can be read;
+    a warning if they fill little of it."""
+    if cut.any() and config.pixel_range not in (None, (0, 65535)):
+        raise UserError(
+            f"task.pixel_range: {cut.sum()} of {len(cut)} {split} images have 16 bits a channel and colours or "
+            "transparency, and can be read on the scale from 0 to 65535 only; convert them to 8 bits a channel, or "
+            "leave task.pixel_range out."
+        )
+    if cut.any() and config.pixel_range is None and high[cut].max() < 0.25:
+        warnings.warn(
+            f"task.data: {cut.sum()} of {len(cut)} {split} images have 16 bits a channel and use only "
+            f"{high[cut].max():.1%} of the scale from 0 to 65535; convert them to 8 bits a channel if they should not "
+            "be dark.",
+            stacklevel=4,
+        )
+    deep = ~np.isnan(low) & ~cut
     if config.pixel_range is not None or not deep.any():
         return
     lowest, highest = low[deep].min(), high[deep].max()

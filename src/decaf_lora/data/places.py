@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset
+
+from decaf_lora.errors import UserError
 
 PLACE = "decaf:place"
 """Name of the column of places (`place`), which the readers of files add."""
@@ -13,6 +16,12 @@ PLACE = "decaf:place"
 def place(rows: Dataset, index: int) -> str:
     """Where a row comes from: `line 3 of test.csv`, or `row 2` where the source has no lines."""
     return str(rows[index][PLACE]) if PLACE in rows.column_names else f"row {index}"
+
+
+def refuse_place(names: Iterable[str], path: Path) -> None:
+    """UserError if a file has a column of this name itself."""
+    if PLACE in names:
+        raise UserError(f"task.data: {path} has a column {PLACE!r}, a name kept for this program; rename it.")
 
 
 _PACKED = (".gz", ".bz2", ".xz", ".zip")

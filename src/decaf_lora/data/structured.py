@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from decaf_lora.config import TaskConfig
 from decaf_lora.data.faults import Faults
-from decaf_lora.data.places import PLACE, suffix_of
+from decaf_lora.data.places import PLACE, refuse_place, suffix_of
 from decaf_lora.errors import UserError
 
 Record = tuple[int, Any]
@@ -138,8 +138,7 @@ def table_of(
             if name in wanted:
                 raise _mixed(name, values, places, path) from error
             columns.append(pa.array([_as_text(value) for value in values], pa.string()))
-    if PLACE in names:
-        raise UserError(f"task.data: {path} has a column {PLACE!r}, a name kept for this program; rename it.")
+    refuse_place(names, path)
     return pa.table([*columns, pa.array(places, pa.string())], names=[*names, PLACE])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from decaf_lora.config import (
+    MOST_EXCHANGES,
     OWN,
     AlgorithmConfig,
     LoraOptions,
@@ -65,7 +66,7 @@ class Terms(BaseModel):
     algorithm: AlgorithmConfig
     training: dict[str, Any]
     """All of the training but `LOCAL_TRAINING`."""
-    gossip_steps: int = Field(ge=1)
+    gossip_steps: int = Field(ge=1, le=MOST_EXCHANGES)
     """Exchanges in a round."""
     start: str
     """`common`, or `independent`."""

@@ -31,13 +31,19 @@ from .over_time import failing, one_peer_exponential, one_peer_hypercube, random
 from .schedule import Schedule
 from .weights import from_networkx
 
+MOST = 100_000
+"""Agents that a graph may have."""
+
 
 def _two(spec: str, argument: str, separator: str, example: str) -> tuple[int, int]:
     """The two sizes of "2x5" or "8+2"."""
     first, _, second = argument.lower().partition(separator)
     if not (first.isdecimal() and second.isdecimal()):
         raise UserError(f"graph: {spec}:{argument} is not readable; write it as {example}.")
-    return int(first), int(second)
+    sizes = int(first), int(second)
+    if (sizes[0] * sizes[1] if separator == "x" else sum(sizes)) > MOST:
+        raise UserError(f"graph: {spec}:{argument} has more than {MOST} agents.")
+    return sizes
 
 
 def _fit(graph: Graph | Schedule, n: int, other: Callable[[], Graph | Schedule] | None = None) -> Graph | Schedule:

@@ -190,7 +190,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        torch.ones(1, device=device).item()  # `meta` takes tensors but holds no numbers
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}).") from error
 

@@ -140,9 +140,10 @@ def _made(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     environment = directory / "environment.json"
     try:
         versions = json.loads(environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        versions = None
+    if isinstance(versions, dict):  # they only inform
         made |= {name: versions[name] for name in ("decaf_lora", "torch", "transformers", "peft") if versions.get(name)}
-    except (OSError, ValueError, TypeError):
-        pass  # they only inform
     return {**made, "rounds": values["round"]}
 
 

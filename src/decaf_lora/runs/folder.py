@@ -355,7 +355,9 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
         UserError: the folder holds something else; or a run without `resume`; or with `resume` no run, or a run of
             another configuration (only its rounds may grow).
     """
-    if out.exists() and not out.is_dir():
+    with disk(out):
+        exists = out.exists()
+    if exists and not out.is_dir():
         raise UserError(f"out: {out} is a file; give a folder.")
     if not started(out):
         left = [p.name for p in out.iterdir() if not p.name.startswith((LOCK, OWNER))] if out.exists() else []

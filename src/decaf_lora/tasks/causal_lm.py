@@ -218,7 +218,7 @@ def make(config: TaskConfig) -> CausalTask:
     columns = _prompt_columns(config) if config.answer_column else [("text_column", config.text_column)]
     if config.answer_column:
         columns.append(("answer_column", config.answer_column))
-    examples = data.load(config, columns, label=config.label_column)
+    examples = data.load(config, columns, label=config.label_column, label_is_learnt=False)
     model, tokenizer, limit = _load(config)
     train, test = _encode(config, examples, columns, model, tokenizer, limit)
     labels = examples.labels
