@@ -29,16 +29,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results_mutation.json"
 PACKAGE = "src/decaf_lora"
-RULES = ("tests/test_algorithms.py", "tests/test_tracking.py", "tests/test_exchange.py", "tests/test_ranks.py")
 TESTS: dict[str, tuple[str, ...]] = {
     "lowrank.py": ("tests/test_lowrank.py",),
-    "algorithms/**/*.py": ("tests/test_chain.py", *RULES),
-    "consensus.py": ("tests/test_consensus.py", "tests/test_alone.py", "tests/test_ranks.py"),
+    "algorithms/**/*.py": ("tests/test_exchange.py", "tests/test_chain.py", "tests/test_algorithms.py"),
+    "consensus.py": ("tests/test_consensus.py",),
     "optimizers.py": ("tests/test_training.py",),
-    "exchange.py": ("tests/test_exchange.py", "tests/test_alone.py", "tests/test_ranks.py"),
-    "run.py": ("tests/test_run.py", "tests/test_alone.py"),
-    "training.py": ("tests/test_training.py", "tests/test_run.py"),
+    "exchange.py": ("tests/test_exchange.py", "tests/test_chain.py"),
+    "run.py": ("tests/test_exchange.py", "tests/test_run.py"),
+    "training.py": ("tests/test_training.py",),
 }
+MORE = ("tests/test_tracking.py", "tests/test_alone.py", "tests/test_ranks.py", "tests/test_run.py")
+"""With `--again` survivors meet these, too: half a minute each."""
 
 
 class Mutated(importlib.machinery.SourceFileLoader):
@@ -120,19 +121,22 @@ def tested(path: Path, source: str, tests: tuple[str, ...], limit: float) -> str
     """What ends the tests of a mutant: the first test that fails, "time" or "" if all pass."""
     ours, theirs = os.pipe()
     if (child := os.fork()) == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         _child(theirs, path, source, tests)
     os.close(theirs)
     end, said = time.monotonic() + limit, "time"
-    while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            said = os.read(ours, 4096).decode() or "the process died"
-            break
-        time.sleep(0.05)
-    else:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    os.close(ours)
+    try:
+        while time.monotonic() < end:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                child, said = 0, os.read(ours, 4096).decode() or "the process died"
+                break
+            time.sleep(0.05)
+    finally:
+        os.close(ours)
+        if child:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     return "" if said == "passed" else said
 
 
@@ -192,8 +196,9 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=20, help="mutants a file; of algorithms/ three times that")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true", help="run those again that survived")
+    parser.add_argument("--again", action="store_true", help="run those again that survived, with more tests")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the tests that are running
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"], os.environ["HF_HUB_OFFLINE"] = "1", "1"
     sys.path[:0] = [str(ROOT / "src")]
@@ -232,7 +237,8 @@ def main() -> int:
             if time.monotonic() > end:
                 break
             start = time.monotonic()
-            mutant["killed by"] = run(path, tests, source)
+            more = (*tests, *(t for t in MORE if t not in tests)) if options.again else tests
+            mutant["killed by"] = run(path, more, source)
             why = known[0].get("survives because", "") if known and not mutant["killed by"] else ""
             done = [m for m in done if m not in known] + [mutant | ({"survives because": why} if why else {})]
             write(done)
