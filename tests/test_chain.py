@@ -166,3 +166,18 @@ def test_tensors_of_a_state_have_their_part_in_front_in_a_checkpoint():
     assert {name.split("/")[1] for name in names} == {"rule", "tracking", "int8"}
     assert {"state/tracking/c/A/first", "state/int8/A/first", "state/int8/tracking/B/second"} <= names
     assert np.all([t.shape[0] == 4 for t in run.snapshot()[0].values()])
+
+
+def test_a_state_is_made_for_the_first_round():
+    rule, adapter, seen = algorithms.dlora().rule, make_adapter(2), []
+
+    def trains(round_):
+        seen.append(round_)
+        return rule.trains(round_)
+
+    def message(adapter, state, round_):
+        seen.append(round_)
+        return rule.message(adapter, state, round_)
+
+    algorithms.chain(rule._replace(trains=trains, message=message)).init(adapter, setting(adapter, period=3))
+    assert seen == [algorithms.Round(1, 3)] * 2
