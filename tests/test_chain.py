@@ -15,6 +15,7 @@ from toy_runs import finished
 SAME = [
     (algorithms.decaf() | algorithms.tracking(0.5), algorithms.decaf(tracking=True, tracking_gamma=0.5)),
     (algorithms.dlora() | algorithms.int8(), algorithms.dlora(messages="int8")),
+    (algorithms.dlora_fa() | algorithms.tracking(1.0), algorithms.dlora_fa(tracking=True)),
     (
         algorithms.decaf(gauge="balanced")
         | algorithms.feedback(0.9)
