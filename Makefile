@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test faults fuzz check lint format model proto clean
+.PHONY: install demo test faults fuzz mutate check lint format model proto clean
 
 install: $(STAMP)
 
@@ -50,6 +50,11 @@ format: $(STAMP_TEST)
 # Spoilt inputs until it is stopped; tests/robustness/test_fuzz.py is a sample of them.
 fuzz: $(STAMP_TEST)
 	$(BIN)/python tests/helpers/fuzz.py
+
+# Changes one operator or number at a time and runs the tests of that file: do they notice? Goes on with its record.
+mutate: $(STAMP_TEST)
+	$(PIP) cosmic-ray
+	$(BIN)/python scripts/mutate.py
 
 model:
 	model/verify.sh

@@ -277,3 +277,10 @@ def test_unknown_names_and_options_are_refused_with_a_hint():
     with pytest.raises(UserError, match=r"algorithm\.moments: dlora takes keep or reset, not 'transport'"):
         algorithms.make("dlora", moments="transport")
     assert algorithms.make("dlora-fa").name == "dlora_fa"
+
+
+def test_of_options_for_several_algorithms_each_takes_its_own():
+    given = {"gauge": "balanced", "transforms": ["int8"], "nobodys": 1}
+    assert algorithms.accepted("decaf", given) == {"gauge": "balanced", "transforms": ["int8"]}
+    assert algorithms.accepted("dlora", given) == {"transforms": ["int8"]}
+    assert algorithms.accepted("local", given) == {}

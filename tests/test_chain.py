@@ -15,6 +15,7 @@ from toy_runs import finished
 SAME = [
     (algorithms.decaf() | algorithms.tracking(0.5), algorithms.decaf(tracking=True, tracking_gamma=0.5)),
     (algorithms.dlora() | algorithms.int8(), algorithms.dlora(messages="int8")),
+    (algorithms.dlora_fa() | algorithms.tracking(1.0), algorithms.dlora_fa(tracking=True)),
     (
         algorithms.decaf(gauge="balanced")
         | algorithms.feedback(0.9)
@@ -166,3 +167,18 @@ def test_tensors_of_a_state_have_their_part_in_front_in_a_checkpoint():
     assert {name.split("/")[1] for name in names} == {"rule", "tracking", "int8"}
     assert {"state/tracking/c/A/first", "state/int8/A/first", "state/int8/tracking/B/second"} <= names
     assert np.all([t.shape[0] == 4 for t in run.snapshot()[0].values()])
+
+
+def test_a_state_is_made_for_the_first_round():
+    rule, adapter, seen = algorithms.dlora().rule, make_adapter(2), []
+
+    def trains(round_):
+        seen.append(round_)
+        return rule.trains(round_)
+
+    def message(adapter, state, round_):
+        seen.append(round_)
+        return rule.message(adapter, state, round_)
+
+    algorithms.chain(rule._replace(trains=trains, message=message)).init(adapter, setting(adapter, period=3))
+    assert seen == [algorithms.Round(1, 3)] * 2

@@ -85,6 +85,16 @@ def test_bytes_are_what_the_messages_hold():
     assert adapter_bytes["local"] == 0
 
 
+def test_the_recorded_learning_rate_is_that_of_the_rounds_first_step():
+    training = CONFIG.model_copy(update={"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0})
+    training = training.model_copy(update={"schedule": "linear", "learning_rate": 0.4, "final_learning_rate": 0.1})
+    run = make_run("local", rounds=3, training=training)
+    rates = [record.learning_rate for record in run.train()]
+    assert rates == pytest.approx([0.4, 0.4, 0.3, 0.2])  # round 0 is the start; the rates of steps 0, 3 and 6 of 9
+    warm = make_run("local", rounds=4, training=training.model_copy(update={"warmup": 0.5}))
+    assert [record.learning_rate for record in warm.train()] == pytest.approx([0, 0, 0.2, 0.4, 0.25])
+
+
 @pytest.mark.parametrize("algorithm", list(algorithms.KINDS))
 @pytest.mark.parametrize("stop", ["after a round", "within a round", "between start and round 1"])
 def test_resumed_equals_uninterrupted_bit_for_bit(algorithm, stop, tmp_path):

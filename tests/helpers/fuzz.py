@@ -427,9 +427,12 @@ def server():
     return context
 
 
-def run(target: str, seeds: range, made: Path, until: float | None = None) -> list[tuple[int, str]]:
-    """(seed, what is wrong) of the cases that end badly. A process that dies is one, and the others go on."""
-    found, left = [], seeds
+def run(target: str, seeds: range, made: Path, until: float | None = None) -> tuple[int, list[tuple[int, str]]]:
+    """How many cases were begun, and (seed, what is wrong) of those that end badly.
+
+    A process that dies is one, and the others go on.
+    """
+    tried, found, left = 0, [], seeds
     context = server()
     while len(left):
         ours, theirs = context.Pipe(duplex=False)
@@ -444,15 +447,16 @@ def run(target: str, seeds: range, made: Path, until: float | None = None) -> li
                     found.append((seed, wrong))
                 elif seed is None:
                     process.join()
-                    return found
+                    return tried, found
                 else:
                     current = seed
+                    tried += 1
         process.join()
         if current is None:
-            return [*found, (left[0], f"no case ran; exit code {process.exitcode}")]
+            return tried, [*found, (left[0], f"no case ran; exit code {process.exitcode}")]
         found.append((current, f"the process died with exit code {process.exitcode}"))
         left = range(current + 1, left.stop)
-    return found
+    return tried, found
 
 
 def _arguments() -> argparse.Namespace:
@@ -475,17 +479,24 @@ def _main() -> int:
             wrong = case(options.target or "data", options.seed, made)
             print(wrong or "fine")
             return int(wrong is not None)
-        count, bad, start, end = 0, 0, random.randrange(10**9), time.monotonic() + options.seconds
+        targets = [options.target] if options.target else list(TARGETS)
+        counts, bad, start, end = (
+            dict.fromkeys(targets, 0),
+            0,
+            random.randrange(10**9),
+            time.monotonic() + options.seconds,
+        )
         while time.monotonic() < end:
-            for target in [options.target] if options.target else TARGETS:
-                seeds = range(start, start + 200)
-                for seed, wrong in run(target, seeds, made, min(end, time.monotonic() + 600)):
-                    bad += 1
+            for target in targets:
+                tried, found = run(target, range(start, start + 200), made, min(end, time.monotonic() + 600))
+                for seed, wrong in found:
                     print(f"\n--target {target} --seed {seed}\n{wrong}", flush=True)
-                count += len(seeds)
+                counts[target] += tried
+                bad += len(found)
             start += 200
             shutil.rmtree(made / "cache", ignore_errors=True)
-            print(f"{count} cases, {bad} bad", flush=True)
+            shown = ", ".join(f"{target} {count}" for target, count in counts.items())
+            print(f"{sum(counts.values())} cases ({shown}), {bad} bad", flush=True)
     return int(bad > 0)
 
 

@@ -16,6 +16,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("target", list(fuzz.TARGETS))
 def test_no_input_ends_in_a_traceback(target, made):
-    bad = fuzz.run(target, range(COUNTS[target]), made)
+    tried, bad = fuzz.run(target, range(COUNTS[target]), made)
     shown = "\n".join(f"--target {target} --seed {seed}\n{wrong}" for seed, wrong in bad[:3])
+    assert tried == COUNTS[target]
     assert not bad, f"{len(bad)} of {COUNTS[target]} cases:\n{shown}"
