@@ -175,7 +175,7 @@ def test_if_the_run_is_over_the_agents_stay_as_they_are():
     adapter, engine = make_adapter(4), Elsewhere(4, met={2: 9}, over=9)
     exchange = an_exchange(engine)
     done = exchange.finish(adapter, exchange.start(adapter, exchange.init(adapter), 3))
-    assert done.round.number == 10
+    assert done.round.number == 9  # exchanges 0 to 8 were made, one a round; the next round would be the 10th
     assert done.adapter is adapter
 
 

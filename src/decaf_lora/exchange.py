@@ -210,9 +210,8 @@ class Exchange:
         """Waits for the started exchange, makes the further exchanges of the round, and combines."""
         with self.phase("exchange"):
             round_, state, inbox, cut, costs = self._make(adapter, started)
-        if (
-            not inbox.senders
-        ):  # the message came too late: this agent takes part again in a later round, if there is one
+        if not inbox.senders:
+            # The message came too late: this agent takes part again in a later round, if there is one.
             number, adapter, state = self.meet(adapter, state, round_.number)
             self.hold(adapter)
             return Exchanged(self.round(number - 1), adapter, state, inbox, None, *costs)
