@@ -520,3 +520,11 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
     best = names["Best"]()
     list(follow(notebook(rounds=2), best))
     assert 0 < best.score <= 1
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "3", '"x"', "[[]]", "[" * 5000])
+def test_an_export_needs_no_environment(text, torn, tmp_path):
+    """What environment.json holds only informs: an export without it is the same but for the versions."""
+    (torn / "environment.json").write_text(text)
+    assert decaf("export", torn, "--agent", "0", "--to", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 import warnings
@@ -117,7 +118,7 @@ def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> Da
         except (OSError, ValueError) as error:
             raise UserError(f"task.data: {file} cannot be read: {_first_line(error)}") from error
     with _as_lines(config, path):
-        names = {split: [str(file) for file in of_split] for split, of_split in files.items()}
+        names = {split: [glob.escape(str(file)) for file in of_split] for split, of_split in files.items()}
         found = [content.digest(file) for of_split in files.values() for file in of_split]
         key = hashlib.sha256(repr((names, found)).encode()).hexdigest()
         return _whole(datasets.load_dataset("parquet", data_files=names, cache_dir=_cache(key)))
@@ -202,7 +203,7 @@ def _images(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> Dat
     metadata = {file for file in path.rglob("*") if file.name in METADATA}
     _tell_ignored(path, {*images, *metadata})
     with _as_lines(config, path):
-        data = str(path.resolve())
+        data = glob.escape(str(path.resolve()))
         return _whole(datasets.load_dataset("imagefolder", data_dir=data, cache_dir=_cache(content.digest_all(path))))
 
 
@@ -218,7 +219,7 @@ def _split_files(path: Path, config: TaskConfig) -> dict[str, list[Path]]:
     """Split -> files, by the names of files and folders as `datasets` understands them."""
     with _as_lines(config, path):
         try:
-            base = path.resolve().as_posix()
+            base = glob.escape(path.resolve().as_posix())  # `datasets` takes names for patterns
             patterns = get_data_patterns(base)
             found = DataFilesDict.from_patterns(patterns, base_path=base)
         except EmptyDatasetError as error:
