@@ -295,9 +295,7 @@ class GossipCallback(TrainerCallback):
         for factor in sorted({"A", "B"} - trained):
             values = [p.detach().cpu() for k, p in self._live.parameters.items() if owner(k) == factor]
             made = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in values)).hexdigest()[:8]
-            facts[
-                f"{factor}, which is not trained and so must start equal (use one set_seed before get_peft_model)"
-            ] = made
+            facts[f"{factor}, which stays as it starts (call set_seed alike before get_peft_model)"] = made
         return facts
 
 
