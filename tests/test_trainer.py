@@ -42,6 +42,9 @@ def make_model(seed=0, dropout=0.0, **lora):
     sizes = {k: v for k, v in tiny.SMALL.items() if k not in ("bos_token_id", "eos_token_id")}
     config = BertConfig(**sizes, num_labels=3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     base = BertForSequenceClassification(config)
+    for parameter in base.parameters():  # far from the flat start of a new model
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3)
     set_seed(seed)
     fields = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"], **lora}
     return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **fields))
@@ -128,6 +131,12 @@ class AfterProbe(TrainerCallback):
         self.seen.append(values(model))
 
 
+def mixture(weights, everybody):
+    """Of lists of tensors, one an agent, the weighted sums that each agent gets."""
+    columns = list(zip(*everybody, strict=True))
+    return [[sum(w * t for w, t in zip(row, ts, strict=True)) for ts in columns] for row in weights]
+
+
 def by_hand(models, weights, every, steps, accumulate=1, clip=None, tracked=False):
     """DLoRA with SGD, in plain torch: agents take batches of 4 in order, and average all factors by `weights`."""
     n = len(models)
@@ -145,7 +154,7 @@ def by_hand(models, weights, every, steps, accumulate=1, clip=None, tracked=Fals
                 at[i] = (at[i] + 4) % len(data)
                 batch = {"input_ids": torch.stack([r["input_ids"] for r in rows])}
                 batch["labels"] = torch.tensor([r["labels"] for r in rows])
-                (model(**batch).loss / accumulate).backward()
+                model(**batch).loss.backward()  # Trainer leaves the sum to models that know the number of items
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained[i], clip)
             with torch.no_grad():
@@ -259,8 +268,7 @@ def test_moments_are_those_of_the_scripts_optimizer(tmp_path):
     algorithm = algorithms.dlora(moments="reset")
     GossipCallback.simulate(trainers, graph="complete", algorithm=algorithm, every=2)
     by_step = dict(seen)
-    assert by_step[1]
-    assert all(t.any() for t in by_step[1].values())
+    assert any(t.any() for k, t in by_step[1].items() if ".lora_" in k)
     factors = [t for k, t in by_step[2].items() if ".lora_" in k]
     assert factors
     assert not any(t.any() for t in factors)
