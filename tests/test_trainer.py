@@ -1,80 +1,21 @@
 """A callback makes Trainers decentralized: their exchanges are the algorithm's, and all else stays the script's."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
 
 import tiny
 from decaf_lora import UserError, algorithms, graphs
 from decaf_lora.integrations import GossipCallback
-
-WORDS = 6
-"""Tokens of an example."""
-
-
-class Examples(torch.utils.data.Dataset):
-    """Random tokens; the class is told by the first one."""
-
-    def __init__(self, seed, count=24):
-        generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(4, 40, (count, WORDS), generator=generator)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": int(self.ids[i, 0]) % 3}
-
-
-def make_model(seed=0, dropout=0.0, **lora):
-    set_seed(7)
-    sizes = {k: v for k, v in tiny.SMALL.items() if k not in ("bos_token_id", "eos_token_id")}
-    config = BertConfig(**sizes, num_labels=3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    base = BertForSequenceClassification(config)
-    for parameter in base.parameters():  # far from the flat start of a new model
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.3)
-    set_seed(seed)
-    fields = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"], **lora}
-    return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **fields))
-
-
-def make_trainer(folder, agent=0, steps=6, model=None, tests=None, **arguments):
-    given = {
-        "output_dir": str(folder / f"agent-{agent}"),
-        "max_steps": steps,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "train_sampling_strategy": "sequential",
-        "seed": 11 + agent,
-    }
-    made = TrainingArguments(**given | arguments)
-    model = make_model() if model is None else model
-    return Trainer(model, made, train_dataset=Examples(agent), eval_dataset=tests)
-
-
-def values(model):
-    """Name -> tensor of all that is trained."""
-    return {k: p.detach().clone() for k, p in model.named_parameters() if ".lora_" in k or "modules_to_save" in k}
+from decaf_lora.integrations.trainer import _check_parallel
+from ranks import free_port
+from trainer_scripts import Examples, full, make_model, make_trainer, start, values
 
 
 def products(tensors):
@@ -154,7 +95,7 @@ def by_hand(models, weights, every, steps, accumulate=1, clip=None, tracked=Fals
                 at[i] = (at[i] + 4) % len(data)
                 batch = {"input_ids": torch.stack([r["input_ids"] for r in rows])}
                 batch["labels"] = torch.tensor([r["labels"] for r in rows])
-                model(**batch).loss.backward()  # Trainer leaves the sum to models that know the number of items
+                model(**batch).loss.backward()  # their sum: Trainer leaves the mean to the model
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained[i], clip)
             with torch.no_grad():
@@ -278,14 +219,6 @@ def test_moments_are_those_of_the_scripts_optimizer(tmp_path):
 # What stays the script's
 
 
-def full(folder, agent, **more):
-    """A Trainer with all that a script may have: dropout, shuffling, AdamW, a schedule, clipping, accumulation."""
-    given = {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1}
-    given |= {"learning_rate": 0.01, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
-    given |= {"train_sampling_strategy": "random"}
-    return make_trainer(folder, agent, model=make_model(agent, dropout=0.1, lora_dropout=0.1), **given | more)
-
-
 @pytest.mark.parametrize("n", [1, 3])
 def test_agents_that_do_not_talk_train_as_alone(tmp_path, n):
     expected = []
@@ -388,3 +321,105 @@ def test_sft_trainer(tmp_path):
             assert best.norm() > 0
             for own in after:
                 assert (products(own)[layer] - best).norm() <= 1e-5 * best.norm()
+
+
+# Agents in processes of their own
+
+
+def test_agents_that_meet_by_a_store_end_as_simulated(tmp_path):
+    given = {"graph": "line", "algorithm": "decaf_tracked", "every": 4, "seed": 3}
+    found = start(tmp_path, free_port(), [given] * 3)
+    trainers = [full(tmp_path / "simulated", i) for i in range(3)]
+    GossipCallback.simulate(trainers, **given)
+    for trainer, theirs in zip(trainers, found, strict=True):
+        assert same(values(trainer.model), theirs)
+
+
+def test_agents_that_differ_are_refused_in_all_processes(tmp_path):
+    given = {"graph": "complete", "algorithm": "dlora"}
+    for error in start(tmp_path, free_port(), [given | {"every": 3}, given | {"every": 2}]):
+        assert "every is 3 on rank 0, 2 on rank 1" in error
+
+
+# What is refused, in one line
+
+
+def refused(words, trainers, **given):
+    with pytest.raises(UserError, match=words) as caught:
+        GossipCallback.simulate(trainers, **{"graph": "complete", "every": 2, "algorithm": "decaf"} | given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "lora"),
+    [
+        ("lora.use_dora", {"use_dora": True}),
+        ("lora.init_lora_weights", {"init_lora_weights": "pissa"}),
+        ("lora.bias", {"bias": "lora_only"}),
+        ("lora.target_modules: agent 0 has 4 layers .query, value", {"target_modules": ["query"]}),
+        ("lora.r: agent 0 has 2 .* agent 1 3", {"r": 3, "lora_alpha": 6}),
+        ("lora.lora_alpha: agent 0 has scaling 2 .* agent 1 scaling 4", {"lora_alpha": 8}),
+        ("lora.modules_to_save: agent 0 has", {"modules_to_save": ["classifier", "pooler"]}),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(tmp_path, words, lora):
+    refused(words, [make_trainer(tmp_path, 0), make_trainer(tmp_path, 1, model=make_model(**lora))])
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path):
+    fine = make_trainer(tmp_path, 0)
+    plain = make_model().unload()
+    refused("model: BertForSequenceClassification is not a PEFT model", [fine, make_trainer(tmp_path, 1, model=plain)])
+    base = get_peft_model(make_model().unload(), IA3Config(task_type="SEQ_CLS", target_modules=["key"]))
+    refused("model: the adapter 'default' is a IA3Config", [fine, make_trainer(tmp_path, 1, model=base)])
+    more = make_model()
+    more.base_model.model.bert.pooler.dense.bias.requires_grad_(True)
+    refused("model: .*pooler.dense.bias is trained but no part", [fine, make_trainer(tmp_path, 1, model=more)])
+    other = make_model()
+    with torch.no_grad():
+        other.base_model.model.bert.pooler.dense.weight.add_(1)
+    refused("base model: agent 0 has", [fine, make_trainer(tmp_path, 1, model=other)])
+    refused("two of them train one model", [fine, make_trainer(tmp_path, 1, model=fine.model)])
+
+
+def test_trainers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    fine, other = make_trainer(tmp_path, 0), make_trainer(tmp_path, 1)
+    refused("max_steps: agent 0 has 6, agent 1 7", [fine, make_trainer(tmp_path, 1, 7)])
+    refused("every: 7 steps never come, training has 6", [fine, other], every=7)
+    refused("every: 0 steps never come", [fine, other], every=0)
+    refused("graph: missing", [fine, other], graph=None)
+    refused("graph: it joins 3 agents, here are 2", [fine, other], graph=graphs.ring(3))
+    refused("agents: decaf needs at least 2, got 1; use local", [fine])
+    refused("algorithm: fedavg does not gossip", [fine, other], algorithm="fedavg")
+    refused("trainer 0 has no checkpoint", [fine, other], resume_from_checkpoint=True)
+    starts = [make_trainer(tmp_path, i, model=make_model(i)) for i in range(2)]
+    refused("A, which stays as it starts", starts, algorithm="dlora_fa")
+    refused("optim: dlora .* those of SGD", [fine, other], algorithm=algorithms.dlora(moments="reset"))
+    folders = [make_trainer(tmp_path, 0, save_strategy="steps") for _ in range(2)]
+    refused("output_dir: two trainers write to one folder", folders)
+    wild = [make_trainer(tmp_path, i, learning_rate=1e30) for i in range(2)]
+    refused("training: the adapter of agent 0 is not finite after step 2", wild)
+    for name, value in (("deepspeed", "zero.json"), ("fsdp", True), ("parallel_mode", ParallelMode.DISTRIBUTED)):
+        given = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "parallel_mode": None, name: value})
+        with pytest.raises(UserError, match=r"(deepspeed|fsdp|DistributedDataParallel): GossipCallback does not"):
+            _check_parallel(given)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("GossipCallback: RANK and WORLD_SIZE set", [fine, other])
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ("federation: GossipCallback does not join", {"federation": "fed.yaml", "name": "alice"}),
+        ("store: missing", {}),
+        ("store: '10.0.0.1:29500' is no address", {"store": "10.0.0.1:29500", "agent": 0, "agents": 2}),
+        ("store: 'tcp://here:70000' is no address", {"store": "tcp://here:70000", "agent": 0, "agents": 2}),
+        ("store: agent= and agents= are missing", {"store": "tcp://here:29500"}),
+        ("agent: there is no agent 2 of 2", {"store": "tcp://here:29500", "agent": 2, "agents": 2}),
+        ("timeout: 0 is not above 0", {"store": "tcp://here:29500", "agent": 0, "agents": 2, "timeout": 0}),
+    ],
+)
+def test_what_the_callback_is_given_is_checked_at_once(words, given):
+    with pytest.raises(UserError, match=words):
+        GossipCallback(graph="complete", every=2, **given)
