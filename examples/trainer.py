@@ -90,10 +90,10 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train.csv and test.csv; without: the built-in set")
     parser.add_argument("--shots", type=int, default=10, help="training examples a class of --data")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--every", type=int, default=5, help="steps from one exchange to the next")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--every", type=int, default=2, help="steps from one exchange to the next")
     parser.add_argument("--algorithm", default="decaf_tracked")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--out", type=Path, help="where the adapters are saved")
     given = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
@@ -119,6 +119,7 @@ def main(arguments=None):
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=False,
             logging_strategy="no",
             seed=1 + number,
         )
@@ -138,7 +139,7 @@ def main(arguments=None):
             trainer.train()
         together = [make_trainer(number) for number in range(2)]
         # Here both run in this process. On two machines each adds to a script of its own:
-        #   trainer.add_callback(GossipCallback(store="tcp://HOST:PORT", agent=0, agents=2, graph="complete", every=5))
+        #   trainer.add_callback(GossipCallback(store="tcp://HOST:PORT", agent=0, agents=2, graph="complete", every=2))
         GossipCallback.simulate(together, graph="complete", algorithm=given.algorithm, every=given.every)
         scores = {
             name: [trainer.evaluate()["eval_accuracy"] for trainer in trainers]

@@ -1,5 +1,6 @@
 """A callback makes Trainers decentralized: their exchanges are the algorithm's, and all else stays the script's."""
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -423,3 +424,12 @@ def test_trainers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 def test_what_the_callback_is_given_is_checked_at_once(words, given):
     with pytest.raises(UserError, match=words):
         GossipCallback(graph="complete", every=2, **given)
+
+
+def test_the_example_shows_that_two_know_more_than_one(capsys):
+    spec = importlib.util.spec_from_file_location("example", Path(__file__).parent.parent / "examples" / "trainer.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    scores = example.main([])
+    assert min(scores["together"]) > 0.7 > 0.6 > max(scores["alone"])  # alone, half of the classes are out of reach
+    assert "together" in capsys.readouterr().out

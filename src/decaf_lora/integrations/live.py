@@ -49,7 +49,7 @@ class LiveAdapter:
         """`A/layer` (r, d_in), `B/layer` (d_out, r) and `extras/name`, as in `Adapter.tensors()` without agents."""
         self.scales: dict[str, float] = {}
         """layer -> the LoRA scaling."""
-        root = model.base_model.model
+        root: nn.Module = cast(Any, model.base_model).model
         factors: dict[str, dict[str, nn.Parameter]] = {"A": {}, "B": {}, "extras": {}}
         for name, module in root.named_modules():
             if isinstance(module, LoraLayer) and self.name in module.r:

@@ -17,6 +17,7 @@ Order. An exchange follows its steps whatever `order` the algorithm has, since t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -157,7 +158,7 @@ class GossipCallback(TrainerCallback):
             finally:
                 trainer.remove_callback(callbacks[agent])
 
-        return turns.run([lambda agent=agent: job(agent) for agent in range(count)], [t.args.seed for t in trainers])
+        return turns.run([functools.partial(job, agent) for agent in range(count)], [t.args.seed for t in trainers])
 
     def _begin(self, place: Place, plan: _Plan, resume: str | Path | None) -> None:
         self._place, self._plan, self._resume = place, plan, resume
