@@ -84,7 +84,9 @@ class Launch:
         )
 
 
-def connect(backend: str = "auto", device: str = "auto", timeout: float = 600.0) -> Processes:
+def connect(
+    backend: str = "auto", device: str = "auto", timeout: float = 600.0, launch: Launch | None = None
+) -> Processes:
     """Joins the processes of this launch; returns once all are there.
 
     Args:
@@ -92,11 +94,12 @@ def connect(backend: str = "auto", device: str = "auto", timeout: float = 600.0)
             its own, else gloo.
         device: auto, cpu, cuda or cuda:K. auto and cuda take the process's own GPU.
         timeout: seconds to wait for a process that does not come, or falls silent.
+        launch: who is who; None: as the launcher says.
 
     Raises:
         UserError: no launcher, a backend that is not built in, a port in use, a process that does not come (by rank).
     """
-    launch = Launch.read()
+    launch = launch or Launch.read()
     if timeout <= 0:
         raise UserError(f"timeout: {timeout:g} is not above 0; give seconds.")
     backend = backend.lower()
