@@ -82,13 +82,15 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def start(folder, port, each):
     """Agents in processes of their own: of each the values in the end, or the error; `each` are their arguments."""
-    CONTEXT.set_forkserver_preload(["trainer_scripts"])
+    CONTEXT.set_forkserver_preload(["decaf_lora.integrations.trainer", "transformers.models.bert.modeling_bert"])
     count, listening = len(each), f"tcp://127.0.0.1:{port}"
     work = [CONTEXT.Process(target=_agent, args=(folder, listening, i, count, own)) for i, own in enumerate(each)]
     for process in work:
         process.start()
     for process in work:
-        process.join()
+        process.join(timeout=300)  # against a hang; a busy machine may well take minutes
+        if process.is_alive():
+            process.kill()
     return [torch.load(folder / f"{i}.pt") for i in range(count)]
 
 
