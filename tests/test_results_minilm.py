@@ -61,7 +61,7 @@ def test_the_recipe_fits_the_data(benchmark, name, tmp_path):
 
 def test_the_table_takes_every_method_at_its_best_rate(benchmark, tmp_path):
     base = configs.load(CompareConfig, ROOT / "benchmarks" / "minilm.yaml")
-    toy = TaskConfig(name=f"{ROOT / 'tests' / 'toy.py'}:make_toy")
+    toy = TaskConfig(name=f"{ROOT / 'tests' / 'helpers' / 'toy.py'}:make_toy")
     update = {"task": toy, "lora": configs.LoraOptions(), "agents": 3, "rounds": 2, "evaluate_every": 2}
     update |= {"partition": "iid", "seeds": (0, 1), "algorithms": ("local", "dlora_fa"), "learning_rates": {}}
     base = CompareConfig.model_validate({**base.model_dump(), **update})

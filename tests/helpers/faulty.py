@@ -13,7 +13,7 @@ class Doomed(Toy):
     signal, batches = signal.SIGKILL, 0
 
     def train_batch(self, indices):
-        self.batches += 1
+        self.batches += len(indices) > 2  # the two examples that show whether agents stay apart are no step
         rank, lives = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # Three steps a round, of each of this rank's share of four agents.
         agents = 4 // int(os.environ.get("WORLD_SIZE", 4))

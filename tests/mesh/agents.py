@@ -15,7 +15,7 @@ from decaf_lora.engines.mesh.outcome import Limits
 from decaf_lora.graphs import as_schedule
 from decaf_lora.run import Run
 from helpers.toy import Toy
-from mesh.threads import QueueLink, Switchboard
+from mesh.switchboard import QueueLink, Switchboard
 
 LIMITS = Limits(patience=60.0, give_up=120.0, linger=60.0)
 N = 4

@@ -21,7 +21,7 @@ from decaf_lora.engines.mesh.outcome import Phase, RejectionError
 from decaf_lora.engines.mesh.payload import Template, pack
 from decaf_lora.graphs import Graph
 from mesh.agents import LIMITS, Agent, N, equals_simulation, make_run, together
-from mesh.threads import Switchboard
+from mesh.switchboard import Switchboard
 
 
 def ranks(*values):

@@ -153,6 +153,8 @@ def _open_store(launch: Launch, timeout: float) -> Store:
     try:
         store = _in_time(join, timeout + 1)  # where nobody listens, TCPStore itself gives up after `timeout`
     except _SilentError:
+        if not hosts and not _listens(launch.address, launch.port):  # a busy machine: TCPStore had not given up yet
+            raise _unreachable(launch, where, timeout) from None
         raise UserError(
             f"port: what listens on {where} does not answer as rank 0 of this run within {timeout:g} s; is the port "
             "another program's? Choose another (torchrun --master-port, or MASTER_PORT)."
@@ -163,11 +165,24 @@ def _open_store(launch: Launch, timeout: float) -> Store:
                 f"port: rank 0 cannot listen on {where} ({_reason(error)}); "
                 "choose another port (torchrun --master-port, or MASTER_PORT)."
             ) from error
-        raise UserError(
-            f"ranks: rank {launch.rank} cannot reach rank 0 at {where} within {timeout:g} s; is it started, and is "
-            "the address right? --timeout waits longer."
-        ) from error
+        raise _unreachable(launch, where, timeout) from error
     return PrefixStore(f"decaf/{launch.restarts}", store)
+
+
+def _unreachable(launch: Launch, where: str, timeout: float) -> UserError:
+    return UserError(
+        f"ranks: rank {launch.rank} cannot reach rank 0 at {where} within {timeout:g} s; is it started, and is "
+        "the address right? --timeout waits longer."
+    )
+
+
+def _listens(address: str, port: int) -> bool:
+    """Whether anybody accepts a connection there."""
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 class _SilentError(RuntimeError):
