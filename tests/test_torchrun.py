@@ -117,6 +117,7 @@ def test_a_killed_rank_ends_the_others_with_one_line_and_a_usable_checkpoint(doo
     doomed = [*small, "--task", f"{HERE / 'faulty.py'}:{doom}", "--out", out]
     ended = ranks.start(tmp_path, 4, ranks.decaf, *doomed, "--engine", "torchrun")
     assert ended.codes == {0: 2, 1: -signal.SIGKILL, 2: 2, 3: 2}, ended.output
+    assert len(ended.lines) == 1, ended.lines
     (line,) = ended.lines
     assert line == (
         "decaf: ranks: rank 1 of 4 is gone. What was saved is kept; go on from the last checkpoint with --resume."
@@ -169,6 +170,7 @@ def test_sigterm_to_one_rank_stops_all_in_that_step_and_leaves_a_checkpoint(tmp_
     terminated = [*SMALL, "--task", f"{HERE / 'faulty.py'}:Terminated", "--engine", "torchrun", "--out", out]
     ended = ranks.start(tmp_path, 2, ranks.decaf, *terminated)
     assert ended.codes == {0: 130, 1: 130}, ended.output
+    assert len(ended.lines) == 1, ended.lines
     (line,) = ended.lines
     assert "stopped in round 4" in line
     assert "Go on with: torchrun ... -m decaf_lora run --engine torchrun --resume" in line
@@ -180,6 +182,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_line(tmp_path):
     blow_up = ["--training.optimizer", "sgd", "--lr", "1e9", "--training.schedule", "constant"]
     ended = ranks.start(tmp_path, 2, ranks.decaf, *SPLIT, *blow_up, "--out", tmp_path / "run")
     assert ended.codes == {0: 2, 1: 2}, ended.output
+    assert len(ended.lines) == 1, ended.lines
     (line,) = ended.lines
     assert "is not finite in round" in line
 
@@ -201,6 +204,7 @@ def fails(tmp_path, world, *arguments, **options):
     out = tmp_path / "run"
     ended = ranks.start(tmp_path, world, ranks.decaf, *SPLIT, *arguments, "--out", out, **options)
     assert set(ended.codes.values()) == {2}, ended.output
+    assert len(ended.lines) == 1, ended.lines
     (line,) = ended.lines
     assert line.startswith("decaf: ")
     assert not out.exists()
@@ -272,6 +276,7 @@ def test_a_wire_that_there_is_none_of_is_one_line(tmp_path, wire, message):
     words = [*SMALL, "--task", TOY, "--engine", "torchrun", "--wire", wire, "--out", tmp_path / "run"]
     ended = ranks.start(tmp_path, 2, ranks.decaf, *words)
     assert ended.codes == {0: 2, 1: 2}
+    assert len(ended.lines) == 1, ended.lines
     (line,) = ended.lines
     assert message in line
     assert not (tmp_path / "run").exists()
