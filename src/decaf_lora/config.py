@@ -355,6 +355,11 @@ class RunConfig(Frozen):
     test: Literal["all", "own", "both"] = "all"
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
     by column or files, and test examples that have this column."""
+    baseline: tuple[Literal["alone", "pooled"], ...] = ()
+    """What to train as well, to see whether training together has helped: `alone`, every agent on its own data with as
+    many steps from the same start; `pooled`, one model on everybody's data, in simulation only."""
+    baseline_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the baselines. Unset: `training.learning_rate`."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -390,6 +395,14 @@ class RunConfig(Frozen):
         if not isinstance(value.get("name"), str):
             raise ValueError("give a name, or a mapping with the field `name` and options")
         return kinds.joined(value["name"], {k: v for k, v in value.items() if k != "name"}, str(info.field_name))
+
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _one_baseline(cls, value: Any) -> Any:
+        """Reads one name as a list of one, and drops repetitions."""
+        if isinstance(value, str):
+            return (value,)
+        return tuple(dict.fromkeys(map(str, value))) if isinstance(value, list | tuple) else value
 
     @field_validator("gossip_steps")
     @classmethod

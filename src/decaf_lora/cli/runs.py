@@ -31,7 +31,7 @@ def run_command(args: list[str]) -> int:
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
     try:
-        with display(1, err) as watch:
+        with display(1 + len(config.baseline), err) as watch:
             row, out = run(config, **_where(output, name), watch=watch)
     except Interrupted as stop:
         return _stopped(err, stop, config, "decaf run")
@@ -60,7 +60,9 @@ def _run_split(config: RunConfig, output: Output, name: str) -> int:
         where = _where(output, name)
         where["out"] = Path(processes.share("out", str(where["out"]))[0])
         try:
-            with display(1, err) if processes.is_main else contextlib.nullcontext(nobody) as watch:
+            with (
+                display(1 + len(config.baseline), err) if processes.is_main else contextlib.nullcontext(nobody) as watch
+            ):
                 finished = run_split(config, processes=processes, wire=output.wire, **where, watch=watch)
         except Interrupted as stop:
             if not processes.is_main:
@@ -130,11 +132,11 @@ def _results(rows: list[Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    from decaf_lora.records import nothing_learnt, table
+    from decaf_lora.records import answers, nothing_learnt, table
 
     console = Console(highlight=False)
     console.print(table(rows))
-    for line in nothing_learnt(rows):
+    for line in [*nothing_learnt(rows), *(answer.sentence() for answer in answers(rows))]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
 

@@ -1,5 +1,6 @@
 """What happened in a run, and how is it told?"""
 
+from decaf_lora.records.answer import Answer, answers
 from decaf_lora.records.formats import (
     COLUMNS,
     cells,
@@ -24,6 +25,7 @@ from decaf_lora.records.record import (
     write_json,
 )
 from decaf_lora.records.summary import (
+    BASELINES,
     METRICS,
     Aggregate,
     Spread,
@@ -33,19 +35,23 @@ from decaf_lora.records.summary import (
     read_summary,
     summarise,
     summary_row,
+    with_baselines,
 )
 
 __all__ = [
+    "BASELINES",
     "COLUMNS",
     "METRICS",
     "SHOWN",
     "Aggregate",
+    "Answer",
     "Pivot",
     "Record",
     "RecordWriter",
     "Spread",
     "SummaryRow",
     "aggregate",
+    "answers",
     "cells",
     "environment",
     "human_bytes",
@@ -66,5 +72,6 @@ __all__ = [
     "to_latex",
     "to_markdown",
     "whole_rounds",
+    "with_baselines",
     "write_json",
 ]

@@ -6,7 +6,7 @@ of a population (there are no other agents); over seeds it is that of a sample (
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any
@@ -38,6 +38,13 @@ class SummaryRow:
     """Mean score over agents before training."""
     majority_score: float | None = None
     """Score of always giving the most frequent class; None without classes."""
+    score_name: str = "score"
+    scores: list[float | None] | None = None
+    """Score of each agent's model."""
+    alone_scores: list[float | None] | None = None
+    """The same of agents that train on their own data alone, with as many steps; None if nobody trained them."""
+    pooled_score: float | None = None
+    """Score of a model trained on everybody's data; None if nobody trained it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class Aggregate:
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
 REFERENCES = {"start_score": "start", "majority_score": "majority class"}
 """Scores that need no training, to compare with -> what tables call them."""
+BASELINES = {"alone": "local", "pooled": "centralized"}
+"""Folder of a baseline inside the folder of its run -> the algorithm that makes it."""
 _ROWS = pydantic.TypeAdapter(list[SummaryRow])
 
 
@@ -86,8 +95,24 @@ def read_summary(path: Path) -> list[SummaryRow]:
 
 
 def summarise(run_dir: Path) -> SummaryRow:
-    """The row of the run in `run_dir`, from its run.json and records.jsonl."""
-    return summary_row(read_facts(run_dir), read_records(run_dir / "records.jsonl"))
+    """The row of the run in `run_dir`, from run.json and records.jsonl of the run and of its baselines."""
+    folders = [run_dir, *(run_dir / kind for kind in BASELINES)]
+    found = [folder for folder in folders if folder == run_dir or (folder / "run.json").exists()]
+    rows = [summary_row(read_facts(folder), read_records(folder / "records.jsonl")) for folder in found]
+    return with_baselines(rows)[0]
+
+
+def with_baselines(rows: Sequence[SummaryRow]) -> list[SummaryRow]:
+    """The rows, each with the scores of training alone and on pooled data: those of the rows of the same partition and
+    seed that did just that."""
+    alone = {(row.partition, row.seed): row.scores for row in rows if row.algorithm == BASELINES["alone"]}
+    pooled = {(row.partition, row.seed): row.mean_score for row in rows if row.algorithm == BASELINES["pooled"]}
+    return [
+        replace(
+            row, alone_scores=alone.get((row.partition, row.seed)), pooled_score=pooled.get((row.partition, row.seed))
+        )
+        for row in rows
+    ]
 
 
 def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryRow:
@@ -114,6 +139,8 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         lower_is_better=lower_is_better,
         start_score=start,
         majority_score=facts.get("majority_score"),
+        score_name=str(facts.get("score_name") or "score"),
+        scores=list(scores) or None,
     )
 
 

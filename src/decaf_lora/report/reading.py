@@ -50,14 +50,15 @@ Groups = dict[str, list[RunRecords]]  # algorithm -> its runs, one a seed
 
 
 def read_runs(directory: Path) -> list[RunRecords]:
-    """The runs in `directory`, in the order of its summary.json if it has one.
+    """The runs in `directory`: a run and its baselines, or those of a comparison, in the order of its summary.json.
 
     Raises:
         UserError: there is no run, or one cannot be read.
     """
     try:
         if (directory / "run.json").exists():
-            return [read_run(directory)]
+            folders = [directory, *(directory / kind for kind in records.BASELINES)]
+            return [read_run(folder) for folder in folders if (folder / "run.json").exists()]
         runs = [read_run(path.parent) for path in sorted(directory.glob("*/run.json"))]
     except OSError as error:
         raise UserError(f"report: cannot read {str(directory)[:200]} ({error.strerror or error}).") from error

@@ -19,18 +19,19 @@ from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.records import (
+    BASELINES,
     Record,
     SummaryRow,
     read_facts,
     read_records,
     read_summary,
     replace_text,
-    summarise,
+    with_baselines,
     write_json,
 )
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Interrupted, Progress, Subscriber, Watch, nobody
-from decaf_lora.runs.folder import Folder, check_folder, disk, run
+from decaf_lora.runs.folder import Folder, check_folder, disk, note_divergence, run
 from decaf_lora.runs.signals import stopping
 from decaf_lora.runs.workers import Lost, Stopped, Workers
 
@@ -67,6 +68,7 @@ def cells(config: CompareConfig) -> list[Cell]:
     graphs = _once("graphs", config.graphs or (config.graph,))
     partitions = _once("partitions", config.partitions or (config.partition,))
     keys = _once("algorithms", map(algorithms.spelled, config.algorithms))
+    keys += tuple(name for kind in config.baseline if (name := BASELINES[kind]) not in keys)
     algorithms.check_together(keys)
     for graph, partition, seed, key in itertools.product(graphs, partitions, _once("seeds", config.seeds), keys):
         options = algorithms.accepted(key, config.algorithm.options())
@@ -75,12 +77,16 @@ def cells(config: CompareConfig) -> list[Cell]:
             continue
         values = {k: getattr(config, k) for k in RunConfig.model_fields}
         learning_rate = config.learning_rates.get(key, config.training.learning_rate)
+        if config.baseline_learning_rate and key in (BASELINES[kind] for kind in config.baseline):
+            learning_rate = config.baseline_learning_rate
         values |= {
             "graph": graph,
             "partition": partition,
             "seed": seed,
             "algorithm": {"name": key, **options},
             "training": config.training.model_copy(update={"learning_rate": learning_rate}),
+            "baseline": (),  # the comparison has them as runs of their own
+            "baseline_learning_rate": None,
         }
         parts = [key, partition, f"seed{seed}"] if shared else [key, graph, partition, f"seed{seed}"]
         folder = "-".join(parts).replace("/", "_").replace(":", "-")
@@ -197,6 +203,7 @@ def _conclude(todo: list[Cell], rows: Mapping[str, SummaryRow], out: Path) -> li
 
     graphs = dict.fromkeys(graph for cell in todo for graph in cell.graphs)
     ordered = [replace(rows[cell.name], graph=graph) for graph in graphs for cell in todo if graph in cell.graphs]
+    ordered = with_baselines(ordered)
     with disk(out):
         write_json(out / "summary.json", [asdict(row) for row in ordered])
         for name, text in tables(ordered).items():
@@ -307,8 +314,6 @@ def _check_cells(left: list[Cell]) -> None:
 
 
 def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
-    from decaf_lora.report import write_report
-
     directory = out / cell.name
     try:
         return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)[0]
@@ -317,12 +322,7 @@ def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
     except (
         TrainingError
     ) as error:  # divergence is a result: the other runs go on, and --resume does not repeat this one
-        with disk(out):
-            write_json(directory / "run.json", read_facts(directory) | {"diverged": str(error)})
-            row = summarise(directory)
-            write_json(directory / "summary.json", [row])
-            write_report(directory)
-        return row
+        return note_divergence(directory, error)
 
 
 # In a worker
