@@ -132,11 +132,11 @@ def _results(rows: list[Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    from decaf_lora.records import answers, nothing_learnt, table
+    from decaf_lora.records import answers, nothing_learnt, table, verdicts
 
     console = Console(highlight=False)
     console.print(table(rows))
-    for line in [*nothing_learnt(rows), *(answer.sentence() for answer in answers(rows))]:
+    for line in [*nothing_learnt(rows), *verdicts(rows), *(answer.sentence() for answer in answers(rows))]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
 

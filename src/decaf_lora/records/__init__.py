@@ -24,6 +24,15 @@ from decaf_lora.records.record import (
     whole_rounds,
     write_json,
 )
+from decaf_lora.records.standings import (
+    DIFFERENCES,
+    RANKED,
+    differences,
+    standing,
+    standings,
+    verdicts,
+    winners,
+)
 from decaf_lora.records.summary import (
     BASELINES,
     METRICS,
@@ -41,7 +50,9 @@ from decaf_lora.records.summary import (
 __all__ = [
     "BASELINES",
     "COLUMNS",
+    "DIFFERENCES",
     "METRICS",
+    "RANKED",
     "SHOWN",
     "Aggregate",
     "Answer",
@@ -53,6 +64,7 @@ __all__ = [
     "aggregate",
     "answers",
     "cells",
+    "differences",
     "environment",
     "human_bytes",
     "lines",
@@ -64,6 +76,8 @@ __all__ = [
     "read_summary",
     "references",
     "replace_text",
+    "standing",
+    "standings",
     "summarise",
     "summary_row",
     "table",
@@ -71,7 +85,9 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "verdicts",
     "whole_rounds",
+    "winners",
     "with_baselines",
     "write_json",
 ]

@@ -10,6 +10,7 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
+from decaf_lora.records.standings import winners
 from decaf_lora.records.summary import METRICS, REFERENCES, Aggregate, Spread, SummaryRow, aggregate
 
 COLUMNS = (
@@ -147,8 +148,20 @@ LATEX = str.maketrans(
 
 
 def to_latex(rows: Iterable[SummaryRow]) -> str:
-    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}."""
-    body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in lines(aggregate(rows))]
+    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}.
+
+    A score is bold if it is better than all others by more than the noise of the seeds.
+    """
+    rows = list(rows)
+    bold = winners(rows)
+    columns_of = dict(zip(METRICS[:4], range(4, 8), strict=True))
+    body = []
+    for line in lines(aggregate(rows)):
+        cells = [cell.translate(LATEX) for cell in line]
+        for metric, column in columns_of.items():
+            if (line[0], line[1], line[2], metric) in bold:
+                cells[column] = rf"\textbf{{{cells[column]}}}"
+        body.append(" & ".join(cells) + r" \\")
     head = " & ".join(COLUMNS) + r" \\"
     columns = "lll" + "r" * (len(COLUMNS) - 3)
     text = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
