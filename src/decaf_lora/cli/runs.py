@@ -9,7 +9,7 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -240,18 +240,23 @@ def merge_command(args: list[str]) -> int:
 def report_command(args: list[str]) -> int:
     from decaf_lora.report import write_figures, write_report
 
-    def report(run: Positional[Path], figures: Path | None = None) -> tuple[Path, Path | None]:
+    def report(
+        run: Positional[Path], figures: Path | None = None, format: Literal["png", "pdf", "svg"] | None = None
+    ) -> tuple[Path, Path | None, str | None]:
         """Writes report.html of a run or a comparison again.
 
         Args:
             run: folder of the run or comparison.
-            figures: folder to write every figure to, as a PNG file of its own.
+            figures: folder to write every figure to, as a file of its own.
+            format: of these files: png, or pdf and svg, which can be enlarged. Unset: png.
         """
-        return run, figures
+        return run, figures, format
 
-    check_options(args, ["figures", "help"])
-    run, figures = parsed(report, "decaf report", args)
+    check_options(args, ["figures", "format", "help"])
+    run, figures, kind = parsed(report, "decaf report", args)
+    if kind is not None and figures is None:
+        raise UserError("format: it is that of the files of --figures; name their folder, as in --figures DIR.")
     print(write_report(run))
     if figures is not None:
-        print(*write_figures(run, figures), sep="\n")
+        print(*write_figures(run, figures, f".{kind or 'png'}"), sep="\n")
     return 0

@@ -81,12 +81,14 @@ def differences(rows: Sequence[SummaryRow]) -> list[list[str]]:
 def verdicts(rows: Sequence[SummaryRow]) -> list[str]:
     """Which method has the best mean score in each setting, in words, and a warning where the seeds are too few."""
     found = standings(rows)
-    lines = []
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (graph, partition), leader in found.items():
-        where = f" ({graph}, {partition})"
-        if leader.is_alone:
-            lines.append(f"best mean score{where}: {leader.name}, by more than the noise of the seeds.")
+        alike.setdefault((leader.name, leader.within_noise), []).append(f"{graph}, {partition}")
+    lines = []
+    for (name, near), settings in alike.items():
+        where = f" ({'; '.join(settings)})"
+        if near:
+            lines.append(f"no single best mean score{where}: {name} leads, within noise of it: {', '.join(near)}.")
         else:
-            near = ", ".join(leader.within_noise)
-            lines.append(f"no single best mean score{where}: {leader.name} leads, within noise of it: {near}.")
+            lines.append(f"best mean score{where}: {name}, by more than the noise of the seeds.")
     return [*lines, *dict.fromkeys(leader.warning for leader in found.values() if leader.warning)]

@@ -21,8 +21,10 @@ from decaf_lora import records
 from decaf_lora.errors import UserError
 from decaf_lora.report import words
 from decaf_lora.report.figures import Plot, make_plots
+from decaf_lora.report.gains import gains
+from decaf_lora.report.overview import make_overview
 from decaf_lora.report.reading import RunRecords, by_algorithm, by_setting, read_runs
-from decaf_lora.report.style import PAGE_COLOURS, STYLE
+from decaf_lora.report.style import DARK, PAGE_COLOURS, STYLE
 
 
 def write_report(directory: Path | str) -> Path:
@@ -50,13 +52,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _write_report(directory: Path, runs: list[RunRecords]) -> Path:
-    with matplotlib.rc_context(STYLE):
-        sections = [
-            (f"{graph} · {partition}", make_plots(by_algorithm(members)))
-            for (graph, partition), members in by_setting(runs).items()
-        ]
     path = directory / "report.html"
     configurations = {run.name: run.config for run in runs}
+    with matplotlib.rc_context(STYLE):
+        sections = _sections(runs)
     write_page(
         path,
         words.title(runs),
@@ -65,8 +64,22 @@ def _write_report(directory: Path, runs: list[RunRecords]) -> Path:
         sections,
         configurations,
         words.environments(runs),
+        verdict=words.verdict(runs),
     )
     return path
+
+
+def _sections(runs: Sequence[RunRecords]) -> list[tuple[str, list[Plot]]]:
+    """Title and figures of the overview, if there are several settings, and of each setting."""
+    settings = by_setting(runs)
+    overview = make_overview(settings)
+    drawn = any(plot.title == "The graphs" for plot in overview)
+    sections = [("All settings", overview)] if overview else []
+    for (graph, partition), members in settings.items():
+        groups = by_algorithm(members)
+        answer = [plot] if (plot := gains(groups)) else []
+        sections.append((f"{graph} · {partition}", [*answer, *make_plots(groups, with_graph=not drawn)]))
+    return sections
 
 
 def write_page(
@@ -77,6 +90,7 @@ def write_page(
     sections: Sequence[tuple[str, Sequence[Plot]]],
     configurations: dict[str, str],
     environment: dict[str, str],
+    verdict: Sequence[str] = (),
 ) -> None:
     """Writes a page of figures to `path`.
 
@@ -85,10 +99,11 @@ def write_page(
         title: of the page.
         facts: name -> a few words on what was done.
         table: `columns`; `groups`, pairs of a title and rows of (text, highlighted) cells; `note`; and, where there are
-            some, `pivots` and `warnings` (lines of text).
+            some, `pivots`, `differences` (a header and lines of text) and `warnings` (lines of text).
         sections: pairs of a title and figures, which were made under `STYLE`.
         configurations: name of a run -> its configuration, to repeat it.
         environment: name -> where it ran.
+        verdict: sentences that open the page: what came out.
     """
     loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora.report", "."),
@@ -112,6 +127,8 @@ def write_page(
         sections=inlined,
         configurations=configurations,
         environment=environment,
+        verdict=verdict,
+        colours=DARK,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     records.replace_text(path, page)
@@ -136,12 +153,12 @@ def _write_figures(directory: Path, folder: Path, suffix: str) -> list[Path]:
     runs = read_runs(directory)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
-        sections = by_setting(runs)
-        for (graph, partition), members in sections.items():
-            for plot in make_plots(by_algorithm(members)):
-                name = [plot.title] if len(sections) == 1 else [graph, partition, plot.title]
-                paths.append(folder / (re.sub(r"[^a-z0-9.]+", "-", " ".join(name).lower()) + suffix))
+    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white", "pdf.fonttype": 42}):
+        sections = _sections(runs)
+        for title, plots in sections:
+            for plot in plots:
+                name = plot.title if len(sections) == 1 else f"{title} {plot.title}"
+                paths.append(folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") + suffix))
                 plot.figure.savefig(paths[-1], dpi=150)
     return paths
 
