@@ -360,6 +360,8 @@ class RunConfig(Frozen):
     many steps from the same start; `pooled`, one model on everybody's data, in simulation only."""
     baseline_learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate of the baselines. Unset: `training.learning_rate`."""
+    setting: str | None = Field(None, min_length=1, max_length=100)
+    """Name of the run in tables and figures. Unset: the algorithm's."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -427,6 +429,9 @@ class CompareConfig(RunConfig):
     """Seeds to run. Tables show mean and standard deviation over them."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Learning rates of algorithms, by name, that differ from `training.learning_rate`."""
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further rows, by name: the fields in which each differs from the base run, such as
+    `{recommended: {algorithm.name: decaf_tracked, gossip_steps: 4}}`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -71,6 +71,7 @@ class _Facts(pydantic.BaseModel):
     """The fields of run.json that are read. Checked before anything is made of them: the file may be torn or edited."""
 
     algorithm: str
+    setting: str | None = None
     graph: _Graph
     partition: _Partition
     seed: int

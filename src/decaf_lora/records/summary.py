@@ -19,7 +19,10 @@ from decaf_lora.records.record import Record, first_complaint, read_facts, read_
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One run in one row. Scores are those of the last evaluated round; None for a run that diverged."""
+    """One run in one row. Scores are those of the last evaluated round; None for a run that diverged.
+
+    `algorithm` is the name of the setting, if the run has one.
+    """
 
     algorithm: str
     graph: str
@@ -125,7 +128,7 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
     start = next((mean_score(record) for record in records if record.round == 0), None)
     lower_is_better = bool(facts.get("lower_is_better", False))
     return SummaryRow(
-        algorithm=facts["algorithm"],
+        algorithm=row_name(facts),
         graph=facts["graph"]["name"],
         partition=facts["partition"]["name"],
         seed=facts["seed"],
@@ -142,6 +145,11 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         score_name=str(facts.get("score_name") or "score"),
         scores=list(scores) or None,
     )
+
+
+def row_name(facts: Mapping[str, Any]) -> str:
+    """What tables and figures call the run: its setting, if that has a name, else its algorithm."""
+    return str(facts.get("setting") or facts["algorithm"])
 
 
 def mean_score(record: Record) -> float | None:

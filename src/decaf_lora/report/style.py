@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -31,8 +31,8 @@ SPARE_LOOKS = [
     ("#8b3fa0", "*"),
 ]
 DARK = {
-    "#d53d01": "#ffb27a",
-    "#0b5229": "#2fe07a",
+    "#d53d01": "#ffa566",
+    "#0b5229": "#22dd92",
     "#2062f2": "#6db2f7",
     "#4e055d": "#cd6bff",
     "#cc20ac": "#ff4d7a",
@@ -143,7 +143,7 @@ def label_ends(axes: Axes, extra: Iterable[tuple[float, str, str]] = ()) -> None
         points = np.column_stack([np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)])
         points = points[np.isfinite(points).all(axis=1)]
         if not text.startswith("_") and len(points):
-            ends.append((*points[-1], text, str(line.get_color())))
+            ends.append((*points[-1], text, to_hex(line.get_color())))
     right = axes.get_xlim()[1]
     ends += [(right, height, text, colour) for height, text, colour in extra]
     if not ends:
@@ -168,6 +168,8 @@ def label_ends(axes: Axes, extra: Iterable[tuple[float, str, str]] = ()) -> None
 
 def apart(heights: np.ndarray, distance: float) -> np.ndarray:
     """The heights, 0 to 1, moved as little as needed to be at least `distance` apart, in their order, and below 1."""
+    if len(heights) == 0:
+        return heights
     order = np.argsort(heights, kind="stable")
     steps = distance * np.arange(len(heights))
     # Least squares under an order: what is too close shares a block, whose middle stays (isotonic regression).
@@ -180,7 +182,7 @@ def apart(heights: np.ndarray, distance: float) -> np.ndarray:
             blocks[-1][1] += count
     moved = np.empty(len(heights))
     placed = np.concatenate([[total / count] * int(count) for total, count in blocks]) + steps
-    moved[order] = np.minimum(placed, 1 - distance * np.arange(len(heights))[::-1]) if len(heights) else placed
+    moved[order] = np.minimum(placed, 1 - distance * np.arange(len(heights))[::-1])
     return moved
 
 

@@ -47,6 +47,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     names = getattr(task, "classes", None)
     return {
         "algorithm": run.algorithm.name,
+        "setting": None if config is None else config.setting,
         "graph": {
             "name": schedule.name if config is None else config.graph,
             "weights": schedule.at(0).weights.tolist(),
@@ -173,6 +174,11 @@ def _python_of(value: str) -> str | None:
     if match is None or match[1].replace("_", "-") in {*graphs.KINDS, *partition.KINDS}:
         return None
     return match[1]
+
+
+def is_python(value: str) -> bool:
+    """Whether a name means Python to run, `file.py:function` or `module:function`."""
+    return _python_of(value) is not None
 
 
 def code_hashes(config: RunConfig) -> dict[str, str]:
