@@ -7,6 +7,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
-from decaf_lora.runs.events import Interrupted, nobody
+from decaf_lora.runs.events import Interrupted, Watch, all_of, nobody
 
 
 def run_command(args: list[str]) -> int:
@@ -30,9 +31,10 @@ def run_command(args: list[str]) -> int:
         return _run_split(config, output, name)
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
+    where = _where(output, name)
     try:
-        with display(1 + len(config.baseline), err) as watch:
-            row, out = run(config, **_where(output, name), watch=watch)
+        with _watching(1 + len(config.baseline), err, output, where["out"]) as watch:
+            row, out = run(config, **where, watch=watch)
     except Interrupted as stop:
         return _stopped(err, stop, config, "decaf run")
     _results([row], out, output.json)
@@ -45,6 +47,26 @@ def _where(output: Output, name: str) -> dict[str, Any]:
         raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
+
+
+@contextlib.contextmanager
+def _watching(total: int, err: Console, output: Output, out: Path) -> Iterator[Watch]:
+    """A context in which `total` runs are shown on the terminal, and told to trackers and the live page if asked to."""
+    from decaf_lora.runs import trackers
+    from decaf_lora.runs.live import serving
+
+    if output.port and not output.live:
+        raise UserError("port: it is that of the live page; give --live too.")
+    with contextlib.ExitStack() as stack:
+        watches = [trackers.watch(output.log, out, resume=output.resume)]
+        if output.live:
+            watch, address = stack.enter_context(serving(output.port))
+            err.print(f"live: {address}", markup=False, soft_wrap=True)
+            watches.append(watch)
+        watches.append(stack.enter_context(display(total, err)))
+        yield all_of(*watches)
+    for line in trackers.places(output.log, out):
+        err.print(line, markup=False, soft_wrap=True)
 
 
 def _run_split(config: RunConfig, output: Output, name: str) -> int:
@@ -118,9 +140,10 @@ def compare_command(args: list[str]) -> int:
     with warnings.catch_warnings():  # `compare` shows these warnings
         warnings.simplefilter("ignore")
         count = len(cells(config))
+    where = _where(output, name)
     try:
-        with display(count, err) as watch:
-            rows, out = compare(config, **_where(output, name), jobs=jobs, watch=watch)
+        with _watching(count, err, output, where["out"]) as watch:
+            rows, out = compare(config, **where, jobs=jobs, watch=watch)
     except Interrupted as stop:
         return _stopped(err, stop, config, "decaf compare")
     _results(rows, out, output.json)

@@ -8,6 +8,7 @@ holds those of its runs.
 import contextlib
 import io
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,9 @@ from decaf_lora.report.gains import gains
 from decaf_lora.report.overview import make_overview
 from decaf_lora.report.reading import RunRecords, by_algorithm, by_setting, read_runs
 from decaf_lora.report.style import DARK, PAGE_COLOURS, STYLE
+
+_drawing = threading.RLock()
+"""Held while figures are drawn: matplotlib's settings belong to the whole process, and a live page has a thread."""
 
 
 def write_report(directory: Path | str) -> Path:
@@ -53,20 +57,23 @@ def writing(path: Path) -> Iterator[None]:
 
 def _write_report(directory: Path, runs: list[RunRecords]) -> Path:
     path = directory / "report.html"
-    configurations = {run.name: run.config for run in runs}
-    with matplotlib.rc_context(STYLE):
+    records.replace_text(path, page_of(runs))
+    return path
+
+
+def page_of(runs: Sequence[RunRecords]) -> str:
+    """The report of runs, which may still be under way, as HTML."""
+    with _drawing, matplotlib.rc_context(STYLE):
         sections = _sections(runs)
-    write_page(
-        path,
+    return page(
         words.title(runs),
         words.facts_shown(runs),
         words.summary_table(runs),
         sections,
-        configurations,
+        {run.name: run.config for run in runs if run.config},
         words.environments(runs),
-        verdict=words.verdict(runs),
+        words.verdict(runs),
     )
-    return path
 
 
 def _sections(runs: Sequence[RunRecords]) -> list[tuple[str, list[Plot]]]:
@@ -105,6 +112,19 @@ def write_page(
         environment: name -> where it ran.
         verdict: sentences that open the page: what came out.
     """
+    records.replace_text(path, page(title, facts, table, sections, configurations, environment, verdict))
+
+
+def page(
+    title: str,
+    facts: dict[str, str],
+    table: dict[str, Any],
+    sections: Sequence[tuple[str, Sequence[Plot]]],
+    configurations: dict[str, str],
+    environment: dict[str, str],
+    verdict: Sequence[str] = (),
+) -> str:
+    """The HTML that `write_page` writes, which explains the arguments."""
     loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora.report", "."),
         autoescape=True,
@@ -112,7 +132,7 @@ def write_page(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    with matplotlib.rc_context(STYLE):
+    with _drawing, matplotlib.rc_context(STYLE):
         inlined = [
             {
                 "title": name,
@@ -120,7 +140,7 @@ def write_page(
             }
             for number, (name, plots) in enumerate(sections)
         ]
-    page = loader.get_template("report.html.j2").render(
+    return loader.get_template("report.html.j2").render(
         title=title,
         facts=facts,
         table=table,
@@ -131,7 +151,6 @@ def write_page(
         colours=DARK,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    records.replace_text(path, page)
 
 
 def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
@@ -153,7 +172,7 @@ def _write_figures(directory: Path, folder: Path, suffix: str) -> list[Path]:
     runs = read_runs(directory)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white", "pdf.fonttype": 42}):
+    with _drawing, matplotlib.rc_context(STYLE | {"savefig.facecolor": "white", "pdf.fonttype": 42}):
         sections = _sections(runs)
         for title, plots in sections:
             for plot in plots:
