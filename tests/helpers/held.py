@@ -1,7 +1,7 @@
 """The toy task with a brake, for tests that must do something while a process trains, however fast the machine is.
 
-While the file that $BRAKE names exists, no step after the N-th of the process begins; N is what the file holds. The file
-beside it that ends in `.held` says that the brake holds.
+While the file that $BRAKE names exists, no step after the N-th of the process begins; N is what the file holds. The
+file beside it, with `.held` for `.brake`, says that the brake holds.
 """
 
 import os
