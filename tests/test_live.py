@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,11 +16,8 @@ import pytest
 import browser
 from command import SMALL, decaf, line_of
 from decaf_lora.records import Record
-from decaf_lora.runs.events import Subscriber
-from decaf_lora.runs.live import HOST, serving
+from decaf_lora.runs.live import HOST, Live, serving
 from test_report import make_run
-
-RUN = ("--agents", "3", "--rounds", "3")
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +62,6 @@ def test_follows_the_run(facts):
         assert all(name in page for name in ("DeCAF", "DLoRA"))
 
 
-class Hear(Subscriber):
-    """Asks for the page in the middle of a run, from the thread that trains."""
-
-    def __init__(self):
-        self.pages = []
-
-
 def test_ends_with_the_run(facts):
     with serving() as (_, address):
         assert asked(address)[0] == 200
@@ -78,13 +69,14 @@ def test_ends_with_the_run(facts):
         asked(address)
 
 
-class TestNothingElse:
-    @pytest.fixture(scope="class")
-    def address(self, facts):
-        with serving() as (watch, address):
-            watch("mine").start(facts)
-            yield address
+@pytest.fixture(scope="module")
+def address(facts):
+    with serving() as (watch, address):
+        watch("mine").start(facts)
+        yield address
 
+
+class TestNothingElse:
     @pytest.mark.parametrize(
         "path",
         [
@@ -130,20 +122,27 @@ class TestNothingElse:
         assert headers["Cache-Control"] == "no-store"
 
 
-def test_in_a_browser(facts, tmp_path):
-    """The page updates itself without being loaded again, and the policy lets its script run."""
+def test_in_a_browser(facts, tmp_path, monkeypatch):
+    """The page follows the run without being loaded again, and the policy lets its script run."""
     with serving() as (watch, address):
         run = watch("mine")
         run.start(facts)
         run.record(record(0, 0.125))
-        # The browser's first question is answered with an older revision, so that its script has to fetch the page.
-        page = asked(address)[2]
-        run.record(record(1, 0.625))
-        copy = tmp_path / "shown.html"
-        copy.write_text(page)
+        served = []
+
+        def page(self, original=Live.page):
+            served.append(original(self))
+            if len(served) == 1:  # the browser has the page of round 0, and round 1 ends
+                run.record(record(1, 0.625))
+            return served[-1]
+
+        monkeypatch.setattr(Live, "page", page)
         seen = browser.dom(address, tmp_path / "profile")
-    assert "live: updated every round" in seen
+    assert ">0.125<" in served[0]
+    assert ">0.625<" not in served[0]
     assert ">0.625<" in seen
+    assert "live: updated every round" in seen
+    assert len(served) == 2, "the page is fetched again only if something is new"
 
 
 class TestCommand:
@@ -167,6 +166,7 @@ class TestCommand:
                 with urllib.request.urlopen(address, timeout=300) as answer:
                     if "DeCAF on" in answer.read().decode():
                         break
+                time.sleep(0.1)
             process.terminate()
             assert process.wait(timeout=300) == 130
         finally:
