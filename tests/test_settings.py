@@ -1,6 +1,8 @@
 """Named settings of a comparison: each a row, beside the bare algorithms; and one line for what cannot be one."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,6 +114,15 @@ def test_rows_tables_and_report_call_it_by_its_name(tmp_path, capsys) -> None:
     saved = load(CompareConfig, out / "config.yaml")
     assert saved == load(CompareConfig, path)
     assert decaf("compare", "--resume", out, "--task", TOY) == 0
+
+
+def test_the_example_of_the_guide() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    found = cells(build(CompareConfig, {**yaml.safe_load(example), "seeds": [0]}))
+    assert [cell.config.setting or cell.config.algorithm.name for cell in found] == [
+        *("local", "dlora", "decaf", "recommended (base:5)", "more steps"),
+    ]
 
 
 class TestMistakes:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,15 @@ class TestTensorBoard:
         folders = sorted(path.name for path in (tmp_path / "tensorboard" / "decaf").iterdir())
         assert folders == ["decaf-ring-iid-seed0", "local-ring-iid-seed0"]
         assert all(scalars(tmp_path / "tensorboard" / "decaf" / name)["score/mean"] for name in folders)
+
+
+def test_the_example_of_the_guide_runs(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("rounds=30", "rounds=1"), {})
+    assert [step for step, _ in scalars(tmp_path / "runs" / "tensorboard" / "notebook")["score/mean"]] == [0, 1]
 
 
 class TestTrackio:

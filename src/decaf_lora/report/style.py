@@ -149,7 +149,8 @@ def label_ends(axes: Axes, extra: Iterable[tuple[float, str, str]] = ()) -> None
     if not ends:
         return
     places = axes.transLimits.transform(axes.transScale.transform([end[:2] for end in ends]))
-    tall = figure.get_figheight() / axes.get_gridspec().nrows * 72 - 60  # points: without the axis' own labels
+    grid = axes.get_gridspec()
+    tall = figure.get_figheight() / (grid.nrows if grid else 1) * 72 - 60  # points: without the axis' own labels
     heights = apart(np.clip(places[:, 1], 0, 1), 13 / tall)
     for (x, place), height, (_, _, text, colour) in zip(places, heights, ends, strict=True):
         axes.annotate(
