@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ def dom(url: str, profile: Path, budget: int = 10_000) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
-def measured(page: Path, script: str, width: int, scratch: Path) -> Any:
-    """What the body of a JavaScript function returns, with the page laid out `width` pixels wide as its `document`."""
-    wrapper = scratch / f"wrapper-{width}.html"
+def measured(page: Path, script: str, widths: Sequence[int], scratch: Path) -> list[Any]:
+    """What the body of a JavaScript function returns for the page as its `document`, laid out at each of the widths."""
+    source = html.escape(page.read_text())
+    frames = "".join(f'<iframe style="width:{w}px;height:900px;border:0" srcdoc="{source}"></iframe>' for w in widths)
+    wrapper = scratch / "wrapper.html"
     wrapper.write_text(
-        f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page.read_text())}"></iframe>'
-        "<pre id=result></pre><script>onload = () => { const frame = document.querySelector('iframe');"
-        f"const answer = (function(document) {{ {script} }})(frame.contentDocument);"
-        "document.getElementById('result').textContent = JSON.stringify(answer); }</script>"
+        f"{frames}<pre id=result></pre><script>onload = () => {{ const read = function(document) {{ {script} }};"
+        "const answers = [...document.querySelectorAll('iframe')].map(frame => read(frame.contentDocument));"
+        "document.getElementById('result').textContent = JSON.stringify(answers); }</script>"
     )
-    source = dom(wrapper.as_uri(), scratch / f"profile-{width}")
-    return json.loads(html.unescape(re.findall(r'<pre id="result">(.*?)</pre>', source, re.DOTALL)[-1]))
+    shown = dom(wrapper.as_uri(), scratch / "profile")
+    return json.loads(html.unescape(re.findall(r'<pre id="result">(.*?)</pre>', shown, re.DOTALL)[-1]))
