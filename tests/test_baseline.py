@@ -88,8 +88,9 @@ class TestRun:
     def test_the_report_opens_with_the_answer(self, folder):
         page = (folder / "run" / "report.html").read_text()
         [answer] = answers([row_of(folder / "run")])
-        assert answer.sentence() in page
-        assert page.index(answer.sentence()) < page.index("<table")
+        sentence = answer.sentence().replace("decaf: ", "DeCAF: ", 1)
+        assert sentence in page
+        assert page.index(sentence) < page.index("<table")
 
 
 class Kill(Subscriber):
@@ -205,6 +206,15 @@ def test_a_comparison_takes_them_as_runs_of_its_own(tmp_path, capsys):
     assert read_records(out / "local-ring-dirichlet-0.5-seed0" / "records.jsonl")[0].learning_rate == 0.3
     assert [line.split(":")[0] for line in said.splitlines() if " alone (start " in line] == ["decaf", "dlora"]
     assert all("95 % interval" in line for line in said.splitlines() if " alone (start " in line)
+
+
+def test_a_run_with_a_name_keeps_its_baseline(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert decaf("run", "digits", *QUICK, "--baseline", "--setting", "our ring", "--out", out) == 0
+    assert row_of(out).algorithm == "our ring"
+    assert "our ring: accuracy " in capsys.readouterr().out
+    line = line_of(capsys, "run", "digits", *QUICK, "--setting", "Centralized", "--out", tmp_path / "r")
+    assert "setting: an algorithm is called Centralized; give the run a name of its own" in line
 
 
 class TestMistakes:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from decaf_lora.algorithms import KINDS
 from decaf_lora.config import RunConfig, load
 from decaf_lora.errors import UserError
 from decaf_lora.records import BASELINES, read_summary
 
 
 def check(config: RunConfig, simulated: bool = True) -> None:
-    """Raises UserError for a baseline that the run cannot have.
+    """Raises UserError for a baseline that the run cannot have, or a name by which it would be taken for another.
 
     Args:
         config: of the run.
         simulated: whether one process sees the data of all agents.
     """
+    if config.setting is not None and KINDS.written(config.setting) in KINDS:
+        raise UserError(f"setting: an algorithm is called {config.setting}; give the run a name of its own.")
     for kind in config.baseline:
         if config.algorithm.name == BASELINES[kind]:
             raise UserError(f"baseline: {config.algorithm.name} is the baseline {kind!r} itself; leave it out.")
@@ -38,6 +41,7 @@ def configuration(config: RunConfig, kind: str) -> RunConfig:
         "training": config.training.model_copy(update={"learning_rate": rate}),
         "baseline": (),
         "baseline_learning_rate": None,
+        "setting": None,
     }
     return RunConfig.model_validate(values)
 

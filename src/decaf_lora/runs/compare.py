@@ -88,6 +88,7 @@ def cells(config: CompareConfig) -> list[Cell]:
             "training": config.training.model_copy(update={"learning_rate": learning_rate}),
             "baseline": (),  # the comparison has them as runs of their own
             "baseline_learning_rate": None,
+            "setting": None,
         }
         parts = [key, partition, f"seed{seed}"] if shared else [key, graph, partition, f"seed{seed}"]
         folder = "-".join(parts).replace("/", "_").replace(":", "-")
