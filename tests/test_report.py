@@ -256,7 +256,7 @@ class TestComparison:
         make_comparison(tmp_path, ("decaf", "fedavg"), seeds=(0,), rounds=2)
         page = page_of(tmp_path)
         assert page.best == []
-        assert "No score is highlighted: the best is within noise of another." in page.source
+        assert "No score is highlighted: no lead is more than the noise of the seeds." in page.source
         assert "One seed: no difference can be told from noise" in page.source
 
     def test_of_a_loss_the_lowest_is_highlighted(self, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from decaf_lora.graphs import Graph, draw
 from decaf_lora.records import Record
@@ -131,6 +131,8 @@ def _scores_by_bytes(groups: Groups) -> Plot | None:
     if max(ends) > 10 * min(ends):
         axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # the labels are long
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.set_xlabel("bytes sent by one agent")
     axes.set_ylabel(_score_name(groups))

@@ -147,7 +147,7 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
     if best:
         notes.append("Highlighted: better than every other that does not pool the data, by more than noise.")
     elif records.standings(everything):
-        notes.append("No score is highlighted: the best is within noise of another.")
+        notes.append("No score is highlighted: no lead is more than the noise of the seeds.")
     notes.append("Scores are those of the last evaluated round.")
     return {
         "columns": records.COLUMNS[:1] + records.COLUMNS[3:],
