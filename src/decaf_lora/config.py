@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -287,8 +287,9 @@ class TrainingConfig(Frozen):
     """Number of examples of one agent in one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
-    learning_rate: float = Field(5e-3, gt=0)
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 5e-3
+    """Peak learning rate. auto: `decaf run` and `decaf compare` first choose one on a held-out share of the training
+    examples (docs/tune.md)."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay: decoupled for AdamW, added to the gradient for SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -318,6 +319,16 @@ class TrainingConfig(Frozen):
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas must lie in [0, 1)")
         return self
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate as a number; UserError while it is still to be chosen."""
+        if self.learning_rate == "auto":
+            raise UserError(
+                "training.learning_rate: auto is chosen before a run, by `decaf run` and `decaf compare` in one "
+                "process; here give a number, which `decaf tune` finds."
+            )
+        return self.learning_rate
 
 
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
@@ -355,6 +366,9 @@ class RunConfig(Frozen):
     test: Literal["all", "own", "both"] = "all"
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
     by column or files, and test examples that have this column."""
+    validation_share: float | None = Field(None, gt=0, lt=1)
+    """Hold out this share of every agent's training examples, and score on these in place of the test set, which then
+    stays unused until the choices are made. `decaf tune` does it by itself. Unset: no share."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
