@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -446,8 +446,16 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
+
 def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
     """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
+    return checked(kind, values)
+
+
+def checked(kind: type[Model], values: dict[str, Any]) -> Model:
+    """A model of `kind` from plain values; UserError in one line that names the first field at fault."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

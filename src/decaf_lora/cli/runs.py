@@ -34,7 +34,7 @@ def run_command(args: list[str]) -> int:
         with display(1, err) as watch:
             row, out = run(config, **_where(output, name), watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, config, "decaf run")
+        return stopped(err, stop, config, "decaf run")
     _results([row], out, output.json)
     return 0
 
@@ -65,7 +65,7 @@ def _run_split(config: RunConfig, output: Output, name: str) -> int:
         except Interrupted as stop:
             if not processes.is_main:
                 return 130
-            return _stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
+            return stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
     if finished is not None:
         row, out = finished
         _results([row], out, output.json)
@@ -120,7 +120,7 @@ def compare_command(args: list[str]) -> int:
         with display(count, err) as watch:
             rows, out = compare(config, **_where(output, name), jobs=jobs, watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, config, "decaf compare")
+        return stopped(err, stop, config, "decaf compare")
     _results(rows, out, output.json)
     _refuse_diverged(rows)
     return 0
@@ -148,7 +148,7 @@ def _refuse_diverged(rows: list[Any]) -> None:
         raise UserError(f"{count} {row.algorithm}, {row.graph}, {row.partition}, seed {row.seed}: {row.diverged}")
 
 
-def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
+def stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
     """Says how to go on with a run that was stopped; returns the exit code."""
     from decaf_lora.runs.identity import own_code
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import TrainingError, UserError
@@ -36,7 +36,7 @@ Work = Callable[[Any, Path, Watch], Any]
 """A function of a module: (piece, folder of all, watch) -> result. It goes on with what is in the piece's folder."""
 
 
-def several(work: Work, jobs: int, watch: Watch) -> InTurn | InProcesses:
+def several(work: Work, jobs: int, watch: Watch) -> Runner:
     """A context manager that runs pieces.
 
     Args:
@@ -59,21 +59,43 @@ def mark_diverged(directory: Path, error: TrainingError) -> SummaryRow:
     return row
 
 
-class InTurn:
-    """One run after another, in this process."""
+class Runner:
+    """Runs pieces; a context manager.
 
-    def __init__(self, work: Work, watch: Watch) -> None:
-        self._work, self._watch, self.stopped = work, watch, False
+    Attributes:
+        stopped: whether a stop was asked for.
+        lost: name of a piece -> how its process was lost.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
         self.lost: dict[str, str] = {}
 
-    def __enter__(self) -> InTurn:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
         pass
 
     def stop(self) -> None:
+        """Asks the runs to end after their current step; none begins any more."""
         self.stopped = True
+
+    def check(self, left: Sequence[Piece]) -> None:
+        """Builds every run, at least one; UserError for the first mistake. Called once, before `run`."""
+        raise NotImplementedError
+
+    def run(self, left: Sequence[Piece], out: Path) -> dict[str, Any]:
+        """Name of each piece that has ended -> what `work` returned for it. May be called again."""
+        raise NotImplementedError
+
+
+class InTurn(Runner):
+    """One run after another, in this process."""
+
+    def __init__(self, work: Work, watch: Watch) -> None:
+        super().__init__()
+        self._work, self._watch = work, watch
 
     def check(self, left: Sequence[Piece]) -> None:
         check_pieces(left)
@@ -87,18 +109,14 @@ class InTurn:
         return rows
 
 
-class InProcesses:
+class InProcesses(Runner):
     """Several runs at a time, each in its own process."""
 
     def __init__(self, work: Work, jobs: int, watch: Watch) -> None:
+        super().__init__()
         self._work, self._jobs, self._watch = work, jobs, watch
         self._workers: Workers | None = None
         self._heard: dict[str, Subscriber] = {}
-        self.stopped = False
-        self.lost: dict[str, str] = {}
-
-    def __enter__(self) -> InProcesses:
-        return self
 
     def __exit__(self, *raised: Any) -> None:
         if self._workers is not None:
