@@ -127,7 +127,7 @@ def configured(
     if args and not args[0].startswith("-"):
         source, rest = args[0], args[1:]
     elif folder is not None:
-        source, rest = str(folder / "config.yaml"), args
+        source, rest = str(saved_config(folder)), args
         _refuse_other_kind(kind, folder)
     else:
         raise UserError(f"recipe: name a recipe or a YAML file first, as in `decaf {command} digits {args[0]} ...`.")
@@ -138,7 +138,7 @@ def configured(
         base, name = recipes.get(source), source
         if kind is RunConfig:
             base = RunConfig.model_validate({k: getattr(base, k) for k in RunConfig.model_fields})
-    if folder is not None and Path(source).parent.resolve() == folder.resolve():
+    if folder is not None and Path(source).resolve() == saved_config(folder).resolve():
         refuse_unnamed_code(base, rest)
     config, output = parse(kind, base, f"decaf {command} {source}", rest, options)
     return recipes.shortened(config, output.scale), output, name
@@ -171,9 +171,15 @@ def resumed(args: list[str]) -> tuple[list[str], Path | None]:
     return [*left, "--resume"], None if where is None else Path(where)
 
 
+def saved_config(folder: Path) -> Path:
+    """The configuration in the folder of a run; before its first round, that in its search for a learning rate."""
+    before = folder / "learning_rate" / "config.yaml"
+    return before if before.exists() and not (folder / "config.yaml").exists() else folder / "config.yaml"
+
+
 def _refuse_other_kind(kind: type[RunConfig], folder: Path) -> None:
     """Raises UserError if the folder holds a comparison and `decaf run` is to go on with it, or the other way round."""
-    if not (folder / "config.yaml").exists():
+    if not saved_config(folder).exists():
         raise UserError(f"resume: {folder} holds no run (no config.yaml); name the recipe to start one there.")
     single = (folder / "run.json").exists() or (folder / "records.jsonl").exists()
     if single and kind is CompareConfig:
@@ -184,7 +190,7 @@ def _refuse_other_kind(kind: type[RunConfig], folder: Path) -> None:
 
 def _is_comparison(folder: Path) -> bool:
     try:
-        return isinstance(load(CompareConfig, folder / "config.yaml"), CompareConfig) and not _loads(folder)
+        return isinstance(load(CompareConfig, saved_config(folder)), CompareConfig) and not _loads(folder)
     except UserError:
         return False
 
@@ -192,7 +198,7 @@ def _is_comparison(folder: Path) -> bool:
 def _loads(folder: Path) -> bool:
     """Whether the configuration is that of one run."""
     try:
-        load(RunConfig, folder / "config.yaml")
+        load(RunConfig, saved_config(folder))
     except UserError:
         return False
     return True

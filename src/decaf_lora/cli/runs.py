@@ -9,7 +9,7 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +21,8 @@ from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
 from decaf_lora.runs.events import Interrupted, nobody
 
+Config = TypeVar("Config", bound=RunConfig)
+
 
 def run_command(args: list[str]) -> int:
     from decaf_lora.runs.folder import run
@@ -31,8 +33,9 @@ def run_command(args: list[str]) -> int:
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
     try:
+        config, where = _settled(config, output, name, err)
         with display(1, err) as watch:
-            row, out = run(config, **_where(output, name), watch=watch)
+            row, out = run(config, **where, watch=watch)
     except Interrupted as stop:
         return stopped(err, stop, config, "decaf run")
     _results([row], out, output.json)
@@ -45,6 +48,30 @@ def _where(output: Output, name: str) -> dict[str, Any]:
         raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
+
+
+def _settled(config: Config, output: Output, name: str, err: Console) -> tuple[Config, dict[str, Any]]:
+    """The configuration with a learning rate in place of `auto`, and the arguments of `run` and `compare`."""
+    where = _where(output, name)
+    if config.training.learning_rate != "auto":
+        return config, where
+    from decaf_lora.runs.compare import default_jobs
+    from decaf_lora.runs.folder import new_folder
+    from decaf_lora.tune.auto import with_learning_rate
+
+    if where["unique"]:
+        where |= {"out": new_folder(where["out"]), "unique": False}
+    with display(1, err) if err.is_terminal else contextlib.nullcontext(nobody) as watch:
+        config, resume = with_learning_rate(
+            config,
+            where["out"],
+            resume=output.resume,
+            take_over=output.take_over,
+            jobs=output.jobs or default_jobs(config.device),
+            watch=watch,
+            tell=lambda line: err.print(line, markup=False, soft_wrap=True),
+        )
+    return config, {**where, "resume": resume}
 
 
 def _run_split(config: RunConfig, output: Output, name: str) -> int:
@@ -117,8 +144,9 @@ def compare_command(args: list[str]) -> int:
         warnings.simplefilter("ignore")
         count = len(cells(config))
     try:
+        settled, where = _settled(config, output, name, err)
         with display(count, err) as watch:
-            rows, out = compare(config, **_where(output, name), jobs=jobs, watch=watch)
+            rows, out = compare(settled, **where, jobs=jobs, watch=watch)
     except Interrupted as stop:
         return stopped(err, stop, config, "decaf compare")
     _results(rows, out, output.json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from decaf_lora.cli.progress import display
 from decaf_lora.cli.runs import refuse_launcher, stopped
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError
-from decaf_lora.runs.events import Interrupted
+from decaf_lora.runs.events import Interrupted, nobody
 
 if TYPE_CHECKING:
     from decaf_lora.tune import Found
@@ -46,7 +47,7 @@ def tune_command(args: list[str]) -> int:
         err.print(line, markup=False, soft_wrap=True)
 
     try:
-        with display(1, err) as watch:
+        with display(1, err) if err.is_terminal else contextlib.nullcontext(nobody) as watch:
             found = Search(settings, folder, tell).run(
                 resume=output.resume,
                 take_over=output.take_over,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Point = Mapping[str, Any]
@@ -130,17 +130,13 @@ def beyond(plan: Plan, points: list[Point], best: int) -> list[Point]:
     return found
 
 
-def at_end(plan: Plan, standing: Standing) -> list[str]:
-    """The axes of numbers of which the best trial has the lowest or the highest value of all that were tried."""
+def open_ends(plan: Plan, standing: Standing, valid: Callable[[Point], bool] = lambda point: True) -> list[str]:
+    """The axes that a search has left with the best value at an end, although possible values lie beyond it."""
     if standing.best is None:
         return []
+    more = beyond(replace(plan, extensions=len(standing.points) + 1), list(standing.points), standing.best)
     best = standing.points[standing.best]
-    return [
-        field
-        for field, first in plan.axes.items()
-        if _grows(first)
-        and best[field] in (min(p[field] for p in standing.points), max(p[field] for p in standing.points))
-    ]
+    return [field for point in more if valid(point) for field in plan.axes if point[field] != best[field]]
 
 
 def _grows(values: tuple[Any, ...]) -> bool:

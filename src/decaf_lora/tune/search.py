@@ -31,7 +31,7 @@ from decaf_lora.runs.lock import LOCK, OWNER, FolderLock
 from decaf_lora.runs.several import Runner, mark_diverged, several
 from decaf_lora.runs.signals import stopping
 from decaf_lora.tune.axes import described, read_axes, short, shown, with_values
-from decaf_lora.tune.halving import Plan, Point, Standing, at_end, rungs, standing
+from decaf_lora.tune.halving import Plan, Point, Standing, open_ends, rungs, standing
 from decaf_lora.tune.trials import Outcomes, Row, Trial, merit, outcome, rows, write_trials
 from decaf_lora.yaml_file import read_yaml
 
@@ -348,7 +348,7 @@ class Search:
                 f"tune: all {len(trials)} trials have diverged, the first, {described(first.values)}: {first.diverged}"
             )
         settings, values = self.settings, now.points[now.best]
-        for field in at_end(self.plan, now):
+        for field in open_ends(self.plan, now, self._valid):
             warnings.warn(
                 f"tune: {short(field)} {shown(values[field])} is at the end of what was tried; better values may lie "
                 "beyond it, so search on from there.",
