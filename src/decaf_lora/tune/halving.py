@@ -19,8 +19,12 @@ from typing import Any
 
 Point = Mapping[str, Any]
 """Field of the configuration -> its value in a trial."""
-Scores = Mapping[tuple[int, int], float]
-"""(number of a trial, number of a rung) -> its score; higher is better, -inf has diverged."""
+Merit = tuple[float, float]
+"""How good a trial is: its score, and what decides between equal scores. Higher is better."""
+LOST: Merit = (-math.inf, -math.inf)
+"""The merit of a trial that has diverged."""
+Scores = Mapping[tuple[int, int], Merit]
+"""(number of a trial, number of a rung) -> how good the trial is there."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,8 @@ def standing(plan: Plan, scores: Scores, valid: Callable[[Point], bool] = lambda
         if wanted := [(trial, rung) for trial in alive if (trial, rung) not in scores]:
             return Standing(tuple(points), tuple(wanted))
         most = math.ceil(len(alive) / plan.keep)
-        alive = sorted(
-            (trial for trial in alive if scores[trial, rung] > -math.inf),
-            key=lambda trial: -scores[trial, rung],
-        )[:most]
+        left = [trial for trial in alive if scores[trial, rung] != LOST]
+        alive = sorted(left, key=lambda trial: scores[trial, rung], reverse=True)[:most]
         if not alive:
             return Standing(tuple(points), ())
     best = alive[0]

@@ -31,7 +31,7 @@ from decaf_lora.runs.lock import LOCK, OWNER, FolderLock
 from decaf_lora.runs.several import Runner, mark_diverged, several
 from decaf_lora.runs.signals import stopping
 from decaf_lora.tune.axes import described, read_axes, short, shown, with_values
-from decaf_lora.tune.halving import Plan, Point, Standing, open_ends, rungs, standing
+from decaf_lora.tune.halving import Merit, Plan, Point, Standing, open_ends, rungs, standing
 from decaf_lora.tune.trials import Outcomes, Row, Trial, merit, outcome, rows, write_trials
 from decaf_lora.yaml_file import read_yaml
 
@@ -272,7 +272,7 @@ class Search:
                 return now
             self.outcomes |= new
 
-    def _merit(self, trial: int, rung: int) -> float:
+    def _merit(self, trial: int, rung: int) -> Merit:
         return merit(list(self.outcomes[trial, rung].values()), self._lower)
 
     def _found(self, trial: int, rung: int) -> dict[int, Any] | None:
@@ -321,7 +321,7 @@ class Search:
         if not known:
             return
         best = max(known, key=lambda key: self._merit(*key))
-        score, rounds = self._merit(*best), self.plan.rungs[best[1]]
+        (score, _), rounds = self._merit(*best), self.plan.rungs[best[1]]
         count = f"{len(known)} trials" if len(known) > 1 else described(now.points[best[0]])
         told = f"after {rounds} of {self.settings.base.rounds} rounds, {count}: "
         if score == -math.inf:
@@ -359,7 +359,7 @@ class Search:
         equals = [row for row in trials if row.rounds == trials[now.best].rounds and row.score == score]
         if len(equals) > 1:
             warnings.warn(
-                f"tune: {len(equals)} trials have the best score; the first of them is taken "
+                f"tune: {len(equals)} trials have the best score; the one with the lowest training loss is taken "
                 f"({'; '.join(described(row.values) for row in equals[:5])}).",
                 stacklevel=3,
             )

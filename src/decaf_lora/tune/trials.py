@@ -17,7 +17,7 @@ from rich.table import Table
 from decaf_lora.config import RunConfig
 from decaf_lora.records import mean_score, read_facts, replace_text, whole_rounds, write_json
 from decaf_lora.tune.axes import short, shown
-from decaf_lora.tune.halving import Plan, Point, Standing
+from decaf_lora.tune.halving import LOST, Merit, Plan, Point, Standing
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ class Outcome:
 
     Attributes:
         score: mean over the agents, as the task counts it; None: it has diverged.
+        loss: of the round's training, mean over the agents; None: unknown, as of a round without training.
         diverged: why it has no score.
     """
 
     score: float | None
+    loss: float | None = None
     diverged: str | None = None
 
 
@@ -54,10 +56,11 @@ def outcome(directory: Path, round_: int) -> Outcome | None:
         return None
     record = next((r for r in whole_rounds(directory / "records.jsonl")[0] if r.round == round_), None)
     if record is not None:
-        score = mean_score(record)
-        return Outcome(score, None if score is not None else f"its score after round {round_} is not finite")
+        score, losses = mean_score(record), [loss for loss in record.losses or () if loss is not None]
+        why = None if score is not None else f"its score after round {round_} is not finite"
+        return Outcome(score, fmean(losses) if losses else None, why)
     why = read_facts(directory).get("diverged")
-    return None if why is None else Outcome(None, str(why))
+    return None if why is None else Outcome(None, diverged=str(why))
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,14 @@ Outcomes = dict[tuple[int, int], dict[int, Outcome]]
 """(number of a trial, number of a rung) -> seed -> outcome."""
 
 
-def merit(of_seeds: Sequence[Outcome], lower_is_better: bool) -> float:
-    """The score by which trials are compared: higher is better, -inf if any seed has diverged."""
-    values = [one.score for one in of_seeds]
-    if any(value is None for value in values):
-        return -math.inf
-    mean = fmean(value for value in values if value is not None)
-    return -mean if lower_is_better else mean
+def merit(of_seeds: Sequence[Outcome], lower_is_better: bool) -> Merit:
+    """By what trials are compared: the mean score over the seeds and, of equal ones, the lower training loss."""
+    scores = [one.score for one in of_seeds if one.score is not None]
+    if len(scores) < len(of_seeds):
+        return LOST
+    losses = [one.loss for one in of_seeds if one.loss is not None]
+    mean = fmean(scores)
+    return -mean if lower_is_better else mean, -fmean(losses) if losses else -math.inf
 
 
 def rows(plan: Plan, standing: Standing, outcomes: Outcomes, first: int) -> list[Row]:
