@@ -27,10 +27,15 @@ def small(task=SEALED, **more) -> RunConfig:
         "training": {"steps": 2, "batch_size": 4, "agents_per_pass": 3},
         "agents": 3,
         "partition": "iid",
-        "rounds": 3,
+        "rounds": 6,
         "checkpoint_every": 1,
     }
     return configs.build(RunConfig, {**values, **more})
+
+
+def searched(out, **more):
+    """The search that most tests make: three rates at 1 round, the best at 3 of its 6 rounds."""
+    return tune.search(small(), RATES, out, share_of_rounds=0.5, **more)
 
 
 def result(out):
@@ -51,11 +56,11 @@ def same(one, two):
 def whole(tmp_path_factory):
     """A search that is never stopped, and what it has found."""
     out = tmp_path_factory.mktemp("whole") / "tune"
-    return out, tune.search(small(), RATES, out)
+    return out, searched(out)
 
 
 def test_the_best_of_those_that_were_trained_to_the_end(whole):
-    out, found = whole
+    _, found = whole
     assert found.plan.rungs == (1, 3)
     trained = {row.trial: row for row in found.trials if row.rounds == 3}
     assert found.score == max(row.score for row in trained.values())
@@ -66,7 +71,7 @@ def test_the_best_of_those_that_were_trained_to_the_end(whole):
         base = {**small().model_dump(), "validation_share": 0.2, "evaluate_every": 1}
         base["training"]["learning_rate"] = row.values["training.learning_rate"]
         with build_run(configs.build(RunConfig, base)) as run:
-            scores = {r.round: sum(r.scores) / 3 for r in run.train()}
+            scores = {r.round: sum(r.scores) / 3 for r, _ in zip(run.train(), range(4), strict=False)}
         for round_, of_seeds in row.scores.items():
             assert of_seeds[0] == scores[round_]
 
@@ -122,11 +127,11 @@ def test_a_search_that_is_killed_at_any_round_goes_on_bit_equal(whole, tmp_path)
         moment += 1
         out = tmp_path / str(moment)
         try:
-            tune.search(small(), RATES, out, watch=kill_at(moment))
+            searched(out, watch=kill_at(moment))
             break  # there are no more rounds
         except Killed:
             pass
-        tune.search(small(), RATES, out, resume=True)
+        searched(out, resume=True)
         assert same(result(out), expected), f"killed at record {moment}"
     assert moment > 8
 
@@ -140,19 +145,19 @@ def test_a_search_that_is_stopped_at_a_rung_goes_on_bit_equal(whole, tmp_path):
 
     while True:
         try:
-            tune.search(small(), RATES, out, resume=out.exists(), tell=stop)
+            searched(out, resume=out.exists(), tell=stop)
             break
         except Killed:
             assert not (out / "best.yaml").exists()
     assert same(result(out), result(whole[0]))
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
-    again = tune.search(small(), RATES, out, resume=True, watch=kill_at(1))
+    again = searched(out, resume=True, watch=kill_at(1))
     assert again.values == whole[1].values
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()} == before
 
 
 def test_two_at_a_time_find_the_same(whole, tmp_path):
-    tune.search(small(), RATES, tmp_path / "tune", jobs=2)
+    searched(tmp_path / "tune", jobs=2)
     assert same(result(tmp_path / "tune"), result(whole[0]))
 
 
@@ -167,7 +172,7 @@ def test_a_signal_stops_it_with_the_way_to_go_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(folder.Folder, "record", and_stop)
     with pytest.raises(Interrupted):
-        tune.search(small(), RATES, tmp_path / "a")
+        searched(tmp_path / "a")
     arguments = ["tune", "digits", *SMALL, "--over", "lr", 0.001, 0.1, "--out", tmp_path / "b"]
     assert decaf(*arguments, "--jobs", 1) == 130
     *_, line = capsys.readouterr().err.splitlines()
@@ -181,7 +186,7 @@ def test_a_signal_stops_it_with_the_way_to_go_on(tmp_path, capsys, monkeypatch):
 
 def test_several_axes_and_seeds(tmp_path):
     over = {"training.learning_rate": ["1e-2", "0.1"], "algorithm.name": ["decaf", "dlora"]}
-    found = tune.search(small(), over, tmp_path / "tune", seeds=(1, 2), extensions=0, rungs=1)
+    found = tune.search(small(), over, tmp_path / "tune", seeds=(1, 2), extensions=0, rungs=1, share_of_rounds=0.2)
     assert len(found.trials) == 4
     for row in found.trials:
         (of_seeds,) = row.scores.values()
@@ -194,7 +199,7 @@ def test_several_axes_and_seeds(tmp_path):
 
 def test_lower_may_be_better(tmp_path):
     distance = TOY.replace("make_toy", "make_distance")
-    found = tune.search(small(distance), {"lr": [0.001, 0.1]}, tmp_path / "tune", rungs=1, extensions=0)
+    found = tune.search(small(distance, rounds=2), {"lr": [0.001, 0.1]}, tmp_path / "tune", rungs=1, extensions=0)
     scores = {row.values["training.learning_rate"]: row.score for row in found.trials}
     assert found.score == min(scores.values()) == scores[0.1] < scores[0.001]
 
@@ -251,7 +256,6 @@ OVER = ("--over", "training.learning_rate", "1e-3", "1e-2")
         ((*OVER, "--extensions", "-1"), "extensions: input should be greater than or equal to 0 (got -1)."),
         ((*OVER, "--jobs", "-1"), "jobs: must be 0 (one a core) or more."),
         ((*OVER, "--validation_share", "1"), "validation_share: "),
-        ((*OVER, "--lr", "auto", "--over", "lora.r", "1", "2", "--over", "lr"), "over: lr"),
         (("--over", "lora.r", "1", "2", "--lr", "auto"), "training.learning_rate: auto; search it, too"),
         ((*OVER, "--agents", "120"), "validation_share: every agent has a single example"),
         ((*OVER, "--graph", "torus:7x7"), "graph: "),

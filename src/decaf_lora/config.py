@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -287,7 +287,7 @@ class TrainingConfig(Frozen):
     """Number of examples of one agent in one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 5e-3
+    learning_rate: float | Literal["auto"] = 5e-3
     """Peak learning rate. auto: `decaf run` and `decaf compare` first choose one on a held-out share of the training
     examples (docs/tune.md)."""
     weight_decay: float = Field(0.01, ge=0)
@@ -316,6 +316,8 @@ class TrainingConfig(Frozen):
     def _check(self) -> TrainingConfig:
         if isinstance(self.agents_per_pass, int) and self.agents_per_pass < 1:
             raise ValueError("agents_per_pass must be at least 1, or auto")
+        if self.learning_rate != "auto" and self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0, or auto")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas must lie in [0, 1)")
         return self
@@ -462,10 +464,14 @@ def checked(kind: type[Model], values: dict[str, Any]) -> Model:
         raise UserError(explain(kind, error)) from error
 
 
+_TAG = re.compile(r"(constrained-)?(int|float|str|bool)|literal\[.*\]|(list|tuple)\[.*\]")
+"""What pydantic adds to the place of a fault in a field of several types."""
+
+
 def explain(kind: type[BaseModel], error: ValidationError) -> str:
     """The first fault of a validation as `field: what is wrong, what to do`."""
     fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "config"
+    where = ".".join(str(part) for part in fault["loc"] if not _TAG.fullmatch(str(part))) or "config"
     if fault["type"] == "extra_forbidden":
         close = nearest(where, fields(kind))
         return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from decaf_lora.config import RunConfig
 from decaf_lora.records import mean_score, read_facts, replace_text, whole_rounds, write_json
+from decaf_lora.runs import checkpoint
 from decaf_lora.tune.axes import short, shown
 from decaf_lora.tune.halving import LOST, Merit, Plan, Point, Standing
 
@@ -56,6 +57,9 @@ def outcome(directory: Path, round_: int) -> Outcome | None:
         return None
     record = next((r for r in whole_rounds(directory / "records.jsonl")[0] if r.round == round_), None)
     if record is not None:
+        # A run that was killed between the record and its checkpoint has not come to its rung.
+        if all(checkpoint.moment_of(path)[0] < round_ for path in checkpoint.all_of(directory / "checkpoints")):
+            return None
         score, losses = mean_score(record), [loss for loss in record.losses or () if loss is not None]
         why = None if score is not None else f"its score after round {round_} is not finite"
         return Outcome(score, fmean(losses) if losses else None, why)
