@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, unix_only
 from decaf_lora.runs.events import Interrupted, nobody
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -76,6 +76,7 @@ def _settled(config: Config, output: Output, name: str, err: Console) -> tuple[C
 
 def _run_split(config: RunConfig, output: Output, name: str) -> int:
     """`decaf run` in one of torchrun's processes. The main process prints."""
+    unix_only("engine", "torchrun")
     from decaf_lora.engines import connect
     from decaf_lora.runs.launched import run_split
 
