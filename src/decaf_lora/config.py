@@ -324,11 +324,11 @@ class TrainingConfig(Frozen):
 
     @property
     def peak(self) -> float:
-        """The peak learning rate as a number; UserError while it is still to be chosen."""
+        """`learning_rate` as a number; UserError while it is still to be chosen."""
         if self.learning_rate == "auto":
             raise UserError(
-                "training.learning_rate: auto is chosen before a run, by `decaf run` and `decaf compare` in one "
-                "process; here give a number, which `decaf tune` finds."
+                "training.learning_rate: auto is chosen by `decaf run` and `decaf compare`, in one process; here give a "
+                "number, which `decaf tune` finds."
             )
         return self.learning_rate
 
@@ -369,8 +369,8 @@ class RunConfig(Frozen):
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
     by column or files, and test examples that have this column."""
     validation_share: float | None = Field(None, gt=0, lt=1)
-    """Hold out this share of every agent's training examples, and score on these in place of the test set, which then
-    stays unused until the choices are made. `decaf tune` does it by itself. Unset: no share."""
+    """Hold out this share of every agent's training examples, and score on these in place of the test set. `decaf tune`
+    does it by itself. Unset: no share."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -448,15 +448,15 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-Model = TypeVar("Model", bound=BaseModel)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
-    """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
+    """A configuration of `kind` from plain values; UserError as `checked` raises it."""
     return checked(kind, values)
 
 
-def checked(kind: type[Model], values: dict[str, Any]) -> Model:
+def checked(kind: type[_Model], values: dict[str, Any]) -> _Model:
     """A model of `kind` from plain values; UserError in one line that names the first field at fault."""
     try:
         return kind.model_validate(values)
