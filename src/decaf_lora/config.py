@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
@@ -24,14 +23,16 @@ from pydantic import (
 )
 
 from decaf_lora import kinds
-from decaf_lora.errors import UserError, nearest
+from decaf_lora.errors import UserError
 from decaf_lora.frozen import Frozen
+from decaf_lora.validation import OWN as OWN
+from decaf_lora.validation import checked
+from decaf_lora.validation import explain as explain
+from decaf_lora.validation import fields as fields
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_EXCHANGES = 10_000
 """Exchanges that a round may have."""
-OWN = "own"
-"""The field of a section that holds the options of a kind which is not of this package."""
 
 
 class Section(Frozen):
@@ -327,8 +328,8 @@ class TrainingConfig(Frozen):
         """`learning_rate` as a number; UserError while it is still to be chosen."""
         if self.learning_rate == "auto":
             raise UserError(
-                "training.learning_rate: auto is chosen by `decaf run` and `decaf compare`, in one process; here give a "
-                "number, which `decaf tune` finds."
+                "training.learning_rate: auto is chosen by `decaf run` and `decaf compare`, in one process; here give "
+                "a number, which `decaf tune` finds."
             )
         return self.learning_rate
 
@@ -448,54 +449,9 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-_Model = TypeVar("_Model", bound=BaseModel)
-
-
 def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
     """A configuration of `kind` from plain values; UserError as `checked` raises it."""
     return checked(kind, values)
-
-
-def checked(kind: type[_Model], values: dict[str, Any]) -> _Model:
-    """A model of `kind` from plain values; UserError in one line that names the first field at fault."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(kind, error)) from error
-
-
-_TAG = re.compile(r"(constrained-)?(int|float|str|bool)|literal\[.*\]|(list|tuple)\[.*\]")
-"""What pydantic adds to the place of a fault in a field of several types."""
-
-
-def explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first fault of a validation as `field: what is wrong, what to do`."""
-    fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"] if not _TAG.fullmatch(str(part))) or "config"
-    if fault["type"] == "extra_forbidden":
-        close = nearest(where, fields(kind))
-        return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault.get("input")
-    shown = ""
-    if isinstance(given, str | int | float | bool | None) and abs(given if isinstance(given, int) else 0) < 10**30:
-        shown = f" (got {given!r})" if len(repr(given)) < 80 else f" (got {repr(given)[:80]} ...)"
-    if fault["type"] == "string_type" and isinstance(given, int | float):
-        shown += "; write it in quotes"
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}."
-
-
-def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a configuration, such as "training.steps"; `prefix` goes before each."""
-    names = []
-    for name, field in kind.model_fields.items():
-        if name == OWN:
-            continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += fields(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
 
 
 def dump(config: BaseModel) -> str:

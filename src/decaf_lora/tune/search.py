@@ -33,6 +33,7 @@ from decaf_lora.runs.signals import stopping
 from decaf_lora.tune.axes import described, read_axes, short, shown, with_values
 from decaf_lora.tune.halving import Merit, Plan, Point, Standing, open_ends, rungs, standing
 from decaf_lora.tune.trials import Outcomes, Row, Trial, merit, outcome, rows, write_trials
+from decaf_lora.validation import checked
 from decaf_lora.yaml_file import read_yaml
 
 SETTINGS, BEST = "tune.yaml", "best.yaml"
@@ -153,7 +154,7 @@ def settings_of(config: RunConfig, over: Mapping[str, Sequence[Any]], seeds: Seq
     if len(set(seeds)) < len(seeds):
         raise UserError("seeds: one is there twice; leave it out.")
     values = {"base": config, "over": {k: list(v) for k, v in axes.items()}, "seeds": tuple(seeds) or (config.seed,)}
-    return configs.checked(Settings, {**values, **more})
+    return checked(Settings, {**values, **more})
 
 
 def read_settings(out: Path) -> Settings:
@@ -162,7 +163,7 @@ def read_settings(out: Path) -> Settings:
     if not path.exists():
         raise UserError(f"resume: {out} holds no search (no {SETTINGS}); leave out --resume to start one there.")
     values = read_yaml(path, "resume")
-    return configs.checked(Settings, values if isinstance(values, dict) else {})
+    return checked(Settings, values if isinstance(values, dict) else {})
 
 
 def check_out(out: Path, resume: bool) -> None:
