@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def tune_command(args: list[str]) -> int:
     from decaf_lora.runs.compare import default_jobs
-    from decaf_lora.tune.search import Search, settings_of
+    from decaf_lora.tune.searching import Search, settings_of
 
     over, rest = over_apart(args)
     rest, folder = resumed(rest)
@@ -91,7 +91,7 @@ def over_apart(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 def _saved(folder: Path, rest: list[str], over: dict[str, list[str]]) -> tuple[RunConfig, Tuning, Any]:
     """The search in a folder, whose settings are there; only what does not change its outcome may be said anew."""
-    from decaf_lora.tune.search import read_settings
+    from decaf_lora.tune.searching import read_settings
 
     settings = read_settings(folder)
     refuse_unnamed_code(settings.base, rest)

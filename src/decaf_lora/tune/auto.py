@@ -19,7 +19,7 @@ from decaf_lora.records import replace_text, write_json
 from decaf_lora.runs.compare import cells
 from decaf_lora.runs.events import Interrupted, Watch, nobody
 from decaf_lora.runs.folder import CHOICE, check_folder, disk
-from decaf_lora.tune.search import SETTINGS, Found, search
+from decaf_lora.tune.searching import SETTINGS, Found, search
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The first rates; where the best is at an end, up to three more beyond it."""
