@@ -81,6 +81,7 @@ def test_a_run_scores_on_what_it_holds_out():
         run = build_run(config)
     with run:
         rows = run.task._examples
+        assert run.task.score_name == "held-out accuracy"
         assert len(rows) == 30
         assert not set(rows) & set(run.partition.examples)
         *_, last = run.train()

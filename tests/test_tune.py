@@ -80,7 +80,7 @@ def test_what_it_writes(whole):
     out, found = whole
     told = json.loads((out / "trials.json").read_text())
     assert told["best"] == found.values
-    assert (told["score_name"], told["rungs"], told["validation_share"]) == ("accuracy", [1, 3], 0.2)
+    assert (told["score_name"], told["rungs"], told["validation_share"]) == ("held-out accuracy", [1, 3], 0.2)
     rows = list(csv.DictReader((out / "trials.csv").open()))
     assert len(rows) == sum(len(row.scores) for row in found.trials)
     for row in rows:

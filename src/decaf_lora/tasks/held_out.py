@@ -34,7 +34,7 @@ class HeldOut(Task):
     def __init__(self, task: Task, examples: NDArray[np.int64]) -> None:
         self._task, self._examples = task, np.asarray(examples)
         self.name, self.model, self.labels, self.num_test = task.name, task.model, task.labels, len(examples)
-        self.score_name, self.lower_is_better = task.score_name, task.lower_is_better
+        self.score_name, self.lower_is_better = f"held-out {task.score_name}", task.lower_is_better
         self.classes, self.interface = task.classes, task.interface
         self.content = f"{task.content}, held out of the training examples"
         if "train" in task.tables:

@@ -137,6 +137,6 @@ def _line(found: Found, name: str, config: RunConfig, rate: float) -> str:
     count, share = len(found.trials), f"{100 * (config.validation_share or 0.2):.0f} %"
     return (
         f"learning rate of {name}: {rate:g}, the best of {count} on {share} of the training examples, held out "
-        f"({found.score_name} {found.score:.3f} after {found.plan.rungs[-1]} of {config.rounds} rounds; "
+        f"({found.score_name.removeprefix('held-out ')} {found.score:.3f} after {found.plan.rungs[-1]} of {config.rounds} rounds; "
         f"{config.graph}, {config.partition}, seed {config.seed})"
     )

@@ -162,7 +162,7 @@ def table(trials: Sequence[Row], score_name: str, rounds: int) -> Table:
     for field in fields:
         result.add_column(short(field))
     result.add_column("rounds", justify="right")
-    result.add_column(f"held-out {score_name}", justify="right")
+    result.add_column(score_name, justify="right")
     result.add_column("")
     for row in sorted(trials, key=lambda row: (row.state != "best", -row.rounds, row.trial)):
         score = "–" if row.score is None else f"{row.score:.3f}" + (f" ± {row.std:.3f}" if row.std is not None else "")
