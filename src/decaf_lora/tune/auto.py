@@ -19,7 +19,7 @@ from decaf_lora.records import replace_text, write_json
 from decaf_lora.runs.compare import cells
 from decaf_lora.runs.events import Interrupted, Watch, nobody
 from decaf_lora.runs.folder import CHOICE, check_folder, disk
-from decaf_lora.tune.searching import SETTINGS, Found, search
+from decaf_lora.tune.searching import SETTINGS, SHARE, Found, search
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The first rates; where the best is at an end, up to three more beyond it."""
@@ -134,9 +134,10 @@ def _with_rate(config: Config, rate: float) -> Config:
 
 
 def _line(found: Found, name: str, config: RunConfig, rate: float) -> str:
-    count, share = len(found.trials), f"{100 * (config.validation_share or 0.2):.0f} %"
+    count, share = len(found.trials), f"{100 * (config.validation_share or SHARE):.0f} %"
+    name_of_score = found.score_name.removeprefix("held-out ")
     return (
         f"learning rate of {name}: {rate:g}, the best of {count} on {share} of the training examples, held out "
-        f"({found.score_name.removeprefix('held-out ')} {found.score:.3f} after {found.plan.rungs[-1]} of {config.rounds} rounds; "
-        f"{config.graph}, {config.partition}, seed {config.seed})"
+        f"({name_of_score} {found.score:.3f} after {found.plan.rungs[-1]} of {config.rounds} rounds; {config.graph}, "
+        f"{config.partition}, seed {config.seed})"
     )
