@@ -180,10 +180,10 @@ def test_a_script_that_was_away_joins_the_others_at_their_round(tmp_path, base):
     assert [found[name]["step"] for name in NAMES[:2]] == [STEPS] * 2
     assert found["carol"]["step"] < STEPS
     assert any("which was away; training ends" in line for line in found["carol"]["told"])
-    # Alice and Bob end as one, by a complete graph; Carol with what they hand her.
+    # Carol ends with the average of those who have answered her by then.
     key = next(k for k in found["carol"]["values"] if "modules_to_save" in k and "weight" in k)
-    mean = (found["alice"]["values"][key] + found["bob"]["values"][key]) / 2
-    torch.testing.assert_close(found["carol"]["values"][key], mean)
+    one, other, hers = (found[name]["values"][key] for name in NAMES)
+    assert any(torch.allclose(hers, theirs, rtol=1e-6, atol=1e-7) for theirs in (one, other, (one + other) / 2))
 
 
 def test_a_script_whose_neighbour_never_comes_gives_up_and_goes_on_later(tmp_path, base):

@@ -20,6 +20,7 @@ from decaf_lora.cli.agent import agent_command
 from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
+from decaf_lora.cli.predicting import predict_command
 from decaf_lora.cli.runs import (
     compare_command,
     export_command,
@@ -118,6 +119,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),
     "export": (export_command, "write an agent's adapter as a PEFT directory"),
+    "predict": (predict_command, "what a trained model says of new examples, and how well"),
     "merge": (merge_command, "average several PEFT adapters, of any ranks, without data"),
     "report": (report_command, "write the report of a run again"),
     "agent": (agent_command, "a site's agent of a federation"),
