@@ -29,6 +29,7 @@ from decaf_lora.cli.runs import (
     report_command,
     run_command,
 )
+from decaf_lora.cli.starting import init_command
 from decaf_lora.errors import UserError, nearest, out_of_memory
 
 
@@ -115,6 +116,7 @@ def _overview() -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare_command, "several algorithms side by side: table and report"),
     "run": (run_command, "one run of one algorithm"),
+    "init": (init_command, "a commented configuration for a file of your own"),
     "plan": (plan_command, "what a run would cost: memory, bytes, arithmetic"),
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),
