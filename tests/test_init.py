@@ -91,9 +91,8 @@ def test_the_label_is_found_by_its_name_or_by_what_it_holds(tmp_path):
     rows = [(i, text, "ab"[i % 2], label) for i, (text, label) in enumerate(ROWS)]
     config, _ = written(tmp_path, "text", table(tmp_path / "a.csv", rows, ("id", "words", "ward", "label")))
     assert config.task.label_column == "label"
-    config, _ = written(
-        tmp_path, "text", table(tmp_path / "b.csv", [(i, t, c) for i, t, _, c in rows], ("n", "w", "z"))
-    )
+    rows = [(i, f"{text} {i}", c) for i, text, c, _ in rows]
+    config, _ = written(tmp_path, "text", table(tmp_path / "b.csv", rows, ("n", "w", "z")))
     assert (config.task.text_column, config.task.label_column) == ("w", "z")
 
 
@@ -128,7 +127,8 @@ def test_nothing_is_overwritten(tmp_path, capsys, monkeypatch):
     ("words", "kind", "header", "rows", "more"),
     [
         ("label_column: it could be a or b; say which, as in --label-column a", "text", ("text", "a", "b"), None, []),
-        ("label_column: no column looks like a label", "text", ("text", "n"), [(f"the cat {i}", i) for i in range(9)], []),
+        ("label_column: no column looks like a label", "text", ("text", "n"),
+         [(f"the cat {i}", i) for i in range(9)], []),
         ("text_column: it could be one or two", "text", ("one", "two", "label"), None, []),
         ("label_column: 'lable' is not known. Did you mean 'label'", "text", ("text", "x", "label"), None,
          ["--label-column", "lable"]),
