@@ -46,8 +46,6 @@ def test_the_commands_of_the_page_lead_from_a_table_to_predictions(tmp_path, mon
         assert program == "decaf"
         if words[0] == "init":
             words += ["--model", str(model("bert", tmp_path))]
-        if words[0] == "predict":
-            words += ["--label-column", "diagnosis"]
         assert main(words) == 0, line
     written = yaml.safe_load(Path("visits.yaml").read_text())
     assert (written["task"]["text_column"], written["partition"], written["agents"]) == ("note", "column:clinic", 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -320,6 +320,8 @@ class TrainingConfig(Frozen):
         return self
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
 
@@ -432,7 +434,7 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
+def build(kind: type[Model], values: dict[str, Any]) -> Model:
     """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
     try:
         return kind.model_validate(values)

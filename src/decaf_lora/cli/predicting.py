@@ -20,7 +20,7 @@ def predict_command(args: list[str]) -> int:
         agent: str | None = None,
         split: str | None = None,
         label_column: str | None = None,
-        image_column: str = "image",
+        image_column: str | None = None,
         subset: str | None = None,
         delimiter: str | None = None,
         encoding: str | None = None,
@@ -36,7 +36,7 @@ def predict_command(args: list[str]) -> int:
             agent: of a run: number or name of the agent. Unset: the averaged model.
             split: of a data set with several. Unset: `test`, or the only one.
             label_column: column of the true classes or answers; `none`: do not look. Unset: that of the task.
-            image_column: column of the images in a table.
+            image_column: column of the images in a table. Unset: that of the training data.
             subset: of the data set, or sheet of an Excel file.
             delimiter: separator of the columns of a CSV file, or `tab`. Unset: detected.
             encoding: of text files, such as cp1252. Unset: detected.

@@ -57,7 +57,10 @@ class Described(NamedTuple):
     def config(self, data: str, **options: Any) -> TaskConfig:
         """The configuration of the task on other data; `options` say how these are read."""
         task, use = self.task, self.use
-        values: dict[str, Any] = {"name": _NAMES[use], "data": data, "model": task["model"], **options}
+        values: dict[str, Any] = {"name": _NAMES[use], "data": data, "model": task["model"]}
+        values |= {name: value for name, value in options.items() if value is not None}
+        if use == "image-text" and options.get("image_column") is None:
+            values["image_column"] = task.get("image_column", "image")
         values["dtype"] = task.get("dtype", "float32")
         values["quantization"] = "4bit" if task.get("quantized") else None
         for field in ("max_length", "templates", "answers", "length_normalized", "chat_template"):
@@ -125,7 +128,10 @@ def _read(directory: Path) -> Described:
             f"model: the task {name} is not one whose examples can be read from a file (sequence-classification, "
             "image-text, and causal-lm with answers or answer_column); use it from Python."
         )
-    needed = {"sequence-classification": ("columns", "labels"), "image-text": ("templates", "labels")}
+    needed: dict[str, tuple[str, ...]] = {
+        "sequence-classification": ("columns", "labels"),
+        "image-text": ("templates", "labels"),
+    }
     needed |= {"answers": ("templates", "answers", "labels"), "instruction": ("templates", "columns")}
     missing = [field for field in ("model", *needed[use]) if not task.get(field)]
     if missing:

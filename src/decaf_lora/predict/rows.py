@@ -59,7 +59,8 @@ def read_rows(described: Described, config: TaskConfig, split: str | None, label
     table = _folder_of_images(Path(config.data or "").expanduser(), image, config.classes)
     if table is None:
         wanted = [*columns, *([("image_column", image)] if image else [])]
-        given = label or (config.answer_column if described.use == "instruction" else "label")
+        usual = config.answer_column if described.use == "instruction" else described.task.get("label_column", "label")
+        given = label or usual
         table = read_split(config, [column for _, column in wanted], split)
         check_columns(config, {"test": table}, wanted, None)
         if label not in (None, NOT) and label not in table.column_names:
@@ -151,7 +152,7 @@ def _folder_of_images(folder: Path, image: str | None, classes: Sequence[str]) -
     if any(p.name in METADATA for p in files) or not any(p.suffix.lower() in IMAGES for p in files):
         return None
     paths = [str(p.relative_to(folder)) for p in files if p.suffix.lower() in IMAGES]
-    above = [Path(path).parent.name for path in paths]
+    above: list[str | None] = [Path(path).parent.name for path in paths]
     if not any(name in classes for name in above):
         above = [None] * len(paths)
     return Dataset.from_dict({image: [str(folder / path) for path in paths], "label": above})
