@@ -320,7 +320,7 @@ class TrainingConfig(Frozen):
         return self
 
 
-Model = TypeVar("Model", bound=BaseModel)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
@@ -434,7 +434,7 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-def build(kind: type[Model], values: dict[str, Any]) -> Model:
+def build(kind: type[_Model], values: dict[str, Any]) -> _Model:
     """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
     try:
         return kind.model_validate(values)

@@ -55,3 +55,6 @@ def named_after(data: str) -> Path:
     name = Path(data.rstrip("/")).name or "data"
     stem = name.partition(".")[0] or name.strip(".") or "data"
     return Path(f"{stem}.yaml")
+
+
+__all__ = ["named_after", "write"]

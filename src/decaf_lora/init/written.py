@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "agents": found.agents,
         "graph": graph,
         "partition": found.partition,
-        "rounds": 20,
+        "rounds": 10,
     }
     order = ("name", "model", "data", "text_column", "prompt_column", "templates", "answer_column", "label_column")
     fields = {**{k: found.task[k] for k in order if k in found.task}, **found.task}
@@ -55,10 +57,11 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
-        "rounds: 20  # of training and exchange",
-        "evaluate_every: 5",
+        "rounds: 10  # of training and exchange",
     ]
-    values["evaluate_every"] = 5
+    if "baseline" in RunConfig.model_fields:
+        values["baseline"] = ["alone"]
+        remarks.append("baseline: [alone]  # also what each agent reaches on its own rows: did it help?")
     text = "\n".join(remarks) + "\n"
     assert build(RunConfig, _read_back(text)) == build(RunConfig, values)
     return text
@@ -80,8 +83,6 @@ def _line(name: str, value: Any, remark: str) -> str:
 
 def _flow(value: Any) -> str:
     """A value on one line: JSON is YAML."""
-    import json
-
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -91,8 +92,6 @@ def _plain(text: str) -> str:
 
 
 def _read_back(text: str) -> Any:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.yaml"
         path.write_text(text, encoding="utf-8")

@@ -71,3 +71,6 @@ def predict(
         values = {**model, **scores(rows, said, config.classes, score)}
         write_scores(aside / "scores.json", values)
     return values
+
+
+__all__ = ["predict"]
