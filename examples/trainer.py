@@ -98,7 +98,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--every", type=int, default=2, help="steps from one exchange to the next")
     parser.add_argument("--algorithm", default="decaf_tracked")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0, help="of the start and the order of examples")
     parser.add_argument("--validate", action="store_true", help="test on other rows of train.csv, to choose settings")
     parser.add_argument("--out", type=Path, help="where the adapters are saved")

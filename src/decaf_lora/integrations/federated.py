@@ -119,6 +119,7 @@ class InFederation(Place):
 
     def arrive(self, facts: Facts) -> Engine:
         """The engine, not yet connected; refuses an agent that runs already and a port that is taken."""
+        self.leave()  # of a training that was interrupted in this process
         others = status.running(status.file_of(self._path, self.name))
         if others and others != os.getpid():
             raise UserError(f"agent: {self.name} runs already (process {others}); stop it first.")
