@@ -228,7 +228,8 @@ def sealed(tmp_path_factory, base):
         ("key: cannot read", {"key": "nowhere.key"}),
     ],
 )
-def test_what_contradicts_the_file_is_refused(sealed, words, changes):
+def test_what_contradicts_the_file_is_refused(sealed, words, changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a key brings a file beside it
     with pytest.raises(UserError, match=words) as caught:
         GossipCallback(**sealed["alice"] | changes)
     assert "\n" not in str(caught.value)
@@ -253,7 +254,7 @@ def test_files_that_no_script_can_follow(tmp_path, base):
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
-        ("max_steps: 9 steps with an exchange every 2 make 5 rounds|nothing", {"steps": 12}),
+        ("max_steps: 12 steps with an exchange every 2 make 6 rounds", {"steps": 12}),
         ("lora.r: the federation file says 2, the model has 3", {"lora": {"r": 3}}),
         ("lora.lora_alpha: the federation file says 4, the model has 2", {"lora": {"lora_alpha": 2}}),
         ("lora.use_rslora: the federation file says False", {"lora": {"use_rslora": True}}),
@@ -262,7 +263,6 @@ def test_files_that_no_script_can_follow(tmp_path, base):
     ],
 )
 def test_a_script_that_does_not_fit_the_file_is_refused(tmp_path, base, sealed, words, changes):
-    words = "max_steps: 12 steps with an exchange every 2 make 6 rounds" if "steps" in changes else words
     trainer = script(tmp_path, 0, base, **changes)
     refused(trainer, sealed, words)
 
