@@ -79,6 +79,14 @@ def test_a_table_without_sites(tmp_path):
     assert (config.partition, config.agents) == ("iid", 4)
 
 
+def test_a_column_of_sites_with_another_name(tmp_path):
+    rows = [(text, label, "AB"[i % 2]) for i, (text, label) in enumerate(ROWS)]
+    data = table(tmp_path / "a.csv", rows, ("text", "label", "Haus"))
+    assert written(tmp_path, "text", data)[0].partition == "iid"
+    config, _ = written(tmp_path, "text", data, site_column="Haus")
+    assert (config.partition, config.agents) == ("column:Haus", 2)
+
+
 def test_folders_of_tables_have_their_own_test_set(tmp_path):
     for split in ("train", "test"):
         table(tmp_path / "data" / f"{split}.csv", ROWS)

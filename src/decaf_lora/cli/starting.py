@@ -20,6 +20,7 @@ def init_command(args: list[str]) -> int:
         model: str | None = None,
         text_column: str | None = None,
         label_column: str | None = None,
+        site_column: str | None = None,
         delimiter: str | None = None,
         encoding: str | None = None,
         subset: str | None = None,
@@ -35,14 +36,16 @@ def init_command(args: list[str]) -> int:
             model: the base model. Unset: a small one of the Hugging Face Hub.
             text_column: column of the text, or the prompt. Unset: detected.
             label_column: column of the label, or the answer. Unset: detected.
+            site_column: column whose every value becomes an agent. Unset: detected, by its name.
             delimiter: separator of the columns of a CSV file, or `tab`. Unset: detected.
             encoding: of text files, such as cp1252. Unset: detected.
             subset: of a data set, or sheet of an Excel file.
         """
-        given = {"text_column": text_column, "label_column": label_column, "delimiter": delimiter}
-        return kind, data, out, model, given | {"encoding": encoding, "subset": subset}
+        given = {"text_column": text_column, "label_column": label_column, "site_column": site_column}
+        given |= {"delimiter": delimiter, "encoding": encoding, "subset": subset}
+        return kind, data, out, model, given
 
-    own = ["out", "model", "text_column", "label_column", "delimiter", "encoding", "subset", "help"]
+    own = ["out", "model", "text_column", "label_column", "site_column", "delimiter", "encoding", "subset", "help"]
     check_options(args, own)
     kind, data, out, model, given = parsed(init, "decaf init", args)
     from decaf_lora.init import named_after, write

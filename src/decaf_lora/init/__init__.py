@@ -20,7 +20,7 @@ def write(kind: str, data: str, out: Path | None = None, model: str | None = Non
         data: the file, or folder.
         out: the configuration to write; None: named after the data, in this folder. It must not exist.
         model: the base model; None: a small one of the Hub.
-        given: text_column, label_column, delimiter, encoding, subset, where they should not be detected.
+        given: text_column, label_column, site_column, delimiter, encoding, subset, where they should not be detected.
 
     Returns:
         What was assumed, a line each.

@@ -91,6 +91,8 @@ def label_of(columns: Sequence[Column], asked: str | None) -> Column:
     """
     if asked is not None:
         return named(columns, asked, "label_column")
+    if (called := pick(columns, LABELS[:2])) is not None:
+        return called  # what is wrong with it, if anything, the reader of labels says
     found = [column for column in columns if column.may_be_classes]
     return _one(found, LABELS, columns, "label_column", "a label (few values, each several times)")
 
@@ -114,8 +116,10 @@ def text_of(columns: Sequence[Column], asked: str | None, without: Sequence[str]
     return longest[0]
 
 
-def site_of(columns: Sequence[Column], without: Sequence[str]) -> Column | None:
-    """The column that names the site of each row, by its name; None: there is no such."""
+def site_of(columns: Sequence[Column], without: Sequence[str], asked: str | None = None) -> Column | None:
+    """The column that names the site of each row: `asked`, or one with such a name; None: there is no such."""
+    if asked is not None:
+        return named(columns, asked, "site_column")
     for column in columns:
         fits = 2 <= column.distinct <= MOST_SITES and len(column.given) == len(column.values)
         if column.name not in without and fits and _named(column.name, SITES) and column.may_be_classes:

@@ -89,7 +89,7 @@ def find(asked: Asked) -> Found:
 def _text(asked: Asked) -> Found:
     columns, has_test, told = asked.columns()
     label = label_of(columns, asked.given.get("label_column"))
-    site = site_of(columns, [label.name])
+    site = site_of(columns, [label.name], asked.given.get("site_column"))
     asked_text = asked.given.get("text_column")
     text = text_of(columns, asked_text, [label.name, *([site.name] if site else [])])
     task = {"name": "sequence-classification", "data": asked.data, **asked.reading, "text_column": text.name}
@@ -122,7 +122,7 @@ def _llm(asked: Asked) -> Found:
         used.append(question.name)
         task |= _prompt(question, more)
         _answers(found, answers, question, more)
-    site = site_of(columns, used)
+    site = site_of(columns, used, asked.given.get("site_column"))
     _sites(found, site)
     _test(found, has_test)
     return found
@@ -172,7 +172,7 @@ def _images(asked: Asked) -> Found:
     )
     if all(str(value).lstrip("-").isdigit() for value in label.values):
         raise UserError("label_column: the classes are only numbers; a model of images and text needs words for them.")
-    _sites(found, site_of(others, [label.name]))
+    _sites(found, site_of(others, [label.name], asked.given.get("site_column")))
     _test(found, has_test)
     return found
 
@@ -188,7 +188,7 @@ def _sites(found: Found, site: Column | None) -> None:
         found.assumed.append(f"each value of column {site.name!r} is an agent: {names}")
     else:
         found.agents = max(2, min(4, found.size // 20))
-        found.assumed.append(f"no column names sites, so {found.agents} agents share the rows by chance")
+        found.assumed.append(f"{found.agents} agents share the rows by chance; --site-column names a column of sites")
 
 
 def _test(found: Found, has_test: bool) -> None:

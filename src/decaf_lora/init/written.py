@@ -49,7 +49,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "task:",
         *[_line(f"  {name}", value, _SAID.get(name, "")) for name, value in fields.items()],
         "lora: {r: 8, lora_alpha: 16}  # names and meanings of peft.LoraConfig; targets default to the model's family",
-        _line("algorithm", {"name": "decaf_tracked"}, "DeCAF with gradient tracking, for sites whose data differ"),
+        "algorithm: {name: decaf_tracked}  # DeCAF with gradient tracking, for sites whose data differ",
         "training:",
         "  epochs: 1  # passes over an agent's own rows in a round",
         "  batch_size: 16",
