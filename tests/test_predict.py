@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from decaf_lora.adapters import merge
 from decaf_lora.cli import main
+from decaf_lora.config import TaskConfig
+from decaf_lora.predict.described import Described
 from decaf_lora.predict.rows import UNKNOWN, numbered
 from decaf_lora.predict.written import cell, confusion, per_class
 from decaf_lora.records import read_records
@@ -157,6 +160,28 @@ def test_a_language_model_writes_its_answers(runs, tmp_path):
     assert [row["text"] for row in rows] == ["the cat is good", "the dog is big"]
     assert all(len(row["predicted"].split()) <= 3 and 0 < float(row["probability"]) <= 1 for row in rows)
     assert found == {**found, "examples": 2, "labelled": 0}
+
+
+def test_all_that_prepares_an_example_is_described():
+    """A field of the task that changes what the model reads must reach the prediction."""
+    reading = {"data", "data_seed", "delimiter", "encoding", "file_column", "max_test", "max_train", "quoting"}
+    reading |= {"subset", "test_share", "test_split", "train_split", "skip_bad"}
+    speed = {"eval_batch_size", "gradient_checkpointing", "image_cache", "num_workers"}
+    training = {"packing"}  # refused: of plain texts alone
+    names = {"name", "model", "own", "label_column", "prompt_column", "classes"}  # written as templates, labels
+    carried = {"text_column", "text_pair_column", "image_column", "answer_column", "templates", "answers", "metric"}
+    carried |= {"length_normalized", "chat_template", "max_length", "positive", "dtype", "quantization", "pixel_range"}
+    assert set(TaskConfig.model_fields) == reading | speed | training | names | carried
+    task = {"use": "image-text", "model": "m", "labels": ["a", "b"], "templates": ["a {}"], "score_name": "F1 (a)"}
+    task |= {"image_column": "scan", "pixel_range": [0, 4095], "dtype": "bfloat16", "quantized": True}
+    config = Described(Path(), task, {}, True).config("here")
+    assert (config.image_column, config.pixel_range, config.metric, config.positive) == ("scan", (0, 4095), "f1", "a")
+    assert (config.dtype, config.quantization, config.classes) == ("bfloat16", "4bit", ("a", "b"))
+    task = {"use": "answers", "model": "m", "labels": ["a", "b"], "templates": ["{x}?"], "answers": ["A", "B"]}
+    task |= {"length_normalized": False, "chat_template": True, "max_length": 9, "score_name": "macro-F1"}
+    config = Described(Path(), task, {}, True).config("here")
+    assert (config.answers, config.length_normalized, config.chat_template) == (("A", "B"), False, True)
+    assert (config.max_length, config.metric, config.templates) == (9, "macro-f1", ("{x}?",))
 
 
 # What is written

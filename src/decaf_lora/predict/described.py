@@ -63,7 +63,7 @@ class Described(NamedTuple):
             values["image_column"] = task.get("image_column", "image")
         values["dtype"] = task.get("dtype", "float32")
         values["quantization"] = "4bit" if task.get("quantized") else None
-        for field in ("max_length", "templates", "answers", "length_normalized", "chat_template"):
+        for field in ("max_length", "templates", "answers", "length_normalized", "chat_template", "pixel_range"):
             if task.get(field) is not None and not (use == "image-text" and field == "max_length"):
                 values[field] = task[field]
         if use == "instruction":
