@@ -25,7 +25,7 @@ FLOORS = (
     {"report"},
     {"run"},
     {"recipes", "runs"},
-    {"plan", "tune", "predict", "check", "federation"},
+    {"plan", "tune", "init", "predict", "check", "federation"},
     {"integrations"},
     {"cli"},
     {"__main__"},

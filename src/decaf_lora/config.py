@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -334,6 +334,8 @@ class TrainingConfig(Frozen):
         return self.learning_rate
 
 
+_Model = TypeVar("_Model", bound=BaseModel)
+
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
 
@@ -449,7 +451,7 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
+def build(kind: type[_Model], values: dict[str, Any]) -> _Model:
     """A configuration of `kind` from plain values; UserError as `checked` raises it."""
     return checked(kind, values)
 

@@ -65,6 +65,26 @@ def read(config: TaskConfig, wanted: Sequence[str] = ()) -> dict[str, Dataset]:
     return splits
 
 
+def read_split(config: TaskConfig, wanted: Sequence[str], split: str | None = None) -> Dataset:
+    """The rows of one split, whatever it is called.
+
+    Args:
+        config: names the data, and how to read them.
+        wanted: columns that are needed.
+        split: None: `test` if there are several, else the only one.
+
+    Raises:
+        UserError: the data cannot be read or fetched, or the split does not exist.
+    """
+    found = _open(config, wanted)
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    name = split or "test"
+    if name not in found:
+        raise unknown("split", name, found)
+    return found[name]
+
+
 def _sliced(found: DatasetDict, split: str) -> Dataset:
     """The rows of a slice such as `train[:10%]`, or of a sum of splits and slices."""
     try:

@@ -42,15 +42,21 @@ def neighbours(signed: file.Signed, name: str) -> list[Neighbour]:
     return found
 
 
-def site(path: Path, name: str, *, told: str | None = None, key: Path | None = None) -> tuple[file.Signed, tls.Own]:
+def site(
+    path: Path, name: str, *, told: str | None = None, key: Path | None = None, base: bool = True
+) -> tuple[file.Signed, tls.Own]:
     """What an agent needs before it may connect: the file, accepted, and its own identity.
+
+    `base`: whether to check the base model that the file names, too. The other arguments are those of `check`.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     steps = _Steps(path, name, told, key)
-    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key, steps.base):
+    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key):
         check()
+    if base:
+        steps.base()
     return steps.signed, steps.own
 
 

@@ -183,13 +183,14 @@ def _task(config: TaskConfig, device: str) -> Task:
     if key not in _tasks:
         with _loading:
             task = tasks.make(config)
-        task.model.to(_device(device))
+        task.model.to(device_of(device))
         _tasks.clear()
         _tasks[key] = task
     return _tasks[key]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a configuration names; UserError if it cannot be used here."""
     import torch
 
     if name == "auto":

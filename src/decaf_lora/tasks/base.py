@@ -47,7 +47,8 @@ class Task(ABC):
     """How examples are put to the model, in JSON's types: whoever uses the trained model must know this.
 
     Exports know the keys `labels` (class names in the order of the model's outputs, or of the prompts), `templates`,
-    `answers`, `max_length` (tokens), `pad_token`, and `processor` (whether images go in)."""
+    `answers`, `max_length` (tokens), `pad_token`, and `processor` (whether images go in); predictions also `columns`,
+    `label_column` and `image_column`, the names of what was read."""
 
     tables: Mapping[str, Any] = MappingProxyType({})
     """"train" and "test" -> the `datasets.Dataset` of the examples, in their order; empty if there is none."""

@@ -364,7 +364,8 @@ def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict
     facts |= {"templates": [template], "chat_template": config.chat_template}
     if use == "instruction":
         return facts | {"columns": [config.answer_column]}
-    return facts | {"answers": list(config.answers), "length_normalized": config.length_normalized}
+    facts |= {"answers": list(config.answers), "length_normalized": config.length_normalized}
+    return facts | {"label_column": config.label_column or "label"}
 
 
 def _encode(

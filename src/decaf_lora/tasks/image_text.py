@@ -195,6 +195,7 @@ def make(config: TaskConfig) -> ImageText:
     refuse_unknown_tokens(model, processor.tokenizer, input_ids=task._tokens["input_ids"].numpy())
     task.tables = {"train": examples.train, "test": examples.test}
     task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
+    task.interface |= {"image_column": image, "label_column": label, "pixel_range": config.pixel_range}
     task.content = examples.content
     return task
 

@@ -183,6 +183,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         "use": "sequence-classification",
         "labels": task.classes,
         "columns": [column for _, column in columns],
+        "label_column": config.label_column or "label",
         "max_length": limit,
         "pad_token": tokenizer.pad_token,
     }

@@ -302,7 +302,10 @@ class Mesh:
             self._until(lambda: self.peer.phase is Phase.LEFT or None)
 
     def status(self) -> dict[str, Any]:
-        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread."""
+        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread.
+
+        `rejected` has a line for each message refused since the last exchange.
+        """
         with self._lock:
             peer = self.peer
             neighbours = {
@@ -315,6 +318,7 @@ class Mesh:
                 "round": self._round(peer.closed + 1),
                 "waits_for": waits_for,
                 "neighbours": neighbours,
+                "rejected": [f"{self.names[j]}: {reason}" for j, reason in peer.rejections],
             }
 
     def _round(self, exchange: int) -> int:
