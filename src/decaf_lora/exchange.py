@@ -161,7 +161,7 @@ class Exchange:
         ranks: Mapping[str, Sequence[int]] | None = None,
         phase: Phases = unwatched,
     ) -> None:
-        self.algorithm, self.schedule, self.engine = algorithm, schedule, engine
+        self.schedule, self.engine = schedule, engine
         self.gossip_steps, self.phase = gossip_steps, phase
         self._ranks = ranks or {}
         # The period of a random schedule takes long to find, and some never reach all agents. So it is computed only
@@ -176,13 +176,19 @@ class Exchange:
             () if len(engine.reports) == engine.num_agents else _neighbours(schedule, engine.agents[0]),
             lambda: schedule.sigma_2_per_round**gossip_steps,
         )
+        self.algorithm = algorithm.fitted(self.setting)
+        """The algorithm as it is in this run."""
         rounds = (Round(number, period) for number in range(1, 100))
-        self._trained = frozenset[Factor]().union(*map(algorithm.trains, rounds))
+        self._trained = frozenset[Factor]().union(*map(self.algorithm.trains, rounds))
         self._windows = functools.lru_cache(maxsize=64)(schedule.window)
 
     def round(self, number: int) -> Round:
         """Round `number`, from 1."""
         return Round(number, self.setting.period)
+
+    def begin(self, adapter: Adapter) -> Adapter:
+        """The adapter to begin with (`Rule.begin`)."""
+        return self.algorithm.begin(adapter, self.setting)
 
     def init(self, adapter: Adapter) -> State:
         """The algorithm's state before the first round."""
@@ -248,8 +254,8 @@ class Exchange:
         self.engine.hold(self._held(adapter))
 
     def _held(self, adapter: Adapter) -> Tensors:
-        """The tensors that the rule trains in some round, and so may combine."""
-        return adapter.message(self._trained)
+        """The tensors that the rule trains in some round and does not keep to the agent, and so may combine."""
+        return adapter.message(self._trained - self.algorithm.personal)
 
     def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
         """Makes all exchanges of a round. If the neighbours have gone on meanwhile, starts again with their round."""

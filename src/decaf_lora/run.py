@@ -128,7 +128,7 @@ class Run:
             schedule = as_schedule(Graph.server([len(shards[i]) for i in range(agents)]))
         elif topology != "graph":
             schedule = as_schedule(complete(self.engine.num_agents))
-        self.task, self.algorithm, self.schedule, self.partition = task, algorithm, schedule, partition
+        self.task, self.schedule, self.partition = task, schedule, partition
         self.training, self.rounds, self.seed = training, rounds, seed
         self.evaluate_every, self.measure_every = evaluate_every, measure_every
         self.test, self._tests = test, partition.own_tests() if test != "all" else ()
@@ -147,6 +147,8 @@ class Run:
             ranks=None if self.attached.uniform or topology == "pooled" else self._ranks(),
             phase=self.phase,
         )
+        self.algorithm = self.exchange.algorithm
+        """The algorithm, fitted to the graph of this run."""
         self.trainer = Trainer(
             task,
             self.attached,
@@ -158,7 +160,7 @@ class Run:
             steps_in_round=int(local_steps(training, list(shards.values())).max()),
         )
         try:
-            self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
+            self.adapter: Adapter = self.exchange.begin(self._first_adapter(common_start, init_adapters))
             self.state: State = self.exchange.init(self.adapter)
             self.trainer.prepare(self.adapter)
         except BaseException:
@@ -191,6 +193,7 @@ class Run:
     def _first_adapter(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> Adapter:
         pooled = self.algorithm.topology == "pooled"
         agents = self.engine.agents
+        self._refuse_unlike(common_start, directories)
         if pooled:  # one agent stands for all
             agents = [self._largest] if directories is None else list(range(len(directories)))
         adapter = self.attached.init(agents, self.seed, common_start)
@@ -198,6 +201,20 @@ class Run:
             chosen = [None if (path := directories[i]) is None else Path(path) for i in agents]
             adapter = load_peft(self.attached, adapter, chosen, agents)
         return consensus.averaged(adapter) if pooled and len(agents) > 1 else adapter
+
+    def _refuse_unlike(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> None:
+        """UserError if the rule does not allow how the agents start."""
+        rule, found = self.algorithm.rule, ""
+        if rule.begin is not None and directories is not None:
+            raise UserError(f"init_adapters: {rule.name} begins with factors of its own; leave them out, or use decaf.")
+        if not self.attached.uniform:
+            found = "lora.ranks: the agents differ in rank or scale"
+        elif directories is not None and len(set(map(str, directories))) > 1:
+            found = "init_adapters: the agents start from different adapters"
+        elif directories is None and not common_start:
+            found = "start: the agents start apart"
+        if rule.alike and found:
+            raise UserError(f"{found}, but {rule.name} needs them alike; make them so, or use decaf.")
 
     def __enter__(self) -> Self:
         return self
@@ -399,7 +416,7 @@ class Run:
                     scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
-                adapters = as_adapter(self._collected())
+                adapters = as_adapter(self._collected()).folded()
                 if measured:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
@@ -429,7 +446,7 @@ class Run:
         """The adapters of all N agents (in a mesh: of the own one) in the main process; None in other processes."""
         self._collect()
         gathered = self._collected()
-        return as_adapter(gathered) if gathered else None
+        return as_adapter(gathered).folded() if gathered else None
 
     def save_adapter(self, directory: str | Path, agent: int | str = consensus.AVERAGED) -> None:
         """Writes one agent's adapter, or the averaged model, as a PEFT directory, with its tokenizer and a card.

@@ -189,6 +189,7 @@ class GossipCallback(TrainerCallback):
         try:
             engine = self._place.arrive(self._facts(state))
             self._exchange = plan.exchange(engine)
+            plan.algorithm = self._exchange.algorithm
             adapter = self._live.read()
             if plan.mixes:
                 self._state = self._place.together(state.global_step, adapter, self._first_states)
@@ -203,11 +204,13 @@ class GossipCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Steers the gradients, after accumulation and clipping."""
-        if not any(transform.steer is not None for transform in self._plan.algorithm.transforms):
+        transforms = self._plan.algorithm.transforms
+        if not any(transform.steer or transform.penalty for transform in transforms):
             return
         round_ = self._exchange.round(self.round + 1)
         gradients = self._live.gradients(self._plan.algorithm.trains(round_))
-        steered, self._state = self._plan.algorithm.steer(self._state, gradients, round_)
+        values = {key: self._live.parameters[key].detach()[None] for key in gradients}
+        steered, self._state = self._plan.algorithm.steer(self._state, gradients, round_, values)
         if steered is not gradients:
             self._live.set_gradients(steered)
 
@@ -317,6 +320,10 @@ class _Plan:
         self.mixes = self.algorithm.topology != "none"
         if self.algorithm.topology in ("server", "pooled"):
             raise UserError(f"algorithm: {self.algorithm.name} does not gossip; use decaf on the complete graph.")
+        if self.algorithm.rule.begin is not None:
+            raise UserError(
+                f"algorithm: {self.algorithm.name} trains what a PEFT model does not hold; use decaf, or decaf run."
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise UserError(f"every: {every!r} steps never come; give a whole number of at least 1.")
         if not self.mixes:
