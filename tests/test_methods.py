@@ -16,7 +16,7 @@ from decaf_lora.exchange import Exchange
 from decaf_lora.graphs import Graph, as_schedule
 from decaf_lora.run import Run
 from quadratic import Quadratic, train
-from rounds import one_round, sent, setting
+from rounds import begun, one_round, sent, setting
 from samples import LAYERS, make_adapter, products
 from toy import Toy, TwoLayers
 from toy_runs import SGD, make_run
@@ -186,19 +186,10 @@ def test_a_personal_head_stays_with_its_agent(name):
     assert all(torch.equal(t, shared.tensors()[k]) for k, t in ours.tensors().items() if "head" not in k)
 
 
-def started(adapter, algorithm):
-    """Random cores between the rule's own factors."""
-    begun = algorithm.begin(adapter, setting(adapter))
-    draw = torch.Generator().manual_seed(1)
-    return begun.with_tensors(
-        {f"core/{k}": torch.randn(t.shape, generator=draw, dtype=t.dtype) for k, t in begun.core.items()}
-    )
-
-
 @pytest.mark.parametrize("kind", ["ring", "star", "erdos-renyi:0.5"])
 def test_core_mixes_the_products_exactly_with_r_squared_numbers(kind):
     algorithm, graph = algorithms.core(), graphs.parse(kind, 6, 0)
-    adapter = started(make_adapter(6), algorithm)
+    adapter = begun(algorithm, make_adapter(6))
     out, _ = one_round(algorithm, adapter, graph)
     message = sent(algorithm, adapter, algorithm.init(adapter, setting(adapter)))
     for layer, (rank, _, _) in LAYERS.items():

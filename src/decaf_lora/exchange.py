@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from decaf_lora.adapters.adapter import Adapter, Factor
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
-from decaf_lora.algorithms.contract import Round, Setting
+from decaf_lora.algorithms.contract import Round, Rule, Setting
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.engines.base import Engine, Pending, Sizes
@@ -86,6 +87,33 @@ def refuse_alone(algorithm: Algorithm, schedule: Schedule, steps: int) -> None:
             f"algorithm.tracking: over the {rounds} rounds of {schedule.name} it needs agents that never miss one; use "
             "a graph that stays the same, or leave tracking out."
         )
+
+
+def refuse_start(
+    rule: Rule, uniform: bool, common_start: bool, adapters: Sequence[str | PathLike[str] | None] | None
+) -> None:
+    """Checks that a rule allows how the agents start.
+
+    Args:
+        rule: what the agents are to run.
+        uniform: whether they have one rank and scale.
+        common_start: whether they start with one random A.
+        adapters: where the adapters are that they start from instead, one for each; None: nowhere.
+
+    Raises:
+        UserError: the rule begins with factors of its own, or needs agents that are alike.
+    """
+    if rule.begin is not None and adapters is not None:
+        raise UserError(f"init_adapters: {rule.name} begins with factors of its own; leave them out, or use decaf.")
+    found = ""
+    if not uniform:
+        found = "lora.ranks: the agents differ in rank or scale"
+    elif adapters is not None and len(set(map(str, adapters))) > 1:
+        found = "init_adapters: the agents start from different adapters"
+    elif adapters is None and not common_start:
+        found = "start: the agents start apart"
+    if rule.alike and found:
+        raise UserError(f"{found}, but {rule.name} needs them alike; make them so, or use decaf.")
 
 
 def _neighbours(schedule: Schedule, agent: int) -> tuple[int, ...]:

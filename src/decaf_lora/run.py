@@ -28,7 +28,7 @@ from decaf_lora.batches import local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Engine, Pending, Simulate
 from decaf_lora.errors import UserError
-from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round, refuse_alone
+from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round, refuse_alone, refuse_start
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Given, Own, Partition, named_alike
@@ -193,7 +193,7 @@ class Run:
     def _first_adapter(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> Adapter:
         pooled = self.algorithm.topology == "pooled"
         agents = self.engine.agents
-        self._refuse_unlike(common_start, directories)
+        refuse_start(self.algorithm.rule, self.attached.uniform, common_start, directories)
         if pooled:  # one agent stands for all
             agents = [self._largest] if directories is None else list(range(len(directories)))
         adapter = self.attached.init(agents, self.seed, common_start)
@@ -201,20 +201,6 @@ class Run:
             chosen = [None if (path := directories[i]) is None else Path(path) for i in agents]
             adapter = load_peft(self.attached, adapter, chosen, agents)
         return consensus.averaged(adapter) if pooled and len(agents) > 1 else adapter
-
-    def _refuse_unlike(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> None:
-        """UserError if the rule does not allow how the agents start."""
-        rule, found = self.algorithm.rule, ""
-        if rule.begin is not None and directories is not None:
-            raise UserError(f"init_adapters: {rule.name} begins with factors of its own; leave them out, or use decaf.")
-        if not self.attached.uniform:
-            found = "lora.ranks: the agents differ in rank or scale"
-        elif directories is not None and len(set(map(str, directories))) > 1:
-            found = "init_adapters: the agents start from different adapters"
-        elif directories is None and not common_start:
-            found = "start: the agents start apart"
-        if rule.alike and found:
-            raise UserError(f"{found}, but {rule.name} needs them alike; make them so, or use decaf.")
 
     def __enter__(self) -> Self:
         return self
