@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from decaf_lora import algorithms, graphs, lowrank, partition
+from decaf_lora import algorithms, graphs, lowrank, partition, records
 from decaf_lora.algorithms import Round
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Simulate
@@ -408,3 +408,62 @@ def test_a_graph_that_mixes_nothing_has_no_automatic_interval():
     apart = Graph(np.eye(3), connected=False)
     with pytest.raises(UserError, match=r"algorithm\.interval: auto has no answer"):
         algorithms.alternating("auto").fitted(algorithms.Setting((0,), 3, measure_sigma_2=lambda: apart.sigma_2))
+
+
+# The score on data like the agent's own
+
+
+def test_alike_tests_hold_the_agents_classes_in_its_shares():
+    labels = np.repeat([0, 1, 2, 3], [40, 40, 20, 20])
+    split = partition.dirichlet(labels, 5, alpha=0.3, seed=2)
+    test_labels = np.tile([0, 1, 2, 3], 15)
+    found = split.alike_tests(test_labels, seed=0)
+    for shard, own in zip(split.shards, found, strict=True):
+        held, got = (np.bincount(values, minlength=4) for values in (labels[shard], test_labels[own]))
+        size = 15 / held.max() * len(shard)  # the most frequent class runs out first
+        assert np.array_equal(got > 0, held > 0)
+        assert got.max() == 15
+        assert np.abs(got - np.maximum(held / held.sum() * size, held > 0)).max() < 1
+        assert len(set(own.tolist())) == len(own)
+    again = split.alike_tests(test_labels, seed=0)
+    assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+    with pytest.raises(UserError, match=r"test: no test example has class 3, which agent \d holds; use test = all"):
+        split.alike_tests(test_labels % 3, seed=0)
+    with pytest.raises(UserError, match=r"test: the classes of this task's test examples are not known"):
+        split.alike_tests(None, seed=0)
+
+
+def personal_run(test, name="fedsa"):
+    task = Toy(extras=True, tests=60)
+    task.test_labels = task.test_y.numpy()
+    split = partition.dirichlet(task.labels, 3, alpha=0.5, seed=1)
+    return Run(task, algorithms.make(name), graphs.ring(3), split, SGD, rounds=3, evaluate_every=3, test=test)
+
+
+def test_agents_are_scored_on_data_like_their_own_beside_the_common_test_set():
+    with personal_run("all") as plain, personal_run("alike") as run:
+        *_, expected = plain.train()
+        *_, last = run.train()
+        assert last.scores == expected.scores
+        assert (last.averaged_score, expected.own_scores) == (expected.averaged_score, None)
+        for agent, own in enumerate(run.partition.alike_tests(run.task.test_labels, 0)):
+            with torch.no_grad(), run.attached.bind(run.adapter.select([agent])) as model:
+                right = model(run.task.test_x[own]).argmax(1) == run.task.test_y[own]
+            assert last.own_scores[agent] == pytest.approx(right.double().mean().item())
+        assert last.own_scores != last.scores
+
+
+def test_tables_show_scores_on_own_data_where_there_are_some():
+    row = records.SummaryRow("fedsa", "ring", "dirichlet:0.1", 0, 0.5, 0.4, 0.1, 0.3, 10.0, 1.0, own_score=0.75)
+    other = dataclasses.replace(row, algorithm="local", own_score=0.5, graph="star")
+    texts = records.tables([row, other])
+    header, _, first, second, *_ = texts["table.md"].splitlines()
+    place = header.split(" | ").index("on own data")
+    assert [line.split(" | ")[place] for line in (first, second)] == ["0.750", "0.500"]
+    assert "own_score" in texts["table.csv"]
+    assert "data of their own" in texts["scores.md"]
+    assert texts["table.tex"].count("on own data") == 1
+    widths = {len(line) for line in records.lines(records.aggregate([row, other]))}
+    assert widths == {len(records.columns(records.aggregate([row, other])))}
+    without = records.tables([dataclasses.replace(row, own_score=None)])
+    assert not any("own" in text.replace("unknown", "") for text in without.values())

@@ -372,9 +372,10 @@ class RunConfig(Frozen):
     """Number of rounds. A round is the local steps and the exchange."""
     seed: int = Field(0, ge=0)
     """Seed of the partition, the start, the batches and random graphs."""
-    test: Literal["all", "own", "both"] = "all"
+    test: Literal["all", "own", "both", "alike"] = "all"
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
-    by column or files, and test examples that have this column."""
+    by column or files, and test examples that have this column. `alike`: all, and beside them test examples of the
+    classes that the agent holds, in the shares in which it holds them; for personal models (docs/methods.md)."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)

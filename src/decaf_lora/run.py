@@ -57,7 +57,8 @@ class Run:
         init_adapters: PEFT directories that agents start from, one for each (None: a fresh start), of any rank.
             Centralized training starts from their average, at the largest rank.
         gossip_steps: exchanges in a round, each on the next graph of the schedule; "period": a whole period.
-        test: which test examples score an agent's model: all, the agent's own (`Partition.tests`), or both.
+        test: which test examples score an agent's model: all, the agent's own (`Partition.tests`), both, or
+            all and those of the classes that the agent holds, in its shares (alike).
         evaluate_every: number of rounds from one evaluation of the agents' models and of the averaged model to the
             next. The last round is always evaluated.
         measure_every: the same for consensus distance, interference and truncation tail.
@@ -84,7 +85,7 @@ class Run:
         common_start: bool = True,
         init_adapters: Sequence[str | Path | None] | None = None,
         gossip_steps: int | Literal["period"] = 1,
-        test: Literal["all", "own", "both"] = "all",
+        test: Literal["all", "own", "both", "alike"] = "all",
         evaluate_every: int = 5,
         measure_every: int = 1,
         eval_batch_size: int = 256,
@@ -131,7 +132,11 @@ class Run:
         self.task, self.schedule, self.partition = task, schedule, partition
         self.training, self.rounds, self.seed = training, rounds, seed
         self.evaluate_every, self.measure_every = evaluate_every, measure_every
-        self.test, self._tests = test, partition.own_tests() if test != "all" else ()
+        self.test, self._tests = test, tuple[np.ndarray, ...]()
+        if test == "alike":
+            self._tests = partition.alike_tests(task.test_labels, seed)
+        elif test != "all":
+            self._tests = partition.own_tests()
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(agents)]
         self._largest = int(np.argmax(ranks))
