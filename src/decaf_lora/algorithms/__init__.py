@@ -21,6 +21,7 @@ from decaf_lora.algorithms.rules.flexlora import flexlora
 from decaf_lora.algorithms.rules.local import local
 from decaf_lora.algorithms.rules.scaffold import scaffold
 from decaf_lora.algorithms.transforms.chain import Algorithm, Mixed, State, chain
+from decaf_lora.algorithms.transforms.clipped import clipped
 from decaf_lora.algorithms.transforms.feedback import feedback
 from decaf_lora.algorithms.transforms.int8 import int8
 from decaf_lora.algorithms.transforms.outer_momentum import outer_momentum
@@ -28,6 +29,7 @@ from decaf_lora.algorithms.transforms.personal_head import personal_head
 from decaf_lora.algorithms.transforms.proximal import proximal
 from decaf_lora.algorithms.transforms.quasi_global import quasi_global
 from decaf_lora.algorithms.transforms.tracking import tracking
+from decaf_lora.algorithms.transforms.trimmed import trimmed
 
 __all__ = [
     "GAUGES",
@@ -50,6 +52,7 @@ __all__ = [
     "centralized",
     "chain",
     "check_together",
+    "clipped",
     "core",
     "decaf",
     "decaf_tracked",
@@ -72,4 +75,5 @@ __all__ = [
     "send_factors",
     "spelled",
     "tracking",
+    "trimmed",
 ]

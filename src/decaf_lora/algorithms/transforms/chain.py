@@ -127,7 +127,9 @@ class Algorithm:
         """(gradients, state) for an optimizer step; the very same gradients if no transform steers.
 
         Args:
-            state, gradients, round_: of the step.
+            state: of the parts.
+            gradients: of the trained tensors, name -> (n, ...).
+            round_: the round.
             values: the trained tensors that the gradients belong to; may be left out unless `penalizes`.
         """
         for transform in self.transforms:
