@@ -404,6 +404,13 @@ def test_a_start_that_a_rule_cannot_use_is_refused():
         Run(task, algorithm, graphs.ring(3), partition.iid(task.labels, 3, 0))
 
 
+def test_a_server_is_no_graph():
+    with pytest.raises(
+        UserError, match=r"graph: a server is no graph but a kind of algorithm \(fedavg, .*; for the others"
+    ):
+        graphs.parse("server", 4, 0)
+
+
 def test_a_graph_that_mixes_nothing_has_no_automatic_interval():
     apart = Graph(np.eye(3), connected=False)
     with pytest.raises(UserError, match=r"algorithm\.interval: auto has no answer"):

@@ -189,6 +189,8 @@ COMBINED = [
     ("core", {"tracking": True, "messages": "int8"}, "ring", 2),
     ("fedsa", {"tracking": True, "transforms": ["personal_head", "outer_momentum"]}, "star", 1),
     ("flexlora", {}, "ring", 1, (1, 4, 2, 3, 2, 8)),
+    ("decaf", {"transforms": ["clipped"]}, "ring", 2, (1, 4, 2, 3, 2, 8)),
+    ("dlora", {"transforms": ["trimmed"]}, "complete", 1),
 ]
 """Algorithm, its options, graph, exchanges a round, and the agents' ranks where they differ."""
 VALUES = {

@@ -53,6 +53,8 @@ CASES = [
     ("alternating", {"mixes": "both"}, "ring", 1),
     ("core", {"tracking": True}, "ring", 1),
     ("fedsa", {"transforms": ["personal_head", "outer_momentum"]}, "ring", 1),
+    ("decaf", {"transforms": ["clipped"], "messages": "int8"}, "ring", 1),
+    ("dlora", {"transforms": ["trimmed"]}, "complete", 1),
 ]
 
 
