@@ -127,7 +127,9 @@ def test_the_peak_of_a_real_llama(benchmark, agents, per_pass, checkpointing, pa
     close(planned.peak, benchmark.peak_of(lambda: list(run.train()), others))
 
 
-@pytest.mark.parametrize("name", ["local", "dlora", "dlora_fa", "decaf", "decaf_tracked", "fedavg", "centralized"])
+@pytest.mark.parametrize(
+    "name", ["local", "dlora", "dlora_fa", "decaf", "decaf_tracked", "core", "fedavg", "centralized"]
+)
 def test_the_peak_and_bytes_of_every_algorithm(benchmark, name):
     config = small(name, agents=4)
     planned = plan.estimate(config)

@@ -430,6 +430,7 @@ def test_a_site_without_a_test_set_holds_one_out():
     [
         ({"algorithm": {"name": "fedavg"}}, "fedavg needs a server.*use decaf"),
         ({"algorithm": {"name": "centralized"}}, "centralized needs a server"),
+        ({"algorithm": {"name": "scaffold"}}, "scaffold needs a server"),
         ({"gossip_steps": "period"}, "gossip_steps: write the number"),
         ({"init_adapters": ("x",)}, "init_adapters"),
         ({"task": {"name": "sequence-classification", "data": "x.csv", "model": "m"}}, "task.classes: list the"),

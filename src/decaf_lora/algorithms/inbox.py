@@ -152,6 +152,31 @@ class Inbox:
         own = self.senders[self.own[0]] if self.own else None
         return {str(j): w for j, w in zip(heard, group.weights[row].tolist(), strict=True) if j != own}
 
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """For every receiver the positions (m,) of its senders on the sender axis, and their weights (m,), float64."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for group in self.groups:
+            for receiver, row in zip(group.receivers.tolist(), group.expand.tolist(), strict=True):
+                found[receiver] = group.senders[row], group.weights[row]
+        return [found[receiver] for receiver in range(self.num_receivers)]
+
+    def reweighted(self, rows: Sequence[tuple[Tensor, Tensor]]) -> Inbox:
+        """The same messages with other weights.
+
+        Args:
+            rows: as `rows` gives them, for every receiver; senders in any order.
+        """
+        by_size: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        for receiver, (senders, weights) in enumerate(rows):
+            order = senders.argsort()
+            by_size.setdefault(len(senders), []).append((receiver, senders[order], weights[order]))
+        groups = []
+        for same in by_size.values():
+            receivers, senders, weights = zip(*same, strict=True)
+            everyone = torch.arange(len(same))
+            groups.append(Group(torch.tensor(receivers), torch.stack(senders), torch.stack(weights), everyone))
+        return replace(self, groups=tuple(groups))
+
     def average(self, name: str) -> Tensor:
         """(n, ...) weighted sum of the senders' tensor `name` for every receiver."""
         x = self.tensors[name]

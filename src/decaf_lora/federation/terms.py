@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
+from decaf_lora import algorithms
 from decaf_lora.config import (
     MOST_EXCHANGES,
     OWN,
@@ -137,7 +138,8 @@ GOOD = (
 def refuse(config: RunConfig) -> None:
     """Raises UserError for what needs a server, or everybody's data: no agent of a federation has either."""
     algorithm = config.algorithm
-    if algorithm.name in ("fedavg", "centralized"):
+    kind = algorithms.KINDS.get(algorithms.spelled(algorithm.name))
+    if kind is not None and kind.build().topology in ("server", "pooled"):
         raise UserError(f"algorithm.name: {algorithm.name} needs a server, and a federation has none; use {GOOD}.")
     if config.gossip_steps == "period":
         raise UserError("gossip_steps: write the number of exchanges in a round instead of period.")

@@ -29,6 +29,10 @@ class Plan:
         self.mixes = self.algorithm.topology != "none"
         if self.algorithm.topology in ("server", "pooled"):
             raise UserError(f"algorithm: {self.algorithm.name} does not gossip; use decaf on the complete graph.")
+        if self.algorithm.rule.begin is not None:
+            raise UserError(
+                f"algorithm: {self.algorithm.name} trains what a PEFT model does not hold; use decaf, or decaf run."
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise UserError(f"every: {every!r} steps never come; give a whole number of at least 1.")
         if not self.mixes:

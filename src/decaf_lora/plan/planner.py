@@ -268,6 +268,7 @@ class _Planner:
             start = torch.randn(1 if self.config.start == "common" else n, 1, 3, generator=draw).expand(n, 1, 3)
             before = Adapter({"x": start}, {"x": torch.zeros(n, 3, 1)}, {"x": one}, {"y": torch.zeros(n, 2)})
             mixing = Exchange(algorithm, graphs.as_schedule(graph), Simulate(n))
+            before = mixing.begin(before)
             state, trained = mixing.init(before), before.tensors(algorithm.trains(Round(1)))
             moved = {k: t + torch.randn(t.shape, generator=draw) for k, t in trained.items()}
             adapter = before.with_tensors(moved)

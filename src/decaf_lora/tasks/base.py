@@ -36,6 +36,9 @@ class Task(ABC):
     """(num_train,) the label of every training example, which partitions split on."""
     num_test: int
     """Number of test examples."""
+    test_labels: np.ndarray | None = None
+    """(num_test,) the label of every test example, of the same numbers as `labels`; None if that is not known. Needed
+    to score agents on test examples of the classes that they hold (`test: alike`)."""
     score_name: str = "accuracy"
     """Name of the number that `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False

@@ -154,6 +154,7 @@ class AnswerScoring(CausalTask):
     ) -> None:
         super().__init__(model, train, labels, len(test_labels), name)
         self.classes, self.length_normalized = list(classes), length_normalized
+        self.test_labels = np.asarray(test_labels)
         self._test, self._test_labels = test, torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name

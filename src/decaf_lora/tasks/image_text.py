@@ -76,6 +76,7 @@ class ImageText(Task):
         self.score_name = self._score.name
         self._train_images, self._test_images = train_images, test_images
         self._train_targets = torch.as_tensor(np.asarray(labels))
+        self.test_labels = np.asarray(test_labels)
         self._test_targets = torch.as_tensor(np.asarray(test_labels))
         self._templates = len(prompts[0])
         texts = [text for of_class in prompts for text in of_class]

@@ -74,6 +74,7 @@ class SequenceClassification(Task):
         self.model, self.name, self.classes, self.heads = model, name, list(classes), list(heads)
         self.labels, self.num_test = np.asarray(labels), len(test_labels)
         self._train, self._test, self._fills = train, test, fills or {}
+        self.test_labels = np.asarray(test_labels)
         self._train_labels, self._test_labels = torch.as_tensor(labels), torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name
