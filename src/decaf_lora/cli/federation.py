@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from decaf_lora.cli.agent import demo_command, with_local
+from decaf_lora.cli.checking import show
 from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError, unknown
@@ -160,39 +161,36 @@ def _check(args: list[str]) -> int:
         name: str,
         trust: str | None = None,
         key: Path | None = None,
+        share: bool = False,
         wait: float = 0.0,
         bind: str | None = None,
         timeout: float = 5.0,
         json: bool = False,
         local: Any = None,
     ) -> tuple[Any, ...]:
-        """Looks whether this site is ready: signature, key, clock, base model, data and one batch, neighbours. Exit
-        code 2 if something is wrong.
+        """Looks whether this site is ready: signature, key, clock, base model, data, labels, one batch, cost, and
+        neighbours. Exit code 2 if something is wrong.
 
         Args:
             file: the sealed federation file.
             name: this site's agent.
             trust: fingerprint of the organiser's key, told by telephone; needed the first time.
             key: file of this agent's key; NAME.key beside the federation file if unset.
+            share: check only this agent's share of the data under --partition, as `decaf agent --share` holds it.
             wait: seconds to connect to the neighbours as an agent does, while they do the same; 0 dials them once.
             bind: HOST:PORT to listen on while waiting; the port of the file on all addresses if unset.
             timeout: seconds to wait for a neighbour's answer.
             json: print JSON.
         """
-        return file, name, trust, key, wait, bind, timeout, json, local
+        return file, name, trust, key, share, wait, bind, timeout, json, local
 
-    own = ("name", "trust", "key", "wait", "bind", "timeout", "json", "help")
+    own = ("name", "trust", "key", "share", "wait", "bind", "timeout", "json", "help")
     values = with_local(check, "decaf federation check", args, own, Local)
-    path, name, told, key, wait, bind, timeout, as_json, local = values
-    findings = []
-    looked = checking.check(path, name, told=told, key=key, local=local, bind=bind, wait=wait, timeout=timeout)
-    for found in looked:
-        findings.append(found)
-        if not as_json:
-            _say(f"{found.verdict:6} {found.what}: {found.said}")
-    if as_json:
-        print(json_.dumps([vars(found) for found in findings], indent=2))
-    return 2 if any(found.verdict == "wrong" for found in findings) else 0
+    path, name, told, key, share, wait, bind, timeout, as_json, local = values
+    found = checking.check(
+        path, name, told=told, key=key, local=local, share=share, bind=bind, wait=wait, timeout=timeout
+    )
+    return show(found, as_json, f"Next: `decaf agent {path} --name {name} --out runs/{name} ...`.")
 
 
 def _status(args: list[str]) -> int:

@@ -13,7 +13,7 @@ from decaf_lora.cli.parsing import check_options, parse, parsed
 from decaf_lora.config import CompareConfig, RunConfig, load
 from decaf_lora.errors import UserError
 
-__all__ = ["Output", "Planning", "check_options", "configured", "parsed"]
+__all__ = ["Checking", "Output", "Planning", "check_options", "configured", "parsed"]
 
 _options = dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
 
@@ -70,7 +70,17 @@ class Planning:
     """Number of test examples, if the data are not on this machine."""
 
 
-Options = TypeVar("Options", Output, Planning)
+@_options
+class Checking:
+    """How to show what is found."""
+
+    json: bool = False
+    """Print the findings as JSON instead of lines."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+
+
+Options = TypeVar("Options", Output, Planning, Checking)
 
 
 def configured(
