@@ -90,12 +90,16 @@ def test_what_the_people_do(place, said):
     for name in NAMES:
         assert "PRIVATE" not in (place / f"{name}.request").read_text()
     out = said("check", fed, "--name", "alice", "--trust", told(place))
-    assert [line.split()[0] for line in out.splitlines()] == ["right"] * 7 + ["open", "right"]
-    assert "data: 800 examples to learn from, 10 labels among them; one batch gives the loss " in out
+    *lines, _, last = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["right"] * 15 + ["open", "right"]
+    assert "data: 800 examples to learn from of 10 classes, 397 to score on (accuracy)." in out
+    assert "right  one batch: goes through the model; its loss is " in out
+    assert "this agent sends 24.6 kB a round, 737 kB in all; the agent trains alone first" in out
+    assert last.startswith("Nothing is wrong. 1 thing is open: it can begin once the others are there.")
     assert "bob not reached: 127.0.0.1:1: Connection refused" in out
     assert "carol dials this agent" in out
     as_json = json.loads(said("check", fed, "--name", "alice", "--json"))  # the trust is kept
-    assert [finding["verdict"] for finding in as_json] == ["right"] * 7 + ["open", "right"]
+    assert [finding["verdict"] for finding in as_json] == ["right"] * 15 + ["open", "right"]
 
 
 def test_help_names_every_command(said):
@@ -291,7 +295,10 @@ def test_check_reads_the_sites_own_data(tmp_path, said, capsys):
     good = tmp_path / "good.csv"
     good.write_text("text,label\n" + "the cat sat,good\nthe dog sat,bad\n" * 20)
     out = said("check", fed, *trusted, "--data", good)
-    assert "data: 32 examples to learn from, 2 labels among them" in out  # a fifth is held out
+    assert "data: 32 examples to learn from of 2 classes, 8 to score on" in out  # a fifth is held out
+    assert "right  example 1: '<s> the cat sat </s>' (5 tokens), label 'good'" in out
+    assert "right  labels: 'bad' 16, 'good' 16." in out
+    assert "odd    in both sets: 8 of 8 test examples are also to learn from" in out
     assert "secret" not in fed.read_text()
     for content, options, what in [
         ("text,label\n" + "the cat sat,good\nthe dog sat,awful\n" * 20, [], "awful"),

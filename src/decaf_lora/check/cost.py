@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def cost(run: Run, config: RunConfig, step: float, example: float, bytes_sent: f
     ]
     if bytes_sent:
         sent = f"{_bytes(bytes_sent)} a round, {_bytes(bytes_sent * run.rounds)} in all"
-        says.append(f"an agent sends {sent}")
+        says.append(f"{'this' if agents == 1 else 'an'} agent sends {sent}")
     return says
 
 
@@ -59,7 +60,9 @@ def memory(config: RunConfig, processes: int, device: torch.device) -> Finding:
         device: of this process.
     """
     try:
-        peak = plan.estimate(config, processes=processes).peak
+        with warnings.catch_warnings():  # of the data, which have been said already
+            warnings.simplefilter("ignore")
+            peak = plan.estimate(config, processes=processes).peak
     except UserError as error:
         return Finding("memory", "odd", f"not known before it runs: {error}")
     there = _memory_of(device)

@@ -51,7 +51,7 @@ def chosen(labels: np.ndarray, held: np.ndarray) -> list[int]:
 def shortened(text: str, most: int = 400) -> str:
     """`text`, with its middle left out if it is longer than `most` characters."""
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 120]} [...] {text[-115:]}"
+    return text if len(text) <= most else f"{text[: most - 107]} [...] {text[-100:]}"
 
 
 def odd(run: Run, held: np.ndarray) -> Iterator[Finding]:
