@@ -309,8 +309,10 @@ def test_check_reads_the_sites_own_data(tmp_path, said, capsys):
         other.write_text(content)
         capsys.readouterr()
         assert main(["federation", "check", str(fed), *trusted, "--data", str(other), *options]) == 2
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if "wrong" in line]
+        out = capsys.readouterr().out
+        (line,) = [line for line in out.splitlines() if line.startswith("wrong")]
         assert line.startswith("wrong  data: ")
+        assert out.splitlines()[-1].startswith("1 thing is wrong: mend what the lines say")
         assert what in line
 
 
