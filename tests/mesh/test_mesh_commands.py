@@ -162,7 +162,11 @@ def test_init_overwrites_nothing(place, fails):
 
 def test_request_refuses(place, fails, tmp_path):
     fed = place / "fed.yaml"
-    assert "Did you mean 'alice'" in fails("request", fed, "--name", "alic", "--dial-only")
+    line = fails("request", fed, "--name", "alic", "--dial-only")
+    assert "Did you mean 'alice'" in line
+    assert line.endswith("Or, if alic is to be added, give --new.")
+    assert "is an agent of" in fails("request", fed, "--name", "alice", "--dial-only", "--new")
+    assert "'Dave' is not a name" in fails("request", fed, "--name", "Dave", "--dial-only", "--new")
     assert "listen: give" in fails("request", fed, "--name", "alice")
     assert "listen: give" in fails("request", fed, "--name", "alice", "--dial-only", "--listen", "a:1")
     assert "is not host:port" in fails("request", fed, "--name", "alice", "--listen", "alice")
@@ -192,11 +196,7 @@ def test_the_next_version_keeps_who_sends_nothing_new(place, said):
 
 def test_an_agent_is_added_and_one_removed(place, said, fails):
     fed = place / "fed.yaml"
-    keys.make_identity("dave", place / "dave.key")
-    member = file.Member(
-        name="dave", address="d:1", certificate=keys.load_identity(place / "dave.key").certificate.decode()
-    )
-    file.write({"request": member.model_dump()}, place / "dave.request")
+    said("request", fed, "--name", "dave", "--listen", "d:1", "--new")
     assert "is of dave, who is not an agent" in fails("seal", fed, place / "dave.request")
     assert "none of dave" in fails("seal", fed, "--agents", "alice,bob,dave")
     said("seal", fed, place / "dave.request", "--agents", "alice,bob,dave")

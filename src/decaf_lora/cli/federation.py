@@ -91,6 +91,7 @@ def _request(args: list[str]) -> int:
         dial_only: bool = False,
         key: Path | None = None,
         days: float = 365.0,
+        new: bool = False,
     ) -> tuple[Any, ...]:
         """Makes this site's key, which stays here, and its request, which goes to the organiser.
 
@@ -101,18 +102,19 @@ def _request(args: list[str]) -> int:
             dial_only: no other agent can reach this one; it dials them.
             key: file of the key; one that exists is used again. Unset: NAME.key beside the federation file.
             days: how long a new certificate is valid.
+            new: the file does not name this site yet; the organiser will add it with `seal --agents`.
         """
-        return file, name, listen, dial_only, key, days
+        return file, name, listen, dial_only, key, days, new
 
-    check_options(args, ["name", "listen", "dial-only", "key", "days", "help"])
-    path, name, listen, dial_only, key, days = parsed(request, "decaf federation request", args)
+    check_options(args, ["name", "listen", "dial-only", "key", "days", "new", "help"])
+    path, name, listen, dial_only, key, days, new = parsed(request, "decaf federation request", args)
     if (listen is None) is not dial_only:
         raise UserError("listen: give --listen HOST:PORT, where the others reach this agent, or --dial-only.")
     if days <= 0:
         raise UserError("days: must be above 0.")
     from decaf_lora.federation import commands
 
-    out, key = commands.request(path, name, listen, key=key, days=days)
+    out, key = commands.request(path, name, listen, key=key, days=days, new=new)
     _say(f"key: {key} (never leaves this machine)")
     _say(f"request: {out} (send it to the organiser)")
     return 0

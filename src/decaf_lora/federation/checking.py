@@ -179,7 +179,8 @@ class _Steps:
         return f"{self.signed.name}, version {self.signed.version}; {self._name} is agent {number} of {of}."
 
     def version_and_trust(self) -> str:
-        trust.accept(self.signed, self._key.with_suffix(".trust"), self._told)
+        # By the name of the agent, not of the key: a new key must not bring trust in older files back.
+        trust.accept(self.signed, self._key.with_name(f"{self._name}.trust"), self._told)
         return f"{keys.fingerprint(self.signed.organiser)}, as told."
 
     def clock(self) -> str:

@@ -72,7 +72,13 @@ def init(
 
 
 def request(
-    path: Path, name: str, address: str | None, *, key: Path | None = None, days: float = keys.DAYS
+    path: Path,
+    name: str,
+    address: str | None,
+    *,
+    key: Path | None = None,
+    days: float = keys.DAYS,
+    new: bool = False,
 ) -> tuple[Path, Path]:
     """Makes a site's key, if it has none yet, and writes its request.
 
@@ -82,13 +88,17 @@ def request(
         address: host:port where the others reach it; None where it can only dial.
         key: file of the key; NAME.key beside the federation file if unset. One that exists is used again.
         days: days that a new certificate is valid.
+        new: whether the agent is to be added: the file does not name it yet.
 
     Returns:
         The file of the request, and the file of the key.
     """
     known = agents_of(path)
-    if name not in known:
-        raise unknown("name", name, known)
+    if new and name in known:
+        raise UserError(f"new: {name} is an agent of {path} already; leave --new out.")
+    if not new and name not in known:
+        raise UserError(f"{unknown('name', name, known)} Or, if {name} is to be added, give --new.")
+    keys.check_name(name)
     if address is not None:
         file.host_port(address)
     key = key or path.with_name(f"{name}.key")
