@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import tiny
 from decaf_lora.cli import federation, main
@@ -395,12 +396,51 @@ def test_status(place, said, fails):
     assert json.loads(said("status", fed, "--name", "alice", "--json"))["neighbours"][0]["name"] == "bob"
     out = said("status", fed, "--name", "alice")
     assert "f, version 1: alice, done" in out
-    assert "round 4 of 30, loss 0.500, waits for bob" in out
+    assert "round 4 of 30, loss 0.500\n" in out
     assert "1.5 kB" in out
-    assert "lost" in out
+    assert "waits" not in out  # it has ended
     for content in ("{", "[]", '{"name": "alice"}', "{}"):
         path.write_text(content)
         assert "is not what an agent writes" in fails("status", fed, "--name", "alice")
+
+
+def test_the_screen_fits_a_terminal_and_says_all(capsys):
+    """Neighbours up or down, since when and why; round, whom it waits for, loss, scores, bytes, time left."""
+    now = time.time()
+    why = "bob not reached: bob.example.org:7447: Connection refused (is bob running, is the address right?)."
+    edges = [
+        status.EdgeStatus("bob", since=now - 7300, why=why, missed=12, waited=31.0, rejected=2, sent=10**9),
+        status.EdgeStatus("carol", up=True, since=now - 50, received=2_000_000, why="the connection broke"),
+    ]
+    what = status.AgentStatus("clinics", 3, "alice", 7, "waiting", 11, 200, ["bob"], 0.4, 0.8, 0.1, 0.6, 5000.0)
+    what.neighbours, what.written = edges, now
+    console = Console(width=80, highlight=False)
+
+    def screen():
+        capsys.readouterr()
+        console.print(status.shown(what))
+        lines = capsys.readouterr().out.splitlines()
+        assert all(len(line) <= 80 for line in lines)
+        return " ".join(" ".join(lines).split())
+
+    said = screen()
+    for part in (
+        "clinics, version 3: alice, waiting",
+        "round 11 of 200, loss 0.400, score 0.800, at the start 0.100, on its own data alone 0.600, about 83 min left",
+        "waits for bob",
+        "bob │ down 2 h 1 min │ 12 │ 31 s │ 2 │ 1.0 GB │ 0 B",
+        "carol │ up 50 s │ 0 │ 0 s │ 0 │ 0 B │ 2.0 MB",
+        why,
+    ):
+        assert part in said
+    assert "broke" not in said  # carol is up again
+    what.written = now - 60
+    assert "waiting 60 s ago; it has not been heard of since" in screen()
+    what.state, what.written = "serving", now
+    assert "alice, finished, and here until its neighbours are done too" in screen()
+    what.state, what.said = "gave up", "nobody answered for 60 s: bob"
+    assert "nobody answered for 60 s: bob" in screen()
+    assert why not in screen()
 
 
 def test_unknown_commands_and_options(place, fails):
