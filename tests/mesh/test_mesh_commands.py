@@ -20,6 +20,7 @@ import tiny
 from decaf_lora.cli import federation, main
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.federation import checking, commands, file, keys, status
+from decaf_lora.federation.terms import GOOD
 from endpoints import PATIENCE, QUICK, Heard, until
 
 NAMES = ("alice", "bob", "carol")
@@ -153,6 +154,30 @@ def test_init_refuses_what_cannot_work(tmp_path, fails, arguments, what):
         arguments = [*arguments, "True"]
     assert what in fails("init", tmp_path / "fed.yaml", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "holds"),
+    [
+        ("--algorithm decaf_tracked --graph base:5 --gossip_steps period --algorithm.messages int8", False),
+        ("--algorithm decaf_tracked --graph base:5 --gossip_steps 2 --algorithm.messages int8", False),
+        ("--algorithm decaf_tracked --graph ring", True),
+        ("--algorithm decaf_tracked --graph ring --gossip_steps 4 --algorithm.relay_rank 2", True),
+        ("--algorithm decaf_tracked --graph ring --algorithm.messages int8", True),
+        ("--algorithm decaf_tracked --graph ring --algorithm.quasi_global 0", True),
+        ("--algorithm decaf_tracked --graph complete --algorithm.messages int8", True),
+        ("--algorithm fedavg", False),
+        ("--graph random-matching", False),
+    ],
+)
+def test_which_rows_of_the_readme_hold(tmp_path, said, fails, row, holds):
+    """`init` refuses the others, and names those that are recommended."""
+    names = ",".join("abcdefghij")
+    arguments = ("init", tmp_path / "fed.yaml", "--recipe", "digits", "--agents", names, *row.split())
+    if holds:
+        said(*arguments)
+    else:
+        assert fails(*arguments).endswith(f"use {GOOD}.")
 
 
 def test_init_overwrites_nothing(place, fails):

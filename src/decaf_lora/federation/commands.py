@@ -226,6 +226,15 @@ def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Sch
         schedule = graphs.as_schedule(graphs.from_networkx(drawn, graph))
     else:
         schedule = graphs.as_schedule(graphs.parse(graph, len(names), config.seed))
+    try:
+        _refuse_schedule(schedule, graph, config)
+    except UserError as error:
+        raise UserError(f"{error} In a federation use {terms.GOOD}.") from error
+    return schedule
+
+
+def _refuse_schedule(schedule: graphs.Schedule, graph: str, config: RunConfig) -> None:
+    """Raises UserError for what agents that talk to their neighbours alone cannot do."""
     steps = config.gossip_steps
     assert isinstance(steps, int)
     refuse_alone(algorithms.make(config.algorithm.name, **config.algorithm.options()), schedule, steps)
@@ -234,7 +243,6 @@ def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Sch
     for k in range(schedule.period):
         if not np.array_equal(schedule.at(k).weights, schedule.at(k).weights.T):
             raise UserError(f"graph: {graph} has edges in one direction; a connection has two ends that both send.")
-    return schedule
 
 
 def _software() -> tuple[str, str]:

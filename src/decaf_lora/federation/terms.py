@@ -140,7 +140,7 @@ def refuse(config: RunConfig) -> None:
     if algorithm.name in ("fedavg", "centralized"):
         raise UserError(f"algorithm.name: {algorithm.name} needs a server, and a federation has none; use {GOOD}.")
     if config.gossip_steps == "period":
-        raise UserError("gossip_steps: write the number of exchanges in a round instead of period.")
+        raise UserError(f"gossip_steps: write the number of exchanges in a round instead of period; use {GOOD}.")
     if config.init_adapters:
         raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
     task = config.task
