@@ -231,6 +231,24 @@ class Exchange:
             hops.append((self.algorithm.relay(adapter, inbox, self.round(1))[0], {}))
         return Templates(hops, self._held(adapter))
 
+    def bytes_per_round(self, adapter: Adapter) -> float:
+        """Bytes that an agent will send in a round, mean over the rounds of a period and the agents reported.
+
+        No message is sent. Of a schedule that never repeats, the mean is over the first 8 rounds.
+        """
+        if self.algorithm.topology not in ("graph", "server"):
+            return 0.0
+        period, templates = self.schedule.period, self.templates(adapter)
+        rounds = 8 if period is None else math.lcm(period, self.gossip_steps) // self.gossip_steps
+        return (
+            sum(
+                self._bytes_of(message, graph, sizes)
+                for number in range(1, rounds + 1)
+                for (message, sizes), graph in zip(templates.hops, self._hops(number), strict=True)
+            )
+            / rounds
+        )
+
     def start(self, adapter: Adapter, state: State, number: int) -> Started:
         """Sends the message of round `number`. `adapter` and `state` must not change until `finish`."""
         round_ = self.round(number)

@@ -457,6 +457,8 @@ class Run:
         if adapters is not None:
             place = known.index(agent) if isinstance(agent, int) else agent
             made = {"algorithm": self.algorithm.name, "agents": self.partition.num_agents, "rounds": self.round}
+            if self.partition.names and isinstance(agent, int):
+                made["model"] = f"agent {agent}, {self.partition.names[agent]}"
             write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decaf_lora.cli.agent import agent_command
+from decaf_lora.cli.checking import check_command
 from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
@@ -121,6 +122,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (run_command, "one run of one algorithm"),
     "tune": (tune_command, "find a learning rate, a rank, ... on held-out training examples"),
     "init": (init_command, "a commented configuration for a file of your own"),
+    "check": (check_command, "is all ready for a run? data, labels, one batch, cost; what is odd"),
     "plan": (plan_command, "what a run would cost: memory, bytes, arithmetic"),
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),

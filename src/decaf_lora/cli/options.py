@@ -13,7 +13,17 @@ from decaf_lora.cli.parsing import check_options, parse, parsed
 from decaf_lora.config import CompareConfig, RunConfig, load
 from decaf_lora.errors import UserError
 
-__all__ = ["Output", "Planning", "Tuning", "check_options", "configured", "parsed", "refuse_unnamed_code", "resumed"]
+__all__ = [
+    "Checking",
+    "Output",
+    "Planning",
+    "Tuning",
+    "check_options",
+    "configured",
+    "parsed",
+    "refuse_unnamed_code",
+    "resumed",
+]
 
 _options = dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
 
@@ -100,7 +110,17 @@ class Tuning:
     """How many values may be added to an axis whose best value is the lowest or the highest that was tried."""
 
 
-Options = TypeVar("Options", Output, Planning, Tuning)
+@_options
+class Checking:
+    """How to show what is found."""
+
+    json: bool = False
+    """Print the findings as JSON instead of lines."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+
+
+Options = TypeVar("Options", Output, Planning, Tuning, Checking)
 
 
 def configured(

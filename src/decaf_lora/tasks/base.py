@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -155,6 +155,22 @@ class Task(ABC):
     def majority_score(self) -> float | None:
         """The score of always giving the most frequent class of the training examples; None without classes."""
         return None
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        """Training examples `indices` (m,) as the model sees them, each in words for people.
+
+        By default the names and shapes of an example's tensors.
+        """
+        batch = self.train_batch(indices)
+        each = ", ".join(f"{name} {' x '.join(map(str, t.shape[1:])) or 'one number'}" for name, t in batch.items())
+        return [each] * len(indices)
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        """For every example of a split a key that is equal where the model is given the same, whatever the label.
+
+        [] if the task cannot tell. `decaf check` finds with it what is in both splits, or twice with two labels.
+        """
+        return []
 
     def describe(self) -> Mapping[str, Any]:
         """What the task is, in JSON's types: its sizes, its pretrained model, and its `interface`.

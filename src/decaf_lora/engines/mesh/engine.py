@@ -114,7 +114,12 @@ class Mesh:
     # Neighbours
 
     def connect(
-        self, templates: Sequence[tuple[Tensors, Sizes]], held: Tensors, link: Link, facts: bytes = b""
+        self,
+        templates: Sequence[tuple[Tensors, Sizes]],
+        held: Tensors,
+        link: Link,
+        facts: bytes = b"",
+        differs: Callable[[bytes], str | None] = lambda facts: None,
     ) -> None:
         """Makes the protocol ready, from the checkpoint if one was restored. Start the link afterwards.
 
@@ -124,7 +129,10 @@ class Mesh:
             held: the agent's tensors as for `hold`.
             link: to the neighbours; tells this engine what happens (`link.Events`).
             facts: what both ends of an edge must agree on besides their messages.
+            differs: says in words what is different in a neighbour's facts, which are of the same length; None: nothing
+                that it can name.
         """
+        self._differs, self._facts = differs, facts
         self._templates = [Template(message, sizes) for message, sizes in templates]
         # A neighbour's first message may arrive before this agent's own exists for comparison. The norm of a template
         # is then too small, since gradients are 0 in it.
@@ -181,8 +189,11 @@ class Mesh:
 
     def agree(self, peer: int, facts: bytes) -> None:
         """Checks that a neighbour belongs to the same run and sends the same kind of messages; see `Owner.agree`."""
-        if facts != self.peer.facts:
-            raise RejectionError("its messages have other names, shapes or types, or it runs another federation")
+        if facts == self.peer.facts:
+            return
+        given = facts[: len(self._facts)]
+        named = self._differs(given) if len(given) == len(self._facts) and given != self._facts else None
+        raise RejectionError(named or "its messages have other names, shapes or types, or it runs another federation")
 
     def check(self, peer: int, exchange: int, payload: bytes) -> Tensors:
         """Reads and checks a neighbour's message; see `Owner.check`."""
