@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,7 +189,7 @@ class GossipCallback(TrainerCallback):
         self.round, self.bytes_sent, self._since = 0, 0.0, 0
         try:
             engine = self._place.arrive(self._facts(state))
-            self._exchange = plan.exchange(engine)
+            self._exchange = plan.exchange(engine, state.max_steps)
             adapter = self._live.read()
             if plan.mixes:
                 self._state = self._place.together(state.global_step, adapter, self._first_states)
@@ -292,7 +293,7 @@ class GossipCallback(TrainerCallback):
         facts |= {"every": self._plan.every, "seed": self._plan.seed, "gossip_steps": self._plan.gossip_steps}
         facts |= {"max_steps": state.max_steps, "resume_from_checkpoint": f"step {state.global_step}"}
         facts |= self._live.facts()
-        trained = frozenset().union(*(self._plan.algorithm.trains(self._plan.round(k)) for k in range(1, 100)))
+        trained = self._plan.algorithm.trained(self._plan.rounds(state.max_steps))
         for factor in sorted({"A", "B"} - trained):
             values = [p.detach().cpu() for k, p in self._live.parameters.items() if owner(k) == factor]
             made = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in values)).hexdigest()[:8]
@@ -332,19 +333,20 @@ class _Plan:
             raise UserError(f"graph: it joins {self.schedule.num_agents} agents, here are {agents}; make them equal.")
         self.gossip_steps = exchanges_of_round(self.schedule, gossip_steps)
         made = hashlib.sha256()
-        for number in range(min(self.schedule.period or 16, 64)):
+        for number in range(self.schedule.period or 16):
             made.update(self.schedule.at(number).weights.tobytes())
         self.shown = f"{self.schedule.name} ({made.hexdigest()[:8]})"
         parts = [self.algorithm.rule.name, *(transform.name for transform in self.algorithm.transforms)]
         self.described = " | ".join(parts)
 
-    def exchange(self, engine: Any) -> Exchange:
-        """What makes the exchanges."""
-        return Exchange(self.algorithm, self.schedule, engine, gossip_steps=self.gossip_steps, seed=self.seed)
+    def exchange(self, engine: Any, steps: int) -> Exchange:
+        """What makes the exchanges of a training of so many steps."""
+        rounds, own = self.rounds(steps), {"gossip_steps": self.gossip_steps, "seed": self.seed}
+        return Exchange(self.algorithm, self.schedule, engine, rounds=rounds, **own)
 
-    def round(self, number: int) -> Any:
-        """Round `number`, from 1."""
-        return algorithms.Round(number)
+    def rounds(self, steps: int) -> int:
+        """Exchanges in a training of so many steps; the last one may come after fewer than `every`."""
+        return math.ceil(steps / self.every)
 
 
 def _stacked(states: Sequence[State]) -> State:
