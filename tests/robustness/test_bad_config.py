@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from command import SMALL as SMALL_TOY
+from command import line_of
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
@@ -223,3 +224,76 @@ def test_what_does_not_fit_into_memory_is_one_line(tmp_path, capsys):
     assert re.match(r"decaf: memory: .*does not fit into it\. Make lora\.r,", line)
     code, _ = decaf(capsys, *arguments, "--lora.r", 2)  # what failed does not block the corrected command
     assert code == 0
+
+
+# Options of a command: each value is looked at wherever it is given, or the option is refused as unused there
+
+FEDERATION = ["federation", "init", "FILE", "--recipe", "digits", "--agents", "a,b"]
+POSITIVE = [
+    (["run", "digits"], "timeout"),
+    (["run", "digits"], "scale"),
+    (["compare", "digits"], "timeout"),
+    (["plan", "digits"], "tflops"),
+    (FEDERATION, "days"),
+    (FEDERATION, "patience"),
+    (FEDERATION, "give-up"),
+    (["federation", "request", "FILE", "--name", "a", "--dial-only"], "days"),
+    (["federation", "seal", "FILE"], "days"),
+    (["federation", "check", "FILE", "--name", "a"], "timeout"),
+]
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "1e400"])
+@pytest.mark.parametrize(("command", "option"), POSITIVE)
+def test_a_positive_number_of_a_command_is_one(command, option, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = line_of(capsys, *command, f"--{option}", value)
+    assert line.startswith(f"decaf: {option.replace('-', '_')}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("run", "jobs", "-1"),
+        ("compare", "jobs", "-1"),
+        ("compare", "jobs", "1000000000000"),
+        ("run", "timeout", "1e300"),
+        ("plan", "processes", "0"),
+        ("plan", "sequence-length", "-5"),
+        ("plan", "num-train", "0"),
+    ],
+)
+def test_a_number_out_of_range_is_named(command, option, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert line_of(capsys, command, "digits", f"--{option}", value).startswith(f"decaf: {option.replace('-', '_')}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "user"),
+    [
+        ("run", "jobs", "4", "`decaf compare`"),
+        ("run", "timeout", "5", "--engine torchrun"),
+        ("run", "backend", "gloo", "--engine torchrun"),
+        ("run", "wire", "bfloat16", "--engine torchrun"),
+        ("compare", "timeout", "5", "--engine torchrun"),
+        ("compare", "backend", "nonsense", "--engine torchrun"),
+        ("compare", "wire", "bfloat16", "--engine torchrun"),
+    ],
+)
+def test_an_option_that_nothing_uses_is_refused(command, option, value, user, tmp_path, monkeypatch, capsys):
+    """`--wire bfloat16` without torchrun used to round nothing, without a word."""
+    monkeypatch.chdir(tmp_path)
+    line = line_of(capsys, command, "digits", f"--{option}", value)
+    assert line.startswith(f"decaf: {option}: only {user} uses it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_run_are_unknown_where_a_federation_is_drafted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "--jobs: unknown option" in line_of(capsys, *FEDERATION, "--jobs", "2")
+
+
+def test_a_negative_seed_of_a_graph_is_refused(capsys):
+    assert line_of(capsys, "graph", "ring", "--seed", "-1").startswith("decaf: seed: ")
