@@ -108,6 +108,12 @@ def test_unicode_is_read(encoding, tmp_path):
     assert read(tmp_path, ("# Büro\n" + TEXT).encode(encoding)).agents == 2
 
 
+def bomb(more, first="[a]"):
+    """Fifty lines that mean more values than fit into any memory."""
+    lines = [f"a0: &a0 {first}"] + [f"a{i}: &a{i} " + more.format(f"*a{i - 1}") for i in range(1, 50)]
+    return "\n".join(lines).encode()
+
+
 MISTAKES = {
     "another encoding": (("# Büro\n" + TEXT).encode("latin-1"), r"is not UTF-8 \(byte 0xfc in line 1\); save it"),
     "half of an encoding": (TEXT.encode("utf-16")[:31], "is not UTF-8"),
@@ -132,7 +138,11 @@ MISTAKES = {
     "no word as a key": (b"null: 2", "None"),
     "a key with a line break": (b'"a\\nb": 2', "a b: unknown field"),
     "an unknown anchor": (b"agents: *a", "is not YAML"),
-    "an anchor in itself": (b"agents: &a [*a]", "agents"),
+    "an anchor in itself": (b"agents: 2\nseeds: &a [*a]", "the anchor in line 2 holds itself"),
+    "a bomb of aliases": (bomb("[{0}, {0}, {0}, {0}]"), "its aliases .* mean more than 200000 values"),
+    "a bomb of merged keys": (bomb("{{<<: [{0}, {0}, {0}], a: 1}}", "{b: 1}"), "its aliases .* mean more than 200000"),
+    "a bomb of keys": (bomb("? {0}\n: {0}", "[b]"), "is not YAML|its aliases"),
+    "a huge file": (TEXT.encode() + b"# much\n" * 200_000, "is larger than 1 MiB"),
     "a null section": (b"task: null", "task"),
     "a list as a section": (b"task: [1]", "task"),
     "a word as a section": (b"training: fast", "training"),
@@ -297,3 +307,20 @@ def test_options_of_a_run_are_unknown_where_a_federation_is_drafted(tmp_path, mo
 
 def test_a_negative_seed_of_a_graph_is_refused(capsys):
     assert line_of(capsys, "graph", "ring", "--seed", "-1").startswith("decaf: seed: ")
+
+
+def test_aliases_that_mean_little_are_fine(tmp_path):
+    text = "task: &t {name: digits}\nagents: &n 3\nrounds: *n\ntraining: {<<: &s {steps: 2}, batch_size: *n}\n"
+    config = read(tmp_path, text)
+    assert (config.rounds, config.training.steps, config.training.batch_size) == (3, 2, 3)
+
+
+def test_a_file_without_an_end_is_one_line(tmp_path, capsys):
+    """A device, or a file of many gigabytes that takes no room on the disk."""
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    with (tmp_path / "sparse.yaml").open("wb") as file:
+        file.truncate(2**40)
+    for name in ("device.yaml", "sparse.yaml"):
+        code, lines = decaf(capsys, "run", tmp_path / name, "--out", tmp_path / "run")
+        assert (code, len(lines)) == (2, 1)
+        assert "is larger than 1 MiB" in lines[0]

@@ -105,7 +105,11 @@ def model(place: Path) -> Callable[[str], Path]:
                 config = transformers.BertConfig(**tiny.SMALL, id2label=dict(enumerate(("yes", "no", "maybe"))))
                 with torch.random.fork_rng():
                     torch.manual_seed(0)
-                    transformers.BertForSequenceClassification(config).save_pretrained(place / family)
+                    tuned = transformers.BertForSequenceClassification(config)
+                    for parameter in tuned.parameters():
+                        if parameter.dim() > 1:
+                            torch.nn.init.normal_(parameter, std=0.3)
+                    tuned.save_pretrained(place / family)
                 tiny.tokenizer().save_pretrained(place / family)
             return place / family
         return place / family if (place / family).exists() else tiny.write(family, place / family)
@@ -140,7 +144,10 @@ def runs(place: Path, model: Callable[[str], Path], datasets_cache: None) -> dic
         task["data"] = place / task["data"]
         given = []
         for key, value in task.items():
-            given += [f"--{key}" if "." in key else f"--task.{key}", *([value] if not isinstance(value, tuple) else value)]
+            given += [
+                f"--{key}" if "." in key else f"--task.{key}",
+                *([value] if not isinstance(value, tuple) else value),
+            ]
         assert decaf("run", "digits", *SHORT, *given, "--out", folders[name]) == 0
     return folders
 

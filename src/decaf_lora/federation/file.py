@@ -274,7 +274,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"federation: {path} is not YAML ({' '.join(str(error).split())}).") from error
     if aliases:
         raise UserError(f"federation: {path} has YAML aliases (*name); write the values out.")
-    content = read_yaml(path, "federation")
+    content = read_yaml(path, "federation", MOST_BYTES)
     if not isinstance(content, dict):
         raise UserError(f"federation: {path} is not a federation file.")
     return content
