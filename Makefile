@@ -31,7 +31,7 @@ test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 # Kills a run at every write, resumes it and compares bits; slow lines and hostile bytes between the agents of a mesh.
-# `make test` has a sample of each. Twenty minutes.
+# `make test` has a sample of each. Twenty minutes; what is killed goes on with its record.
 faults: $(STAMP_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
 	$(BIN)/python benchmarks/mesh_links.py

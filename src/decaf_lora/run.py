@@ -147,6 +147,7 @@ class Run:
             algorithm,
             schedule,
             self.engine,
+            rounds=rounds,
             gossip_steps=steps,
             seed=seed,
             ranks=None if self.attached.uniform or topology == "pooled" else self._ranks(),

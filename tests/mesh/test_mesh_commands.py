@@ -135,7 +135,7 @@ def test_run_options_go_into_the_draft(tmp_path, said):
         (["--recipe", "digits", "--agents", "a,b", "--algorithm", "fedavg"], "fedavg needs a server"),
         (["--recipe", "digits", "--agents", "a,b", "--rounds", "0"], "rounds: "),
         (["--recipe", "digits", "--agents", "a,b", "--gossip-steps", "2"], "algorithm.relay_rank"),
-        (["--recipe", "digits", "--agents", "a,b", "--days", "0"], "must be above 0"),
+        (["--recipe", "digits", "--agents", "a,b", "--days", "0"], "days: input should be greater than 0"),
         (["--recipe", "digits", "--agents", "a,b", "--spam", "1"], "unknown option"),
         (
             ["--recipe", "digits", "--agents", "a,b,c,d", "--graph", "one-peer-hypercube", "--algorithm.tracking"],

@@ -6,17 +6,22 @@ import dataclasses
 import json as json_
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 from decaf_lora.cli.agent import demo_command, with_local
 from decaf_lora.cli.checking import show
-from decaf_lora.cli.options import Output, check_options, configured, parsed
+from decaf_lora.cli.options import Shortening, check_options, checked, configured, parsed
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError, unix_only, unknown
+
+DAYS = Field(gt=0, le=36_500)
+SECONDS = Field(gt=0, le=10**9)
+WAIT = Field(ge=0, le=10**9)
 
 
 def federation_command(args: list[str]) -> int:
@@ -40,15 +45,16 @@ def federation_command(args: list[str]) -> int:
 def _init(args: list[str]) -> int:
     own, rest = _split(args, ("recipe", "agents", "graph", "name", "days", "patience", "give-up"))
 
+    @checked
     def init(
         file: Positional[Path],
         recipe: str,
         agents: str,
         graph: str = "ring",
         name: str | None = None,
-        days: float = 90.0,
-        patience: float | None = None,
-        give_up: float = 86400.0,
+        days: Annotated[float, DAYS] = 90.0,
+        patience: Annotated[float | None, SECONDS] = None,
+        give_up: Annotated[float, SECONDS] = 86400.0,
     ) -> tuple[Any, ...]:
         """Writes the draft of a federation file, and the organiser's key beside it. Other options are those of
         `decaf run RECIPE`, such as --rounds.
@@ -71,9 +77,7 @@ def _init(args: list[str]) -> int:
     from decaf_lora.federation.file import Limits
 
     names = [part.strip() for part in agents.split(",")]
-    config = configured(RunConfig, "federation init", [recipe, *rest], Output)[0]
-    if min(give_up, days, 1.0 if patience is None else patience) <= 0:
-        raise UserError("patience, give-up, days: must be above 0.")
+    config = configured(RunConfig, "federation init", [recipe, *rest], Shortening)[0]
     limits = Limits(patience=patience, give_up=give_up)
     draft = commands.init(path, config, names, graph, name=name, days=days, limits=limits)
     organiser = keys.Organiser.load(commands.key_of_organiser(path))
@@ -85,13 +89,14 @@ def _init(args: list[str]) -> int:
 
 
 def _request(args: list[str]) -> int:
+    @checked
     def request(
         file: Positional[Path],
         name: str,
         listen: str | None = None,
         dial_only: bool = False,
         key: Path | None = None,
-        days: float = 365.0,
+        days: Annotated[float, DAYS] = 365.0,
         new: bool = False,
     ) -> tuple[Any, ...]:
         """Makes this site's key, which stays here, and its request, which goes to the organiser.
@@ -111,8 +116,6 @@ def _request(args: list[str]) -> int:
     path, name, listen, dial_only, key, days, new = parsed(request, "decaf federation request", args)
     if (listen is None) is not dial_only:
         raise UserError("listen: give --listen HOST:PORT, where the others reach this agent, or --dial-only.")
-    if days <= 0:
-        raise UserError("days: must be above 0.")
     from decaf_lora.federation import commands
 
     out, key = commands.request(path, name, listen, key=key, days=days, new=new)
@@ -122,12 +125,13 @@ def _request(args: list[str]) -> int:
 
 
 def _seal(args: list[str]) -> int:
+    @checked
     def seal(
         file: Positional[Path],
         requests: Positional[tuple[Path, ...]] = (),
         agents: str = "",
         graph: str | None = None,
-        days: float | None = None,
+        days: Annotated[float | None, DAYS] = None,
     ) -> tuple[Any, ...]:
         """Signs the federation file: a draft as version 1, one that is sealed as its next version.
 
@@ -142,8 +146,6 @@ def _seal(args: list[str]) -> int:
 
     check_options(args, ["agents", "graph", "days", "help"])
     path, requests, agents, graph, days = parsed(seal, "decaf federation seal", args)
-    if days is not None and days <= 0:
-        raise UserError("days: must be above 0.")
     from decaf_lora.federation import commands, keys
 
     names = [part.strip() for part in agents.split(",")] if agents else []
@@ -165,9 +167,9 @@ def _check(args: list[str]) -> int:
         trust: str | None = None,
         key: Path | None = None,
         share: bool = False,
-        wait: float = 0.0,
+        wait: Annotated[float, WAIT] = 0.0,
         bind: str | None = None,
-        timeout: float = 5.0,
+        timeout: Annotated[float, SECONDS] = 5.0,
         json: bool = False,
         local: Any = None,
     ) -> tuple[Any, ...]:

@@ -34,16 +34,16 @@ MOST_AGENTS = 1000
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Limits(_Frozen):
     """How long an agent waits."""
 
-    patience: float | None = Field(None, gt=0)
+    patience: float | None = Field(None, gt=0, le=10**9)
     """Seconds without progress after which an exchange goes on without a neighbour. None: three times the median
     duration of the agent's own rounds, at least 60."""
-    give_up: float = Field(86400, gt=0)
+    give_up: float = Field(86400, gt=0, le=10**9)
     """Seconds without an answer from any neighbour after which an agent writes what it has, and exits with code 3."""
 
 
@@ -95,7 +95,7 @@ class Draft(_Frozen):
     """Names, in the order of their numbers."""
     graph: str
     """As `decaf graph` knows it."""
-    days: float = Field(90, gt=0)
+    days: float = Field(90, gt=0, le=36_500)
     """Days from sealing until the file expires."""
     limits: Limits = Limits()
     terms: Terms
@@ -292,7 +292,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"federation: {path} is not YAML ({' '.join(str(error).split())}).") from error
     if aliases:
         raise UserError(f"federation: {path} has YAML aliases (*name); write the values out.")
-    content = read_yaml(path, "federation")
+    content = read_yaml(path, "federation", MOST_BYTES)
     if not isinstance(content, dict):
         raise UserError(f"federation: {path} is not a federation file.")
     return content

@@ -222,7 +222,7 @@ class GossipCallback(TrainerCallback):
         try:
             self._place.check(model, self._live, state.max_steps, plan.every)
             self._engine = self._place.arrive(self._facts(state))
-            self._exchange = plan.exchange(self._engine)
+            self._exchange = plan.exchange(self._engine, state.max_steps)
             plan.algorithm = self._exchange.algorithm
             adapter = self._live.read()
             if plan.mixes:
@@ -382,7 +382,7 @@ class GossipCallback(TrainerCallback):
         facts |= {"every": self._plan.every, "seed": self._plan.seed, "gossip_steps": self._plan.gossip_steps}
         facts |= {"max_steps": state.max_steps, "resume_from_checkpoint": f"step {state.global_step}"}
         facts |= self._live.facts()
-        trained = frozenset().union(*(self._plan.algorithm.trains(self._plan.round(k)) for k in range(1, 100)))
+        trained = self._plan.algorithm.trained(self._plan.rounds(state.max_steps))
         for factor in sorted({"A", "B"} - trained):
             values = [p.detach().cpu() for k, p in self._live.parameters.items() if owner(k) == factor]
             made = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in values)).hexdigest()[:8]

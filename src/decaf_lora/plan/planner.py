@@ -211,7 +211,7 @@ class _Planner:
             agents_per_pass=per_pass,
             examples_per_pass=per_pass * trainer.config.batch_size,
             parameters=sum(p.numel() for p in task.model.parameters()),
-            trained_per_agent=sum(t[0].numel() for t in run.adapter.tensors(algorithm.trains(Round(1))).values()),
+            trained_per_agent=sum(t[0].numel() for t in run.adapter.tensors(run.exchange.trained).values()),
             parts=parts,
             peaks={name: phases[name].peak for name in ("train", "exchange", "evaluate") if name in phases},
             rounds=config.rounds,
@@ -335,6 +335,13 @@ class _Planner:
             self.assumptions.append(f"bytes: mean of {rounds} rounds of a random schedule")
         else:
             rounds = min(math.lcm(period, run.gossip_steps) // run.gossip_steps, run.rounds)
+        trains = {run.algorithm.trains(run.exchange.round(number)) for number in range(1, min(100, run.rounds) + 1)}
+        if len(trains) > 1:
+            rounds = min(64, run.rounds)
+            self.assumptions.append(
+                f"{run.algorithm.name} trains other factors in other rounds: bytes are the mean of {rounds}, memory is "
+                "the first one's"
+            )
         bytes_sent = first
         for number in range(2, rounds + 1) if run.algorithm.topology in ("graph", "server") else ():
             bytes_sent += run.exchange.finish(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, remedy
 from decaf_lora.records import (
     Record,
     RecordWriter,
@@ -405,6 +405,6 @@ def disk(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"out: cannot write in {out} ({error.strerror or error}); free space or choose another --out. "
+            f"out: cannot write in {out} ({error.strerror or error}); {remedy(error)} or choose another --out. "
             "What is already there is kept; go on with --resume."
         ) from error
