@@ -1,9 +1,9 @@
 """Sites of a federation on this machine: each agent a process, forked from one that has imported everything.
 
 As a program it does what its standard input says, one line each: `start FOLDER NAME OPTION...`, `kill FOLDER NAME`,
-`term FOLDER NAME`, `stop FOLDER NAME` (SIGSTOP), `continue FOLDER NAME`, `alive FOLDER NAME`, `wait FOLDER NAME`; it
-answers each line, a start with the process's number, a wait with the exit code. An option @NAME=VALUE of a start sets an environment variable;
-@NAMESPACE is the network namespace to run in.
+`term FOLDER NAME`, `stop FOLDER NAME` (SIGSTOP), `continue FOLDER NAME`, `alive FOLDER NAME`, `wait FOLDER NAME`. It
+answers each line, a start with the process's number, a wait with the exit code. An option @NAME=VALUE of a start sets
+an environment variable; @NAMESPACE is the network namespace to run in.
 """
 
 import multiprocessing
@@ -90,8 +90,10 @@ def _serve():
             running[folder, name] = process
             print(process.pid, flush=True)
         elif what in SIGNALS:
-            os.kill(running[folder, name].pid, SIGNALS[what])
-            print("sent", flush=True)
+            alive = running[folder, name].is_alive()
+            if alive:
+                os.kill(running[folder, name].pid, SIGNALS[what])
+            print("sent" if alive else "has ended", flush=True)
         elif what == "alive":
             print("yes" if running[folder, name].is_alive() else "no", flush=True)
         else:
