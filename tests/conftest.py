@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The server that forks the ranks keeps the variables of the moment at which the first test of any kind started it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 import pytest
 import torch

@@ -61,7 +61,6 @@ def start(folder: Path, world: int, work, *arguments, ranks=None, port=None, env
 
     `by_rank`: rank -> further arguments of that rank alone.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     CONTEXT.set_forkserver_preload(["ranks", "decaf_lora.runs.launched", "decaf_lora.report", "decaf_lora.tasks"])
     folder.mkdir(parents=True, exist_ok=True)
     port, ranks = port or free_port(), range(world) if ranks is None else ranks

@@ -52,6 +52,18 @@ class Sites:
         """Exit codes."""
         return {name: int(self("wait", name)) for name in names}
 
+    def brake(self, name, steps):
+        """From now on, `name` takes no step of training after its first `steps` in a process: see held.py."""
+        part = self.folder / f"{name}.part"
+        part.write_text(str(steps))
+        part.rename(self.folder / f"{name}.brake")
+
+    def held(self, name):
+        return (self.folder / f"{name}.held").exists()
+
+    def release(self, name):
+        (self.folder / f"{name}.brake").unlink()
+
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
 
@@ -68,6 +80,7 @@ def _child(folder, name, options):
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(0)
+    os.environ["BRAKE"] = str(folder / f"{name}.brake")
     from decaf_lora.cli import main
 
     sys.exit(main(["agent", str(folder / "fed.yaml"), "--name", name, "--out", str(folder / name), *options]))

@@ -19,7 +19,7 @@ from decaf_lora.runs.build import build_run
 from endpoints import until
 from sites import WAIT, Program, Sites
 
-TOY = f"{Path(__file__).parents[1] / 'helpers' / 'toy.py'}:make_toy"
+TOY = f"{Path(__file__).parents[1] / 'helpers' / 'held.py'}:make_held"
 NAMES = ("alice", "bob", "carol")
 PARTITION = "iid"
 
@@ -69,11 +69,6 @@ def said(folder, name):
     return status.read(status.file_of(folder / "fed.yaml", name))
 
 
-def rounds_done(folder, name):
-    path = status.file_of(folder / "fed.yaml", name)
-    return said(folder, name).round if path.exists() else 0
-
-
 def test_three_agents_end_bit_equal_to_the_simulation(tmp_path, sites):
     """carol can only dial out: her neighbours never call her."""
     config, options = federation(tmp_path, dial_only=["carol"])
@@ -104,10 +99,12 @@ def test_three_agents_end_bit_equal_to_the_simulation(tmp_path, sites):
 def test_an_agent_that_is_stopped_goes_on(tmp_path, sites):
     """SIGTERM leaves a checkpoint; the other waits; started again, both end as if nothing had happened."""
     config, options = federation(tmp_path, NAMES[:2], rounds=40)
+    sites.brake("alice", 20)
     for name in NAMES[:2]:
         sites("start", name, *options[name])
-    until(lambda: rounds_done(tmp_path, "alice") >= 3)
+    until(lambda: sites.held("alice"))
     sites("term", "alice")
+    sites.release("alice")
     assert sites.wait("alice") == {"alice": 130}
     stopped = said(tmp_path, "alice")
     assert stopped.state == "stopped"
@@ -125,10 +122,12 @@ def test_an_agent_that_is_stopped_goes_on(tmp_path, sites):
 
 def test_an_agent_that_is_killed_comes_back(tmp_path, sites):
     _, options = federation(tmp_path, rounds=60)
+    sites.brake("carol", 30)
     for name in NAMES:
         sites("start", name, *options[name])
-    until(lambda: rounds_done(tmp_path, "carol") >= 5)
+    until(lambda: sites.held("carol"))
     sites("kill", "carol")
+    sites.release("carol")
     assert sites.wait("carol") == {"carol": -9}
     sites("start", "carol", *options["carol"])
     assert sites.wait(*NAMES) == dict.fromkeys(NAMES, 0), sites.log("carol")
@@ -139,10 +138,12 @@ def test_an_agent_that_is_killed_comes_back(tmp_path, sites):
 def test_what_it_would_reach_alone_is_kept(tmp_path, sites):
     """Trained before round 1, equal to a local run on the same examples, and not again after a stop."""
     config, options = federation(tmp_path, NAMES[:2], rounds=30)
+    sites.brake("bob", 110)  # 90 of them alone
     for name in NAMES[:2]:
         sites("start", name, *[option for option in options[name] if option != "--no-alone"])
-    until(lambda: rounds_done(tmp_path, "bob") >= 3 and said(tmp_path, "bob").state in ("training", "waiting"))
+    until(lambda: sites.held("bob"))
     sites("term", "bob")
+    sites.release("bob")
     assert sites.wait("bob") == {"bob": 130}
     sites("start", "bob", *options["bob"])
     assert sites.wait("alice", "bob") == {"alice": 0, "bob": 0}, sites.log("bob")

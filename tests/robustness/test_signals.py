@@ -135,13 +135,14 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(number, begin):
 @pytest.mark.parametrize(
     "command", [("run", "digits", *LONG), ("compare", "digits", *LONG, *FOUR)], ids=["run", "compare"]
 )
-def test_a_terminal_that_goes_costs_no_checkpoint(command, tmp_path):
+def test_a_terminal_that_goes_costs_no_checkpoint(command, tmp_path, request):
     """The window is closed: SIGHUP, and every further word to the live display is an error."""
     ours, theirs = pty.openpty()
     out = tmp_path / "out"
     CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
     process = CONTEXT.Process(target=_on_terminal, args=(os.ttyname(theirs), (*command, "--out", out)))
     process.start()
+    request.addfinalizer(process.kill)
     os.set_blocking(ours, False)
 
     def begun():
@@ -168,6 +169,29 @@ def test_a_run_below_nohup_outlives_its_terminal(begin, tmp_path):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_interrupts_only_where_the_first_would_have():
+    """A worker, which ignores Ctrl-C, gets its parent's SIGTERM and the terminal's SIGINT in any order."""
+    from decaf_lora.runs.signals import stopping
+
+    def stops(*numbers):
+        stopped = []
+        with stopping(lambda: stopped.append(1)):
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return len(stopped)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert stops(signal.SIGTERM, signal.SIGINT, signal.SIGINT) == 3
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            stops(signal.SIGTERM, signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -24,7 +24,8 @@ def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]
         launched: a launcher passes signals on. A process then gets the first signal several times, so a second Ctrl-C
             does not interrupt.
 
-    A SIGHUP that the process ignores (nohup) stays ignored.
+    A SIGHUP that the process ignores (nohup) stays ignored. In a process that ignores Ctrl-C (a worker, whose parent
+    decides), a second one does not interrupt either.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -32,10 +33,12 @@ def stopping(stop: Callable[[], None], launched: bool = False) -> Iterator[None]
 
     def handler(number: int, frame: Any) -> None:
         stop()
-        if not launched:
+        if not launched and before.get(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {s: signal.signal(s, handler) for s in STOPPING if not _ignored_hangup(s)}
+    before = {s: signal.getsignal(s) for s in STOPPING if not _ignored_hangup(s)}
+    for number in before:
+        signal.signal(number, handler)
     if _asked:  # a signal came while the task was loading
         stop()
     try:
