@@ -5,7 +5,7 @@
     python benchmarks/mesh_faults.py --table          # the table of docs/mesh.md, from the records
 
 Task: the demo's digits, `decaf_tracked`, 30 rounds, 3 seeds. Faults come and go by the number of a round, and last for
-at most 6 of the 30. Namespaces need root, iproute2 and nftables; without them the scenarios that need none run over
+at most 6 of the 30, for which the others are held in between (tests/helpers/held.py). Namespaces need root, iproute2 and nftables; without them the scenarios that need none run over
 loopback. The kernel may lack netem, so packets are lost by nftables, at each machine that they reach.
 """
 
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from sites import Program  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results_mesh_faults.json")
 NAMES = ("alice", "bob", "carol", "dave")
-ROUNDS, SEEDS = 30, (0, 1, 2)
+ROUNDS, STEPS, SEEDS = 30, 5, (0, 1, 2)
 BEGINS, ENDS = 12, 18  # of a fault, in rounds: 20 % of the run
 PATIENCE, GIVE_UP = 20.0, 90.0  # D is far above a round on a busy machine
 POINTS = 0.02
@@ -54,6 +54,15 @@ class Lab:
     def reach(self, round_: int, *names: str) -> None:
         self.federation.reach(round_, *names, limit=900)
 
+    @contextlib.contextmanager
+    def held(self, round_: int, names: Sequence[str]) -> Iterator[None]:
+        """No step of these agents after so many rounds begins while the block lasts. Outages count in rounds, so the
+        others must not run on while a busy machine starts a process."""
+        for name in names:
+            self.federation.hold(name, round_ * STEPS)
+        yield
+        self.federation.release(*names)
+
     def tell(self, what: str) -> None:
         rounds = ", ".join(f"{name} {self.federation.round(name)}" for name in self.federation.names)
         self.story.append(f"{what}; rounds done: {rounds}")
@@ -64,26 +73,29 @@ def none(lab: Lab) -> None:
 
 
 def killed(lab: Lab) -> None:
-    """carol: SIGKILL, started again two rounds later"""
-    _killed(lab, ["carol"], ["alice", "bob", "dave"])
+    """carol: SIGKILL in round 13, started again in round 18"""
+    _killed(lab, "carol")
 
 
 def two_killed(lab: Lab) -> None:
-    """bob and carol, neighbours: SIGKILL at once, started again two rounds later"""
-    _killed(lab, ["bob", "carol"], ["alice", "dave"])
+    """bob and carol, neighbours: SIGKILL at once in round 13, started again in round 18"""
+    _killed(lab, "bob", "carol")
 
 
-def _killed(lab: Lab, lost: list[str], others: list[str]) -> None:
-    lab.reach(BEGINS, *lost)
-    lab.federation.kill(*lost)
-    lab.tell(f"killed {' and '.join(lost)}")
-    lab.reach(max(lab.federation.round(name) for name in lost) + 2, *others)
-    lab.federation.start(*lost)
-    lab.tell(f"started {' and '.join(lost)} again")
+def _killed(lab: Lab, *lost: str) -> None:
+    others = [name for name in NAMES if name not in lost]
+    with lab.held(ENDS - 1, others):
+        lab.reach(BEGINS, *lost)
+        lab.federation.kill(*lost)
+        lab.tell(f"killed {' and '.join(lost)}")
+        lab.federation.held(*others)
+        lab.federation.start(*lost)
+        lab.federation.joined(*NAMES)
+        lab.tell(f"started {' and '.join(lost)} again")
 
 
 def organiser_gone(lab: Lab) -> None:
-    """alice, who is the organiser too: SIGKILL in round 24, her disk with key and file gone, never back"""
+    """alice, who is the organiser too: SIGKILL in round 25, her disk with key and file gone, never back"""
     lab.reach(24, "alice")
     lab.federation.kill("alice")
     lab.tell("killed alice")
@@ -96,24 +108,29 @@ def organiser_gone(lab: Lab) -> None:
 
 
 def stopped(lab: Lab) -> None:
-    """carol: SIGSTOP for 6 rounds"""
-    lab.reach(BEGINS, "carol")
-    lab.federation.stop("carol")
-    lab.tell("stopped carol")
-    lab.reach(lab.federation.round("carol") + ENDS - BEGINS, "alice")
-    lab.federation.go_on("carol")
-    lab.tell("carol goes on")
+    """carol: SIGSTOP from round 13 to 18"""
+    others = [name for name in NAMES if name != "carol"]
+    with lab.held(ENDS - 1, others):
+        lab.reach(BEGINS, "carol")
+        lab.federation.stop("carol")
+        lab.tell("stopped carol")
+        lab.federation.held(*others)
+        lab.federation.go_on("carol")
+        lab.federation.joined(*NAMES)
+        lab.tell("carol goes on")
 
 
 def cut(lab: Lab) -> None:
-    """the link of alice and bob: every packet dropped for 6 rounds"""
-    lab.reach(BEGINS, "alice", "bob")
+    """the link of alice and bob: every packet dropped from round 13 to 18"""
     assert lab.network is not None
-    lab.network.cut("alice", "bob")
-    lab.tell("cut alice-bob")
-    lab.reach(ENDS, "alice", "bob")
-    lab.network.mend("alice", "bob")
-    lab.tell("mended alice-bob")
+    with lab.held(ENDS, NAMES):
+        lab.reach(BEGINS, "alice", "bob")
+        lab.network.cut("alice", "bob")
+        lab.tell("cut alice-bob")
+        lab.federation.held(*NAMES)
+        lab.network.mend("alice", "bob")
+        lab.federation.joined(*NAMES)
+        lab.tell("mended alice-bob")
 
 
 def loss(lab: Lab) -> None:
@@ -182,20 +199,21 @@ def measure(scenario: str, seed: int, program: Program) -> dict[str, Any]:
     with contextlib.ExitStack() as leave:
         folder = Path(leave.enter_context(tempfile.TemporaryDirectory()))
         network = None if why_not() else leave.enter_context(Network([*NAMES, "forwarder"]))
-        federation = Federation(
-            folder / "sites",
-            config_of(seed),
-            NAMES,
-            program,
-            network=network,
-            dial_only=[name for name in closed if name not in forwarded],
-            addresses={name: f"{network.address('forwarder')}:{port}" for name, port in forwarded.items()}
-            if network
-            else {},
-            limits=file.Limits(patience=PATIENCE, give_up=GIVE_UP),
-            options=["--partition", "dirichlet:0.1", "--evaluate-every", str(ROUNDS), "--agents-per-pass", "1"],
+        federation = leave.enter_context(
+            Federation(
+                folder / "sites",
+                config_of(seed),
+                NAMES,
+                program,
+                network=network,
+                dial_only=[name for name in closed if name not in forwarded],
+                addresses={name: f"{network.address('forwarder')}:{port}" for name, port in forwarded.items()}
+                if network
+                else {},
+                limits=file.Limits(patience=PATIENCE, give_up=GIVE_UP),
+                options=["--partition", "dirichlet:0.1", "--evaluate-every", str(ROUNDS), "--agents-per-pass", "1"],
+            )
         )
-        leave.callback(federation.close)
         lab = Lab(federation, network)
         if network is not None:
             for name in closed:
@@ -205,7 +223,11 @@ def measure(scenario: str, seed: int, program: Program) -> dict[str, Any]:
         if scenario == "slow":
             federation.variables["carol"].append("@PACE=5")
         began, load = time.monotonic(), os.getloadavg()[0]
+        for name in NAMES:
+            federation.hold(name, 0)
         federation.start()
+        federation.joined(*NAMES)  # on a busy machine, the first might begin before the last is in reach
+        federation.release(*NAMES)
         wrong = None
         try:
             SCENARIOS[scenario](lab)

@@ -7,6 +7,7 @@ import socket
 import time
 
 from decaf_lora.federation import commands, file, keys, status
+from endpoints import until
 from ledger import Ledger
 from sites import WAIT, Sites
 
@@ -28,6 +29,7 @@ class Federation:
         network: a `network.Network` of machines with these names; None: all on this machine's loopback.
         dial_only: names of the agents that nobody can dial.
         addresses: name -> where the others reach an agent, if not at its machine.
+        through: name -> a function from the agent's port to that of a proxy, through which the others reach it.
         graph: edges between names, or the name of a graph.
         limits: patience and when to give up.
         options: further options of every `decaf agent`.
@@ -43,6 +45,7 @@ class Federation:
         network=None,
         dial_only=(),
         addresses=None,
+        through=None,
         graph="ring",
         limits=None,
         options=(),
@@ -60,6 +63,7 @@ class Federation:
             self.ports = dict.fromkeys(names, PORT) if network else {name: _free_port(taken) for name in names}
         at = {name: f"{network.address(name) if network else '127.0.0.1'}:{self.ports[name]}" for name in names}
         at.update(addresses or {})
+        at.update({name: f"127.0.0.1:{proxy(self.ports[name])}" for name, proxy in (through or {}).items()})
         requests = []
         for name in names:  # each at its own site; only the request leaves it
             (folder / name).mkdir()
@@ -73,6 +77,7 @@ class Federation:
     def start(self, *names):
         """Starts agents: all of them, or those that are named."""
         for name in names or self.names:
+            (self.folder / name / f"{name}.held").unlink(missing_ok=True)  # of a former start
             options = ["--trust", self.told, "--share", "--no-alone", *self.options, *self.variables[name]]
             options += ["--bind", f"{'0.0.0.0' if self.network else '127.0.0.1'}:{self.ports[name]}"]
             if self.network:
@@ -94,21 +99,21 @@ class Federation:
     def go_on(self, name):
         self.sites[name]("continue", name)
 
-    def hold(self, name):
-        """From its next step on the agent stands still, its process alive. Its task must be one of `paced`."""
-        self._gate(name).touch()
+    def hold(self, name, steps):
+        """The agent takes no step after its first `steps` in a process. Its task must be that of held.py."""
+        self.sites[name].brake(name, steps)
 
-    def release(self, name):
-        self._gate(name).unlink()
+    def held(self, *names):
+        """Waits until the brake holds these agents."""
+        until(lambda: all(self.sites[name].held(name) for name in names), f"holding {', '.join(names)}")
 
-    def _gate(self, name):
-        variable = f"@HOLD={self.folder / name / 'hold'}"
-        assert variable in self.variables[name], "say `may_hold` before the start"
-        return self.folder / name / "hold"
+    def release(self, *names):
+        for name in names:
+            self.sites[name].release(name)
 
-    def may_hold(self, name):
-        """Lets `hold` work for an agent that starts from now on."""
-        self.variables[name].append(f"@HOLD={self.folder / name / 'hold'}")
+    def joined(self, *names):
+        """Waits until these agents, by their status, have all their links up."""
+        until(lambda: all(all(edge.up for edge in self.said(name).neighbours) for name in names), "all links")
 
     def out(self, name):
         return self.folder / name / name
@@ -120,8 +125,7 @@ class Federation:
         """Rounds that an agent has done, by its records; 0 before there are any."""
         try:
             with (self.out(name) / "records.jsonl").open("rb") as lines:
-                lines.seek(0, os.SEEK_END)
-                lines.seek(max(lines.tell() - 16384, 0))
+                lines.seek(max(lines.seek(0, os.SEEK_END) - 16384, 0))
                 whole = lines.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
         except OSError:
             return 0
@@ -154,7 +158,10 @@ class Federation:
         """Number of the agent's process."""
         return self.said(name).process
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         """Ends what still runs."""
         for name in self._running:
             self.sites[name]("kill", name)

@@ -59,10 +59,12 @@ class Sites:
         part.rename(self.folder / f"{name}.brake")
 
     def held(self, name):
-        return (self.folder / f"{name}.held").exists()
+        """Whether it stands where `brake` has said."""
+        held, brake = self.folder / f"{name}.held", self.folder / f"{name}.brake"
+        return held.exists() and int(held.read_text()) >= int(brake.read_text())
 
     def release(self, name):
-        (self.folder / f"{name}.brake").unlink()
+        (self.folder / f"{name}.brake").unlink(missing_ok=True)
 
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
