@@ -5,8 +5,9 @@
     python benchmarks/mesh_faults.py --table          # the table of docs/mesh.md, from the records
 
 Task: the demo's digits, `decaf_tracked`, 30 rounds, 3 seeds. Faults come and go by the number of a round, and last for
-at most 6 of the 30, for which the others are held in between (tests/helpers/held.py). Namespaces need root, iproute2 and nftables; without them the scenarios that need none run over
-loopback. The kernel may lack netem, so packets are lost by nftables, at each machine that they reach.
+at most 6 of the 30, for which the others are held in between (tests/helpers/held.py). Namespaces need root, iproute2
+and nftables; without them the scenarios that need none run over loopback. The kernel may lack netem, so packets are
+lost by nftables, at each machine that they reach.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 
+from decaf_lora.errors import UserError
 from decaf_lora.federation import commands, file, keys, status
 from endpoints import until
 from ledger import Ledger
@@ -56,6 +57,8 @@ class Federation:
         self.organiser = folder / "organiser"
         self.organiser.mkdir(parents=True)
         self.variables = {name: [] for name in names}
+        self.processes = {}
+        """Name -> number of the agent's process."""
         self._running = set()
         fed = self.organiser / "fed.yaml"
         commands.init(fed, config, names, graph, limits=limits or file.Limits(patience=30, give_up=120))
@@ -82,7 +85,7 @@ class Federation:
             options += ["--bind", f"{'0.0.0.0' if self.network else '127.0.0.1'}:{self.ports[name]}"]
             if self.network:
                 options.append(f"@NAMESPACE={self.network.namespace(name)}")
-            self.sites[name]("start", name, *options)
+            self.processes[name] = int(self.sites[name]("start", name, *options))
             self._running.add(name)
 
     def kill(self, *names):
@@ -112,8 +115,17 @@ class Federation:
             self.sites[name].release(name)
 
     def joined(self, *names):
-        """Waits until these agents, by their status, have all their links up."""
-        until(lambda: all(all(edge.up for edge in self.said(name).neighbours) for name in names), "all links")
+        """Waits until these agents say, from now on, that all their links are up."""
+        now = time.time()
+
+        def whole(name):
+            try:
+                said = self.said(name)
+            except UserError:
+                return False
+            return said.written > now and said.process == self.processes[name] and all(e.up for e in said.neighbours)
+
+        until(lambda: all(map(whole, names)), "all links")
 
     def out(self, name):
         return self.folder / name / name
@@ -153,10 +165,6 @@ class Federation:
 
     def ledger(self):
         return Ledger({name: self.out(name) for name in self.names})
-
-    def process(self, name):
-        """Number of the agent's process."""
-        return self.said(name).process
 
     def __enter__(self):
         return self
