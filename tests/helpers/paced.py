@@ -17,7 +17,7 @@ def make_digits():
     def train_batch(indices):
         nonlocal since
         time.sleep((pace - 1) * (time.thread_time() - since))  # of the work since the last step, the exchange included
-        held.step()
+        held.step(indices)
         since = time.thread_time()
         return batch(indices)
 
