@@ -148,8 +148,7 @@ class Federation:
         end = time.monotonic() + limit
         while min(now := [self.round(name) for name in names]) < round_:
             for name in names:
-                alive = name in self._running and self.sites[name]("alive", name) == "yes"
-                if not alive and self.round(name) < round_:
+                if name not in self.running() and self.round(name) < round_:
                     raise DiedError(
                         f"{name} has ended in round {self.round(name)}: {self.sites[name].log(name)[-500:]}"
                     )
@@ -157,6 +156,10 @@ class Federation:
                 raise DiedError(f"rounds {now} of {', '.join(names)} after {limit:.0f} s, not {round_}")
             time.sleep(0.02)
         return now
+
+    def running(self):
+        """Names of the agents whose processes run."""
+        return [name for name in self.names if name in self._running and self.sites[name]("alive", name) == "yes"]
 
     def end(self, *names):
         """Waits for agents, all that run or those that are named; name -> exit code."""
