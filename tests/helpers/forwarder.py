@@ -43,7 +43,11 @@ async def _site(host, inner, port):
     while True:
         reader, writer = await asyncio.open_connection(host, inner)
         first = await reader.read(65536)  # nothing until somebody has come
-        near = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            near = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:  # nobody listens there yet
+            writer.close()
+            continue
         joined.add(asyncio.create_task(_join((reader, writer), near, first)))
 
 

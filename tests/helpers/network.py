@@ -110,7 +110,8 @@ class Network:
 
     def _apply(self, name):
         rules = "\n".join(self._rules[name].values())
-        chain = f"chain arriving {{\n type filter hook input priority 0; policy accept;\n{rules}\n}}"
+        here = "iifname lo accept"  # between processes of one machine nothing is cut
+        chain = f"chain arriving {{\n type filter hook input priority 0; policy accept;\n{here}\n{rules}\n}}"
         # One file is one transaction: at no moment does the machine have no rules.
         text = f"table inet faults\ndelete table inet faults\ntable inet faults {{\n{chain}\n}}\n"
         _do("ip", "netns", "exec", self.namespace(name), "nft", "-f", "-", text=text)

@@ -77,6 +77,7 @@ class Peer:
         self._restarted = restarted and closed < last
         self._told = self.next
         self._payload, self._content, self._opened, self._looked = b"", b"", 0.0, clock()
+        self._due, self._woke = math.inf, -math.inf
         self._outcome: Outcome | None = None
         self._left: dict[int, dict[int, Verdict]] = {}
         self._asked: dict[int, float] = {}
@@ -160,15 +161,15 @@ class Peer:
     def deadline(self) -> float:
         """When `tick` is due, if nothing happens before."""
         times = [math.inf]
-        alone = max((e.changed for e in self.edges.values()), default=0.0) + self.limits.linger
+        alone = self._after(self.limits.linger, max((e.changed for e in self.edges.values()), default=0.0))
         if self.phase is Phase.OPEN:
             times += [self._expires(e) for e in self._waited_for()]
             times += [self._hangs(e) for e in self._row() if e.owes(self.closed + 1)]
-            times.append(self._opened + self.limits.give_up)
+            times.append(self._after(self.limits.give_up, self._opened))
         if self.phase is Phase.CATCHING_UP:
             times += self._asked.values()
         if self.phase is Phase.SERVING:
-            times += [e.changed + self.limits.linger for e in self.edges.values() if not e.heard]
+            times += [self._after(self.limits.linger, e.changed) for e in self.edges.values() if not e.heard]
         if self._waits and not self._heard():
             times.append(alone)
         # Whatever was due at the last look has been done; what has become due since has not.
@@ -396,22 +397,31 @@ class Peer:
         idle = self.phase is Phase.IDLE and self._restarted
         return bool(self.edges) and (idle or self.phase in (Phase.OPEN, Phase.CATCHING_UP))
 
+    def _after(self, seconds: float, since: float) -> float:
+        """When something has lasted so long. A process that stood still has heard nobody, so its neighbours have time
+        to be heard again before it gives up on them."""
+        return max(since + seconds, self._woke + min(self.limits.patience, seconds))
+
     def _advance(self) -> None:
         """Does what the present state allows."""
         now = self._looked = self._clock()
+        if now > self._due + self.limits.down:
+            self._woke = now
         while self.phase is Phase.OPEN and self._close_or_relabel():
             pass
         if self.phase is Phase.CATCHING_UP:
             self._land()
         if self.phase is Phase.SERVING and all(
-            e.next > self.course.last or (not e.heard and now >= e.changed + self.limits.linger)
+            e.next > self.course.last or (not e.heard and now >= self._after(self.limits.linger, e.changed))
             for e in self.edges.values()
         ):
             self.phase = Phase.LEFT
         if self._waits and not self._heard():
             since = max(edge.changed for edge in self.edges.values())
-            if now >= since + self.limits.linger and not (self.phase is Phase.OPEN and self._waited_for()):
+            alone = now >= self._after(self.limits.linger, since)
+            if alone and not (self.phase is Phase.OPEN and self._waited_for()):
                 self._give_up(alone=True, missing=list(self.edges))
+        self._due = self.deadline()
 
     def _give_up(self, alone: bool, missing: list[int]) -> None:
         self.phase, self.failure = Phase.GAVE_UP, Failure(alone, missing)
@@ -439,7 +449,7 @@ class Peer:
             self._leave(ahead, verdicts)
         elif others:
             self._close(row, verdicts)
-        elif now >= self._opened + self.limits.give_up:
+        elif now >= self._after(self.limits.give_up, self._opened):
             self._give_up(alone=False, missing=list(verdicts))
         else:
             return False
