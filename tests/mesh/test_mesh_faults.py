@@ -4,6 +4,8 @@ Agents are held at a step, and links watched, so that each fault falls where it 
 """
 
 import contextlib
+import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -229,20 +231,32 @@ def test_a_link_that_is_cut_is_mended(federation):
     assert uses["both"] < 3 * ROUNDS
 
 
-netns = pytest.mark.skipif(bool(network.why_not()), reason=str(network.why_not()))
+@pytest.fixture
+def machines():
+    if reason := network.why_not():
+        pytest.skip(reason)
+    with network.Network([*FOUR, "forwarder"]) as made:
+        yield made
 
 
-@netns
-def test_nobody_can_be_dialled_but_a_forwarder_and_packets_are_lost(federation, tmp_path):
+def test_nobody_can_be_dialled_but_a_forwarder_and_packets_are_lost(machines, federation, tmp_path):
     """A ring of four: alice and carol are reached through a forwarder, bob and dave only dial. 5 % loss."""
     outer = {"alice": 7001, "carol": 7003}
-    with network.Network([*FOUR, "forwarder"]) as net, contextlib.ExitStack() as leave:
-        for name in FOUR:
-            net.close(name)
-        net.lose(5)
+    for name in FOUR:
+        machines.close(name)
+    machines.lose(5)
+    with contextlib.ExitStack() as leave:
 
         def program(name, *arguments):
-            command = ["ip", "netns", "exec", net.namespace(name), sys.executable, HELPERS / "forwarder.py", *arguments]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                machines.namespace(name),
+                sys.executable,
+                HELPERS / "forwarder.py",
+                *arguments,
+            ]
             made = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
             leave.callback(made.wait)
             leave.callback(made.kill)
@@ -251,14 +265,25 @@ def test_nobody_can_be_dialled_but_a_forwarder_and_packets_are_lost(federation, 
         ports = [port for each in outer.values() for port in (each + 1000, each)]
         assert program("forwarder", "serve", *ports).stdout.readline() == "ready\n"
         for name, port in outer.items():
-            program(name, "site", net.address("forwarder"), port + 1000, PORT)
+            program(name, "site", machines.address("forwarder"), port + 1000, PORT)
         fed = federation(
             FOUR,
             rounds=8,
-            network=net,
+            network=machines,
             dial_only=("bob", "dave"),
-            addresses={name: f"{net.address('forwarder')}:{port}" for name, port in outer.items()},
+            addresses={name: f"{machines.address('forwarder')}:{port}" for name, port in outer.items()},
         )
         begin(fed)
         assert ends_well(fed) == {"both": 4 * 8, "window": 0, "crash": 0, "wrong": 0}
     equals_simulation(fed, tmp_path / "simulated")
+
+
+def test_the_table_of_the_documentation_is_that_of_the_records():
+    root = HELPERS.parents[1]
+    path = root / "benchmarks" / "mesh_faults.py"
+    spec = importlib.util.spec_from_file_location("mesh_faults", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules["mesh_faults"] = benchmark  # for its dataclass
+    spec.loader.exec_module(benchmark)
+    rows = json.loads(benchmark.RESULTS.read_text())
+    assert benchmark.table(rows) in (root / "docs" / "mesh.md").read_text()
