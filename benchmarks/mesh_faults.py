@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from decaf_lora import recipes  # noqa: E402
 from decaf_lora.config import AlgorithmConfig, RunConfig, TaskConfig  # noqa: E402
 from decaf_lora.federation import file  # noqa: E402
+from forwarder import forwarding  # noqa: E402
 from lab import PORT, DiedError, Federation  # noqa: E402
 from network import Network, why_not  # noqa: E402
 from sites import Program  # noqa: E402
@@ -169,30 +169,6 @@ def config_of(seed: int) -> RunConfig:
     return RunConfig.model_validate({**values, **changes, "seed": seed, "task": task})
 
 
-@contextlib.contextmanager
-def forwarding(federation: Federation, network: Network, forwarded: dict[str, int]) -> Iterator[None]:
-    """A forwarder on a machine of its own, and the connections of the forwarded sites to it."""
-    program = [sys.executable, str(ROOT / "tests" / "helpers" / "forwarder.py")]
-
-    def at(name: str) -> list[str]:
-        return ["ip", "netns", "exec", network.namespace(name), *program]
-
-    ports = [str(port) for outer in forwarded.values() for port in (outer + 1000, outer)]
-    with subprocess.Popen([*at("forwarder"), "serve", *ports], stdout=subprocess.PIPE, text=True) as serving:
-        assert serving.stdout is not None
-        assert serving.stdout.readline() == "ready\n"
-        sites = [
-            subprocess.Popen([*at(name), "site", network.address("forwarder"), str(outer + 1000), str(PORT)])
-            for name, outer in forwarded.items()
-        ]
-        try:
-            yield
-        finally:
-            for process in (*sites, serving):
-                process.kill()
-                process.wait()
-
-
 def measure(scenario: str, seed: int, program: Program) -> dict[str, Any]:
     """Runs one scenario to its end; what happened, in JSON's types."""
     forwarded = {"alice": 7001, "carol": 7003} if scenario == "forwarder" else {}
@@ -220,7 +196,7 @@ def measure(scenario: str, seed: int, program: Program) -> dict[str, Any]:
             for name in closed:
                 network.close(name)
             if forwarded:
-                leave.enter_context(forwarding(federation, network, forwarded))
+                leave.enter_context(forwarding(network, "forwarder", PORT, forwarded))
         if scenario == "slow":
             federation.variables["carol"].append("@PACE=5")
         began, load = time.monotonic(), os.getloadavg()[0]

@@ -6,7 +6,33 @@ python forwarder.py site HOST INNER PORT     # at the site: dials INNER of HOST,
 
 import asyncio
 import contextlib
+import subprocess
 import sys
+
+
+@contextlib.contextmanager
+def forwarding(network, machine, port, outer):
+    """A forwarder on a machine of `network.Network`, and the connections of sites to it.
+
+    Args:
+        port: that every site listens on.
+        outer: name of a site -> the machine's port through which others reach it.
+    """
+
+    def run(name, *arguments, **options):
+        command = ("ip", "netns", "exec", network.namespace(name), sys.executable, __file__, *map(str, arguments))
+        made = subprocess.Popen(command, **options)
+        leave.callback(made.wait)
+        leave.callback(made.kill)
+        return made
+
+    with contextlib.ExitStack() as leave:
+        ports = [number for each in outer.values() for number in (each + 1000, each)]
+        serving = run(machine, "serve", *ports, stdout=subprocess.PIPE, text=True)
+        assert serving.stdout.readline() == "ready\n"
+        for name, each in outer.items():
+            run(name, "site", network.address(machine), each + 1000, port)
+        yield
 
 
 async def _pump(reader, writer):

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from decaf_lora.config import RunConfig, build
 from decaf_lora.federation import file
 from decaf_lora.runs.build import build_run
 from endpoints import Proxy, until
+from forwarder import forwarding
 from lab import PORT, Federation
 from sites import Program
 
@@ -245,27 +245,7 @@ def test_nobody_can_be_dialled_but_a_forwarder_and_packets_are_lost(machines, fe
     for name in FOUR:
         machines.close(name)
     machines.lose(5)
-    with contextlib.ExitStack() as leave:
-
-        def program(name, *arguments):
-            command = [
-                "ip",
-                "netns",
-                "exec",
-                machines.namespace(name),
-                sys.executable,
-                HELPERS / "forwarder.py",
-                *arguments,
-            ]
-            made = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-            leave.callback(made.wait)
-            leave.callback(made.kill)
-            return made
-
-        ports = [port for each in outer.values() for port in (each + 1000, each)]
-        assert program("forwarder", "serve", *ports).stdout.readline() == "ready\n"
-        for name, port in outer.items():
-            program(name, "site", machines.address("forwarder"), port + 1000, PORT)
+    with forwarding(machines, "forwarder", PORT, outer):
         fed = federation(
             FOUR,
             rounds=8,
