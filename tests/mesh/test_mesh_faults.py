@@ -25,7 +25,7 @@ from sites import Program
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 THREE, FOUR = ("alice", "bob", "carol"), ("alice", "bob", "carol", "dave")
-STEPS, ROUNDS = 2, 40
+STEPS, ROUNDS = 2, 30
 LONG = file.Limits(patience=120, give_up=240)
 """Nobody is given up who is merely slow."""
 
@@ -174,7 +174,7 @@ def test_an_agent_that_left_rounds_out_is_killed_again(federation):
 
 def test_the_organisers_machine_is_gone(federation):
     """The others do not need its agent, its key or its file."""
-    fed = federation(FOUR, limits=file.Limits(patience=120, give_up=3))
+    fed = federation(FOUR, limits=file.Limits(patience=120, give_up=6))
     begin(fed, alice=0, bob=0, carol=0, dave=0)
     shutil.rmtree(fed.organiser)
     fed.kill("alice")
