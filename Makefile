@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test faults soak fuzz mutate check lint format model proto clean
+.PHONY: install demo test faults soak fuzz mutate check lint format model proto clean docs package
 
 install: $(STAMP)
 
@@ -47,7 +47,11 @@ lint: $(STAMP_TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+# The site, in site/; a broken link or a page that nobody leads to is an error.
+docs: $(STAMP_TEST)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+check: lint docs test
 
 format: $(STAMP_TEST)
 	$(BIN)/ruff check --fix .
@@ -61,6 +65,11 @@ fuzz: $(STAMP_TEST)
 mutate: $(STAMP_TEST)
 	$(PIP) cosmic-ray
 	$(BIN)/python scripts/mutate.py
+
+# Wheel and sdist in dist/, checked, and the demo run from the wheel alone.
+package: $(STAMP_TEST)
+	$(PIP) build twine
+	scripts/package.sh $(BIN)/python
 
 model:
 	model/verify.sh

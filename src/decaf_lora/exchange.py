@@ -226,7 +226,8 @@ class Exchange:
         Agents that are late, or come back, take the neighbours' average for their adapter, and a fresh state.
 
         Args:
-            adapter, state: of the agents as they are.
+            adapter: of the agents as they are.
+            state: likewise.
             number: their next round.
 
         Returns:

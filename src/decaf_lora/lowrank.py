@@ -16,7 +16,7 @@ Both work in float64 whatever the factors' dtype. "gram" takes only matrix produ
 but a Gram matrix squares the condition number: directions of As or Bs below about sqrt(eps) of the largest
 are noise, and are cut.
 
-With the same R factors ||Z||_F = ||Rb diag(w) Ra^T||_F, and <B1 A1, B2 A2> = trace((B1^T B2)(A2 A1^T)).
+With the same R factors `||Z||_F = ||Rb diag(w) Ra^T||_F`, and `<B1 A1, B2 A2> = trace((B1^T B2)(A2 A1^T))`.
 Averaging factors instead of products is off by the consensus interference (weights that sum to 1)
 
     sum_j w_j B_j A_j - Bbar Abar = sum_j w_j (B_j - Bbar)(A_j - Abar),   Abar = sum_j w_j A_j, Bbar likewise.
@@ -181,8 +181,10 @@ def product_inner(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
     """The Frobenius inner product (...) of `B1 A1` and `B2 A2`; ranks may differ, leading axes broadcast.
 
     Args:
-        A1, B1: (..., r1, d_in), (..., d_out, r1)
-        A2, B2: (..., r2, d_in), (..., d_out, r2)
+        A1: (..., r1, d_in)
+        B1: (..., d_out, r1)
+        A2: (..., r2, d_in)
+        B2: (..., d_out, r2)
 
     Raises:
         UserError: shapes that do not fit.
@@ -213,11 +215,13 @@ def product_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
     """The Frobenius norm (...) of `B1 A1 - B2 A2`; ranks may differ, leading axes broadcast.
 
     Near-equal products keep their digits: the absolute error is about 1e-15 (||B1|| ||A1|| + ||B2|| ||A2||),
-    before rounding; the square root of ||X||^2 - 2 <X, Y> + ||Y||^2 would be off by 1e-8.
+    before rounding; the square root of `||X||^2 - 2 <X, Y> + ||Y||^2` would be off by 1e-8.
 
     Args:
-        A1, B1: (..., r1, d_in), (..., d_out, r1)
-        A2, B2: (..., r2, d_in), (..., d_out, r2)
+        A1: (..., r1, d_in)
+        B1: (..., d_out, r1)
+        A2: (..., r2, d_in)
+        B2: (..., d_out, r2)
 
     Raises:
         UserError: shapes that do not fit.
@@ -273,8 +277,10 @@ def frame_change(A_old: Tensor, B_old: Tensor, A_new: Tensor, B_new: Tensor) -> 
     P minimises ||A_new - P A_old||_F^2 + ||B_new - B_old P^T||_F^2 (orthogonal Procrustes).
 
     Args:
-        A_old, A_new: (..., r, d_in)
-        B_old, B_new: (..., d_out, r)
+        A_old: (..., r, d_in)
+        B_old: (..., d_out, r)
+        A_new: (..., r, d_in)
+        B_new: (..., d_out, r)
 
     Raises:
         UserError: shapes that do not fit.

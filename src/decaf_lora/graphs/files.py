@@ -16,6 +16,7 @@ from .schedule import Schedule
 from .weights import from_networkx
 
 FILES = (".npy", ".csv", ".txt", ".edgelist", ".adjlist", ".graphml")
+"""Endings of the files that a graph can be read from."""
 
 _HEADERS = ({"source", "target"}, {"from", "to"})
 """Headers of edge lists in CSV files: such a first line is no edge."""

@@ -83,7 +83,9 @@ def from_matrix(
     Args:
         weights: (N, N).
         name: what tables and figures call the graph.
-        require_symmetric, connected, names: as in `Graph`.
+        require_symmetric: as in `Graph`.
+        connected: as in `Graph`.
+        names: as in `Graph`.
 
     Raises:
         UserError: the matrix does not hold numbers, or fails a check of `Graph`.

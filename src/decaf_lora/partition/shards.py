@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from decaf_lora.errors import UserError
 
 Indices = NDArray[np.int64]
+"""Row numbers of examples, of shape (m,)."""
 
 
 @dataclass(frozen=True, eq=False)

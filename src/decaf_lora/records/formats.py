@@ -24,6 +24,7 @@ COLUMNS = (
     "sent per agent",
     "time (s)",
 )
+"""The headings of a table of results."""
 
 
 def cells(row: Aggregate) -> list[str]:

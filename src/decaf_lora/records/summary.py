@@ -70,6 +70,7 @@ class Aggregate:
 
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
+"""The columns of numbers of a summary, in the order of the tables."""
 REFERENCES = {"start_score": "start", "majority_score": "majority class"}
 """Scores that need no training, to compare with -> what tables call them."""
 _ROWS = pydantic.TypeAdapter(list[SummaryRow])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from decaf_lora.errors import UserError, unknown
 
 Batch = dict[str, Tensor]
+"""Tensors by name; the first axis of each is the examples'."""
 
 
 class Task(ABC):

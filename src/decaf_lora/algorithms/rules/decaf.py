@@ -46,6 +46,7 @@ GAUGES: tuple[str, ...] = (
     "orthonormal-rotated",
     "anchored",
 )
+"""How a truncated product is split into factors; see the formulas at the top of the file."""
 DEFAULT_GAUGE = "balanced-rotated"
 
 

@@ -1,0 +1,65 @@
+"""The examples run as written, but for their length, and show what they say they show."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_library(example, capsys):
+    scores = example("library").main(["--rounds", "1", "--agents", "3"])
+    assert {len(row) for row in scores.values()} == {3}
+    assert len(scores) == 4
+    assert "sigma_2 = 0.000" in capsys.readouterr().out  # a ring of three is the complete graph
+
+
+def test_own_algorithm_sends_one_factor_at_a_time(example, capsys):
+    records = example("own_algorithm").main(["--rounds", "4", "--agents", "2"])
+    start, *sent = (record.bytes_sent for record in records)
+    assert start == 0
+    assert sent[0] == sent[1] > 0  # B
+    assert sent[2] == sent[3] > 0  # A
+    assert "round   4: mean" in capsys.readouterr().out
+
+
+def test_merge(example, capsys, tmp_path):
+    scores = example("merge").main(["--to", str(tmp_path)])
+    assert scores["merged"] > max(scores["alice"], scores["bob"], scores["carol"])
+    assert re.search(r"The cut to one rank lost [0-9.]+% of the update", capsys.readouterr().out)
+    assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
+
+
+def test_the_notebook_runs(tmp_path):
+    nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert.preprocessors")
+    notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # what a machine printed is no source
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("AGENTS, ROUNDS = 10, 10", "AGENTS, ROUNDS = 10, 1")
+    nbconvert.ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_every_example_is_a_page_long_and_says_how_it_is_run():
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 170, path.name
+        assert f"python examples/{path.name}" in text.partition('"""\n')[0], path.name
