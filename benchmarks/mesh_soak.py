@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -39,8 +40,9 @@ PATIENCE = 5.0
 STUCK = 600.0
 """Seconds without a round of anybody after which the soak has failed."""
 MEMORY, DESCRIPTORS = 0.02, 2.0
-"""Flat: over the second half of a life, memory grows by at most this share along its least-squares line, and the mean
-number of descriptors from the third to the last quarter by at most so many."""
+"""Flat: over the second half of the rounds, memory grows by at most this share along its least-squares line, and the
+mean number of descriptors from the third to the last quarter by at most so many. What comes after the last round, the
+report, does not count."""
 
 
 def config() -> RunConfig:
@@ -99,7 +101,8 @@ class Faults:
 
 def flat(life: list[list[int]]) -> dict[str, Any]:
     """Of samples (round, bytes, descriptors) of one life: how they change over its second half."""
-    rounds, resident, descriptors = np.array(life[len(life) // 2 :], dtype=float).T
+    life = [one for one in life if ROUNDS / 2 <= one[0] < ROUNDS]
+    rounds, resident, descriptors = np.array(life, dtype=float).T
     slope = np.polyfit(rounds, resident, 1)[0]
     grown = slope * (rounds[-1] - rounds[0])
     middle = len(rounds) // 2
@@ -170,7 +173,10 @@ def soak(seed: int) -> dict[str, Any]:
             "rounds missed": {name: ledger.missed(name) for name in NAMES},
             "edges used": ledger.uses(),
             "never killed": kept,
-            "samples of alice: round, bytes, descriptors": samples["alice"][:: max(1, len(samples["alice"]) // 50)],
+            "samples: round, MB, descriptors": {
+                name: [[r, round(b / 1e6, 1), d] for r, b, d in samples[name][:: max(1, len(samples[name]) // 40)]]
+                for name in kept
+            },
         }
         result["ends well"] = (
             codes == dict.fromkeys(NAMES, 0)
@@ -184,5 +190,7 @@ def soak(seed: int) -> dict[str, Any]:
 if __name__ == "__main__":
     found = soak(int(sys.argv[1]) if sys.argv[1:] else 0)
     print(json.dumps(found, indent=1))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    text = json.dumps(found, indent=1)
+    text = re.sub(r"\[\s+(\d+),\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text)  # a sample a line
+    RESULTS.write_text(text + "\n")
     sys.exit(0 if found["ends well"] else 1)

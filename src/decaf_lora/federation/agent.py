@@ -10,6 +10,7 @@ import os
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -88,7 +89,7 @@ class _Agent(Subscriber):
         self._before: dict[str, tuple[int, int]] = {}
         self.links: Links | None = None
         self.engine: Mesh
-        self._times: list[float] = []
+        self._times = deque[float](maxlen=20)
         self._since = time.monotonic()
         self._resumed = False
 
@@ -211,7 +212,7 @@ class _Agent(Subscriber):
                 edge.waited += (record.waited or {}).get(number, 0.0)
                 edge.rejected += sum(line.startswith(f"{edge.name}: ") for line in record.rejected or ())
             self._times.append((now - since) / max(1, passed))
-            said.seconds_left = statistics.median(self._times[-20:]) * (said.rounds - said.round)
+            said.seconds_left = statistics.median(self._times) * (said.rounds - said.round)
         self.watch(said)
 
     def _number_of(self, name: str) -> int:

@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -109,7 +110,7 @@ class Mesh:
         self._open: tuple[int, Tensors] | None = None
         """The exchange (from 1) that was started and not yet waited for, and this agent's message in it."""
         self._stopped = False
-        self._began, self._durations = clock(), list[float]()
+        self._began, self._durations = clock(), deque[float](maxlen=25)
 
     # Neighbours
 
@@ -386,7 +387,7 @@ class Mesh:
             now = self.clock()
             self._durations.append(now - self._began)
             self._began = now
-            self.peer.be_patient(max(AT_LEAST, 3 * median(self._durations[-25:])))
+            self.peer.be_patient(max(AT_LEAST, 3 * median(self._durations)))
 
     def _by_itself(self, message: Tensors, exchange: int) -> Inbox:
         return self._inbox(message, {}, np.eye(self.num_agents), exchange)
