@@ -6,7 +6,10 @@ without a traceback and exits with code 2. Any other exception is a bug and keep
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
+
+_WINDOWS = sys.platform == "win32"
 
 
 class UserError(ValueError):
@@ -53,3 +56,17 @@ def out_of_memory(error: BaseException) -> UserError | None:
         "training.batch_size, training.agents_per_pass or task.eval_batch_size smaller; `decaf plan` shows what each "
         "costs. The last checkpoint, if there is one, is kept."
     )
+
+
+def unix_only(field: str, what: str) -> None:
+    """Refuses, on Windows, what works on Linux and macOS alone.
+
+    Args:
+        field: what the user gave.
+        what: what it stands for, as the subject of a sentence.
+    """
+    if _WINDOWS:
+        raise UserError(
+            f"{field}: {what} works on Linux and macOS; on Windows there is the simulation, `decaf run` and "
+            "`decaf compare` in one process."
+        )

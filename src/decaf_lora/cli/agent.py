@@ -13,13 +13,15 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from decaf_lora.cli.options import check_options, parsed
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, unix_only
 
 
 def agent_command(args: list[str]) -> int:
     """`decaf agent`."""
     if not args or args[0] in ("-h", "--help"):
         args = ["--help"]
+    else:
+        unix_only("agent", "a federation")
     from decaf_lora.federation.terms import Local
 
     def agent(

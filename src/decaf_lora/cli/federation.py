@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from decaf_lora.cli.agent import demo_command, with_local
 from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.config import RunConfig
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.errors import UserError, unix_only, unknown
 
 
 def federation_command(args: list[str]) -> int:
@@ -29,6 +29,7 @@ def federation_command(args: list[str]) -> int:
         console.print(table)
         console.print("\nIn this order. Help of a command: decaf federation COMMAND --help")
         return 0
+    unix_only("federation", "a federation")
     name, rest = args[0], args[1:]
     if name not in _COMMANDS:
         raise unknown("federation", name, _COMMANDS)

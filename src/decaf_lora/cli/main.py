@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal's encoding lacks becomes a question mark
+        sys.stdout.reconfigure(errors="replace")
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or os.environ.get("RANK", "0") != "0":
         # The libraries' bars (downloads, preprocessing) are for a person who watches, and one process of several.

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from decaf_lora.cli.options import Output, check_options, configured, parsed
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, unix_only
 from decaf_lora.runs.events import Interrupted, nobody
 
 
@@ -49,6 +49,7 @@ def _where(output: Output, name: str) -> dict[str, Any]:
 
 def _run_split(config: RunConfig, output: Output, name: str) -> int:
     """`decaf run` in one of torchrun's processes. The main process prints."""
+    unix_only("engine", "torchrun")
     from decaf_lora.engines import connect
     from decaf_lora.runs.launched import run_split
 
