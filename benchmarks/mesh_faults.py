@@ -266,7 +266,7 @@ def bars(row: dict[str, Any], base: dict[str, Any]) -> dict[str, bool]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a scenario, means over its seeds."""
     lines = [
-        "| | mean score | worst score | seconds | cost of the lost | one-sided uses | not held |",
+        "| | mean score | worst score | cost of the lost | one-sided uses | load average | bars not held |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     bases = {row["seed"]: row for row in rows if row["scenario"] == "none"}
@@ -277,22 +277,26 @@ def table(rows: list[dict[str, Any]]) -> str:
         against = [{n: bases[row["seed"]]["scores"][n] for n in row["scores"]} for row in own]
 
         def compared(
-            of: Callable[[Any], float], own: list[dict[str, Any]] = own, against: list[dict[str, float]] = against
+            of: Callable[[Any], float],
+            name: str = name,
+            own: list[dict[str, Any]] = own,
+            against: list[dict[str, float]] = against,
         ) -> str:
             score = statistics.fmean(of(row["scores"].values()) for row in own)
             less = [of(row["scores"].values()) - of(base.values()) for row, base in zip(own, against, strict=True)]
-            return f"{score:.3f} ({100 * min(less):+.1f} to {100 * max(less):+.1f})"
+            return f"{score:.3f}" + ("" if name == "none" else f" ({100 * min(less):+.1f} to {100 * max(less):+.1f})")
 
         costs = [s for row in own for of in row["cost of the lost, s"].values() for s in of.values()]
         uses = {kind: sum(row["edges used"][kind] for row in own) for kind in ("window", "crash", "wrong")}
+        loads = [load for row in own for load in row["load average"]]
         failed = sorted({bar for row in own for bar, held in bars(row, bases[row["seed"]]).items() if not held})
         cells = [
-            (scenario.__doc__ or "") + f", {len(own)} seeds",
+            (scenario.__doc__ or "") + ("" if len(own) == len(SEEDS) else f" ({len(own)} of {len(SEEDS)} seeds)"),
             compared(statistics.fmean),
             compared(min),
-            f"{statistics.fmean(row['seconds'] for row in own):.0f}",
             f"{max(costs):.1f} s" if costs else "",
             ", ".join(f"{count} {kind}" for kind, count in uses.items() if count) or "0",
+            f"{min(loads):.0f} to {max(loads):.0f}",
             ", ".join(failed) or "none",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 import network
 from decaf_lora.config import RunConfig, build
 from decaf_lora.federation import file
+from decaf_lora.records import Record
 from decaf_lora.runs.build import build_run
 from endpoints import Proxy, until
 from forwarder import forwarding
 from lab import PORT, Federation
+from ledger import Ledger
 from sites import Program
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -256,6 +258,28 @@ def test_nobody_can_be_dialled_but_a_forwarder_and_packets_are_lost(machines, fe
         begin(fed)
         assert ends_well(fed) == {"both": 4 * 8, "window": 0, "crash": 0, "wrong": 0}
     equals_simulation(fed, tmp_path / "simulated")
+
+
+def test_the_ledger_sees_what_is_wrong(tmp_path):
+    """Of two agents: rounds that both, one with a reason, one after a crash, and one without a reason has used."""
+    seconds = {"exchange": 1.0}
+
+    def write(name, *rounds):
+        records = [Record(round=r, bytes_sent=1, learning_rate=0.1, seconds=seconds, **values) for r, values in rounds]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text("".join(json.dumps(vars(r)) + "\n" for r in records))
+
+    def used(other, waited=0.5):
+        return {"weights": {other: 0.5}, "waited": {other: waited}}
+
+    silent = {"weights": {}, "waited": {"1": 2.5}, "missed": {"6": {"1": "silent"}}}
+    write("alice", *((r, used("1")) for r in range(1, 6)), (6, silent))
+    left = {"2": {"0": "cut off"}, "3": {"0": "declined"}}
+    write("bob", (1, used("0")), (4, {"missed": left, **used("0")}), (6, {"weights": {}}))
+    ledger = Ledger({name: tmp_path / name for name in ("alice", "bob")})
+    assert ledger.uses() == {"both": 2, "window": 1, "crash": 1, "wrong": 1}
+    assert ledger.cost("bob") == {"alice": 2.5}
+    assert (ledger.missed("alice"), ledger.missed("bob")) == (1, 4)
 
 
 def test_the_table_of_the_documentation_is_that_of_the_records():
