@@ -370,8 +370,13 @@ class Run:
     def _note(self, inbox: Inbox) -> None:
         """Notes what the record of an agent says that does not see all others."""
         waited = {str(j): seconds for j, seconds in inbox.waited.items()}
-        rejected = list(inbox.rejected) or None
-        self._noted |= {"weights": inbox.weights_of_first(), "waited": waited or None, "rejected": rejected}
+        missed = {str(e + 1): {str(j): why for j, why in those.items()} for e, those in inbox.missed.items()}
+        self._noted |= {
+            "weights": inbox.weights_of_first(),
+            "waited": waited or None,
+            "missed": missed or None,
+            "rejected": list(inbox.rejected) or None,
+        }
 
     def _measure(self, inbox: Inbox) -> None:
         """Measures interference and truncation tail of the messages that arrived."""

@@ -33,6 +33,9 @@ class EdgeStatus:
     """Why the edge is down, or was down last."""
     missed: int = 0
     """Number of exchanges without this neighbour."""
+    cut_off: int = 0
+    """Number of exchanges without this neighbour in which it may have used this agent's message all the same, since the
+    link broke between message and answer."""
     waited: float = 0.0
     """Seconds in all."""
     rejected: int = 0

@@ -165,12 +165,13 @@ class Folder(Subscriber):
             return self._point
         self._sought = True
         records, then = whole_rounds(self.path / "records.jsonl")
+        last = records[-1].round if records else -1
 
         def refuse(path: Path) -> str | None:
             round_, step = checkpoint.moment_of(path)
             if round_ > rounds:
                 return f"{path} is beyond the last round, {rounds}"
-            if (round_ or step) and round_ >= len(records):
+            if (round_ or step) and round_ > last:
                 return f"{then}, but {path} relies on all records up to its round"
             return None
 
