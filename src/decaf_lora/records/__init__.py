@@ -4,6 +4,7 @@ from decaf_lora.records.answer import Answer, answers
 from decaf_lora.records.formats import (
     COLUMNS,
     cells,
+    columns,
     human_bytes,
     lines,
     references,
@@ -14,7 +15,7 @@ from decaf_lora.records.formats import (
 )
 from decaf_lora.records.learnt import nothing_learnt
 from decaf_lora.records.machine import environment
-from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, tables
+from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, shown, tables
 from decaf_lora.records.record import (
     Record,
     RecordWriter,
@@ -65,6 +66,7 @@ __all__ = [
     "aggregate",
     "answers",
     "cells",
+    "columns",
     "differences",
     "environment",
     "human_bytes",
@@ -78,6 +80,7 @@ __all__ = [
     "references",
     "replace_text",
     "row_name",
+    "shown",
     "standing",
     "standings",
     "summarise",

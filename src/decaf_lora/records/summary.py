@@ -48,6 +48,8 @@ class SummaryRow:
     """The same of agents that train on their own data alone, with as many steps; None if nobody trained them."""
     pooled_score: float | None = None
     """Score of a model trained on everybody's data; None if nobody trained it."""
+    own_score: float | None = None
+    """Mean over agents of `Record.own_scores`; None if they were not asked for."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,13 @@ class Aggregate:
     lower_is_better: bool = False
     start_score: Spread = Spread(None)
     majority_score: Spread = Spread(None)
+    own_score: Spread = Spread(None)
 
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
 """The columns of numbers of a summary, in the order of the tables."""
+OWN = "own_score"
+"""The metric that tables show only where it was asked for (`test`)."""
 REFERENCES = {"start_score": "start", "majority_score": "majority class"}
 """Scores that need no training, to compare with -> what tables call them."""
 BASELINES = {"alone": "local", "pooled": "centralized"}
@@ -145,6 +150,7 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         majority_score=facts.get("majority_score"),
         score_name=str(facts.get("score_name") or "score"),
         scores=list(scores) or None,
+        own_score=None if last is None else _mean(last.own_scores),
     )
 
 
@@ -155,8 +161,12 @@ def row_name(facts: Mapping[str, Any]) -> str:
 
 def mean_score(record: Record) -> float | None:
     """Mean score over agents; None if the round was not evaluated, or a score is missing or not finite."""
-    finite = [score for score in record.scores or () if score is not None and math.isfinite(score)]
-    return fmean(finite) if len(finite) == len(record.scores or ()) > 0 else None
+    return _mean(record.scores)
+
+
+def _mean(scores: Sequence[float | None] | None) -> float | None:
+    finite = [score for score in scores or () if score is not None and math.isfinite(score)]
+    return fmean(finite) if len(finite) == len(scores or ()) > 0 else None
 
 
 def aggregate(rows: Iterable[SummaryRow]) -> list[Aggregate]:
@@ -178,7 +188,7 @@ def _aggregate(runs: Sequence[SummaryRow]) -> Aggregate:
     """The row of runs that differ only by seed."""
     missing = "diverged" if any(run.diverged for run in runs) else "n/a"
     spreads = {metric: _spread([getattr(run, metric) for run in runs], missing) for metric in METRICS}
-    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in REFERENCES}
+    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in (*REFERENCES, OWN)}
     first = runs[0]
     return Aggregate(
         first.algorithm,

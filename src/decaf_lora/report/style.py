@@ -15,7 +15,14 @@ LOOKS = {
     "decaf_tracked": ("#0b5229", "D"),
     "dlora": ("#2062f2", "s"),
     "dlora_fa": ("#4e055d", "^"),
+    "alternating": ("#3f4db8", "<"),
+    "fedsa": ("#8a6100", "P"),
+    "core": ("#00757f", ">"),
     "fedavg": ("#cc20ac", "v"),
+    "fedprox": ("#9c2f2f", "p"),
+    "fedadam": ("#8b3fa0", "h"),
+    "scaffold": ("#7a4b00", "d"),
+    "flexlora": ("#5f6f00", "*"),
     "local": ("#757575", "x"),
     "centralized": (INK, ""),
 }
@@ -23,12 +30,12 @@ LOOKS = {
 
 `tests/test_looks.py` checks their contrast, and that colour-blind readers can tell them apart."""
 SPARE_LOOKS = [
-    ("#8a6100", "P"),
-    ("#3f4db8", "<"),
-    ("#00757f", ">"),
-    ("#9c2f2f", "p"),
-    ("#5f6f00", "h"),
-    ("#8b3fa0", "*"),
+    ("#a3195b", "X"),
+    ("#35608f", "8"),
+    ("#4d7300", "H"),
+    ("#7b4b94", "1"),
+    ("#8f4700", "2"),
+    ("#00647a", "3"),
 ]
 DARK = {
     "#d53d01": "#ffa566",
@@ -43,6 +50,13 @@ DARK = {
     "#9c2f2f": "#ff8f85",
     "#5f6f00": "#c3d34c",
     "#8b3fa0": "#e79cf2",
+    "#7a4b00": "#e0a35c",
+    "#a3195b": "#ff7fb5",
+    "#35608f": "#8fb8ec",
+    "#4d7300": "#a8d64f",
+    "#7b4b94": "#d3a6ef",
+    "#8f4700": "#f0a860",
+    "#00647a": "#5cc8e6",
 }
 """Colour on white -> the same on the dark page."""
 DASHES: dict[str, Any] = {
@@ -50,6 +64,13 @@ DASHES: dict[str, Any] = {
     "dlora": (0, (4, 1.5, 1, 1.5)),
     "dlora_fa": (0, (2.5, 1.2)),
     "fedavg": (0, (8, 1.5, 1, 1.5, 1, 1.5)),
+    "alternating": (0, (3, 1.5, 3, 3)),
+    "fedsa": (0, (10, 2)),
+    "core": (0, (1, 2.5)),
+    "fedprox": (0, (6, 1.5, 1, 1.5, 1, 1.5, 1, 1.5)),
+    "fedadam": (0, (2, 4)),
+    "scaffold": (0, (12, 2, 2, 2)),
+    "flexlora": (0, (5, 1.2, 5, 3.5)),
     "local": (0, (1, 1.2)),
     "centralized": (0, (5, 3)),
 }
@@ -59,12 +80,17 @@ NAMES = {
     "decaf_tracked": "DeCAF, tracked",
     "dlora": "DLoRA",
     "dlora_fa": "DLoRA-FA",
+    "fedsa": "FedSA",
     "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "fedadam": "FedAdam",
+    "scaffold": "SCAFFOLD",
+    "flexlora": "FlexLoRA",
 }
 """Algorithm -> its name for people; others are called as they are."""
 PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--rule)", **{light: f"var(--c{light[1:]})" for light in DARK}}
 """Colour in a figure -> the colour of the page, which is another one where the page is dark."""
-PHASE_COLOURS = tuple(colour for colour, _ in (*SPARE_LOOKS[:3], *SPARE_LOOKS[5:], *SPARE_LOOKS[3:5]))
+PHASE_COLOURS = ("#8a6100", "#3f4db8", "#00757f", "#8b3fa0", "#9c2f2f", "#5f6f00")
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.labelsize": 10.5,

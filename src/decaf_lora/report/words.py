@@ -127,6 +127,9 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
     """
     everything = rows_of(runs)
     algorithms = list(dict.fromkeys(called(run.algorithm, 60) for run in runs))
+    columns = records.columns(records.aggregate(everything))
+    own = len(columns) > len(records.COLUMNS)
+    ranked = {columns.index(title): metric for metric, title in records.RANKED.items() if title in columns}
     best = records.winners(everything)
     groups = []
     for setting in by_setting(runs):
@@ -134,12 +137,12 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         members = sorted(records.aggregate(summary), key=lambda row: algorithms.index(row.algorithm))
         lines = [
             [
-                (text, (row.algorithm, *setting, _METRIC_OF.get(column, "")) in best)
-                for column, text in enumerate(records.cells(row))
+                (text, (row.algorithm, *setting, ranked.get(column, "")) in best)
+                for column, text in enumerate(records.cells(row, own))
             ]
             for row in members
         ]
-        lines += [[(text, False) for text in line] for line in records.references(members)]
+        lines += [[(text, False) for text in line] for line in records.references(members, own)]
         # The title says what graph and partition (columns 1 and 2) are.
         groups.append((" · ".join(setting), [line[:1] + line[3:] for line in lines]))
     several_seeds = any(row.seeds > 1 for row in records.aggregate(everything))
@@ -150,16 +153,12 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         notes.append("No score is highlighted: no lead is more than the noise of the seeds.")
     notes.append("Scores are those of the last evaluated round.")
     return {
-        "columns": records.COLUMNS[:1] + records.COLUMNS[3:],
+        "columns": columns[:1] + columns[3:],
         "groups": groups,
-        "pivots": [_pivot(everything, metric) for metric in records.SHOWN] if len(groups) > 1 else [],
+        "pivots": [_pivot(everything, metric) for metric in records.shown(everything)] if len(groups) > 1 else [],
         "note": " ".join(notes),
         "differences": _differences(everything),
     }
-
-
-_METRIC_OF = {4: "mean_score", 5: "worst_score", 7: "averaged_score"}
-"""Column of `records.COLUMNS` -> the score in it that methods are ranked by."""
 
 
 def _differences(rows: Sequence[SummaryRow]) -> list[list[str]]:
