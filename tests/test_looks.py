@@ -87,7 +87,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 
 FIRST = ("decaf", "decaf_tracked", "dlora", "dlora_fa", "fedavg", "local", "centralized")
-"""The algorithms that figures show most. All others differ by dashes and marker, more colours than this by no means."""
+"""The algorithms that figures show most; the others differ from them and each other by dashes and marker."""
 
 
 @pytest.mark.parametrize("eye", BLINDNESS)
