@@ -32,7 +32,7 @@ test: $(STAMP_TEST)
 
 # Kills a run at every write, resumes it and compares bits; slow lines and hostile bytes between the agents of a mesh;
 # real agents that are killed, stopped and cut off. `make test` has a sample of each. Twenty minutes, and an hour if
-# there is no record of the last part: it goes on with benchmarks/results_mesh_faults.json.
+# there is no record of the last part. What is stopped goes on with its record.
 faults: $(STAMP_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
 	$(BIN)/python benchmarks/mesh_links.py

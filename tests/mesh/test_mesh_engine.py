@@ -50,6 +50,11 @@ CASES = [
     ("decaf", {"relay_rank": 4}, "hypercube", "period"),
     ("decaf_tracked", {"relay_rank": 4}, "ring", 2),
     ("decaf_tracked", {"relay_rank": 4}, "hypercube", "period"),
+    ("alternating", {"mixes": "both"}, "ring", 1),
+    ("core", {"tracking": True}, "ring", 1),
+    ("fedsa", {"transforms": ["personal_head", "outer_momentum"]}, "ring", 1),
+    ("decaf", {"transforms": ["clipped"], "messages": "int8"}, "ring", 1),
+    ("dlora", {"transforms": ["trimmed"]}, "complete", 1),
 ]
 
 

@@ -114,8 +114,8 @@ class _Agent(Subscriber):
                 version=self.signed.version,
                 listen=checking.listening(self.signed, self.site.name, self.site.bind),
             )
-            facts = bytes.fromhex(self.signed.digest())
-            engine.connect(*run.exchange.templates(run.adapter), links, facts)
+            templates = run.exchange.templates(run.adapter)
+            engine.connect(*templates, links, self.signed.facts(), self.signed.differs)
             links.start(engine)  # after the model is built, which takes long and holds the interpreter
             leave.callback(links.stop)
             self.engine, self.links = engine, links

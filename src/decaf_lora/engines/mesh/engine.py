@@ -115,7 +115,12 @@ class Mesh:
     # Neighbours
 
     def connect(
-        self, templates: Sequence[tuple[Tensors, Sizes]], held: Tensors, link: Link, facts: bytes = b""
+        self,
+        templates: Sequence[tuple[Tensors, Sizes]],
+        held: Tensors,
+        link: Link,
+        facts: bytes = b"",
+        differs: Callable[[bytes], str | None] = lambda facts: None,
     ) -> None:
         """Makes the protocol ready, from the checkpoint if one was restored. Start the link afterwards.
 
@@ -125,7 +130,10 @@ class Mesh:
             held: the agent's tensors as for `hold`.
             link: to the neighbours; tells this engine what happens (`link.Events`).
             facts: what both ends of an edge must agree on besides their messages.
+            differs: says in words what is different in a neighbour's facts, which are of the same length; None: nothing
+                that it can name.
         """
+        self._differs, self._facts = differs, facts
         self._templates = [Template(message, sizes) for message, sizes in templates]
         # A neighbour's first message may arrive before this agent's own exists for comparison. The norm of a template
         # is then too small, since gradients are 0 in it.
@@ -182,8 +190,11 @@ class Mesh:
 
     def agree(self, peer: int, facts: bytes) -> None:
         """Checks that a neighbour belongs to the same run and sends the same kind of messages; see `Owner.agree`."""
-        if facts != self.peer.facts:
-            raise RejectionError("its messages have other names, shapes or types, or it runs another federation")
+        if facts == self.peer.facts:
+            return
+        given = facts[: len(self._facts)]
+        named = self._differs(given) if len(given) == len(self._facts) and given != self._facts else None
+        raise RejectionError(named or "its messages have other names, shapes or types, or it runs another federation")
 
     def check(self, peer: int, exchange: int, payload: bytes) -> Tensors:
         """Reads and checks a neighbour's message; see `Owner.check`."""
@@ -303,7 +314,10 @@ class Mesh:
             self._until(lambda: self.peer.phase is Phase.LEFT or None)
 
     def status(self) -> dict[str, Any]:
-        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread."""
+        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread.
+
+        `rejected` has a line for each message refused since the last exchange.
+        """
         with self._lock:
             peer = self.peer
             neighbours = {
@@ -316,6 +330,7 @@ class Mesh:
                 "round": self._round(peer.closed + 1),
                 "waits_for": waits_for,
                 "neighbours": neighbours,
+                "rejected": [f"{self.names[j]}: {reason}" for j, reason in peer.rejections],
             }
 
     def _round(self, exchange: int) -> int:

@@ -150,8 +150,8 @@ class Peer:
         self.limits = replace(self.limits, patience=seconds)
 
     def waits_for(self) -> list[int]:
-        """Neighbours without whom the open exchange does not end yet."""
-        return [edge.peer for edge in self._waited_for()] if self.phase is Phase.OPEN else []
+        """Neighbours without whom the open exchange does not end yet; where any one would do, all of them."""
+        return [edge.peer for edge in self._waited_for() or self._row()] if self.phase is Phase.OPEN else []
 
     def tick(self) -> None:
         """Does what has become due; call it no later than `deadline`."""
