@@ -13,6 +13,8 @@ from decaf_lora.yaml_file import read_yaml, write_yaml
 
 _RATES = {"text": 5e-3, "images": 5e-3, "llm": 2e-3}
 """Peak learning rates of LoRA, with a schedule that ends at 0."""
+_BATCHES = {"text": 4, "images": 16, "llm": 16}
+"""Examples in a step. With few rows an agent takes few steps a round: 300 texts need small batches to be learnt."""
 
 _SAID = {
     "name": "what is learnt; also: image-text, sequence-classification, causal-lm",
@@ -36,7 +38,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "task": found.task,
         "lora": {"r": 8, "lora_alpha": 16},
         "algorithm": {"name": "decaf_tracked"},
-        "training": {"epochs": 1, "batch_size": 16, "learning_rate": _RATES[asked.kind]},
+        "training": {"epochs": 1, "batch_size": _BATCHES[asked.kind], "learning_rate": _RATES[asked.kind]},
         "agents": found.agents,
         "graph": graph,
         "partition": found.partition,
@@ -52,8 +54,8 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "algorithm: {name: decaf_tracked}  # DeCAF with gradient tracking, for sites whose data differ",
         "training:",
         "  epochs: 1  # passes over an agent's own rows in a round",
-        "  batch_size: 16",
-        f"  learning_rate: {_RATES[asked.kind]}  # the value that matters most; LoRA wants more than full fine-tuning",
+        f"  batch_size: {_BATCHES[asked.kind]}  # smaller: more steps, and more noise in each",
+        f"  learning_rate: {_RATES[asked.kind]}  # the value that matters most; `decaf tune` finds one",
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
