@@ -490,6 +490,24 @@ def test_answers_are_scored_by_their_log_softmax(answers, normalized, directorie
             assert ours[i, c].item() == pytest.approx(-loss.item() / (count if normalized else 1), rel=1e-4)
 
 
+@pytest.mark.parametrize("answers", [("no", "yes"), ("no , not good", "yes")])
+def test_training_examples_are_scored_as_test_examples_are(answers, directories, texts):
+    """Against the log-softmax by hand, for a held-out share of the training examples."""
+    task = language(directories, texts, "gpt2", **{**ANSWERS, "answers": answers})
+    tok = transformers.AutoTokenizer.from_pretrained(directories("gpt2"))
+    table = datasets.load_dataset(texts)["train"]
+    rows = np.array([3, 0, 5])
+    batch = task.validation_batch(rows)
+    with torch.no_grad():
+        ours = task.class_scores(batch)
+    for place, row in enumerate(rows):
+        assert batch["labels"][place] == (table[int(row)]["label"] == "good")
+        prompt = tok(f"{table[int(row)]['text']} ? answer :")["input_ids"]
+        for c, answer in enumerate(answers):
+            loss, count = hand_loss(task.model, prompt + tok(answer)["input_ids"], len(prompt))
+            assert ours[place, c].item() == pytest.approx(-loss.item() / count, rel=1e-4)
+
+
 def test_training_of_scored_answers_is_on_the_right_one(directories, texts):
     task = language(directories, texts, **ANSWERS, metric="f1", positive="bad")
     assert (task.score_name, task.classes) == ("F1 (bad)", ["bad", "good"])

@@ -94,6 +94,14 @@ def read_yaml(path: Path, field: str) -> Any:
         raise UserError(f"{field}: {path} is not YAML ({str(error)[:300]}).") from error
 
 
+def parse_scalar(text: str) -> Any:
+    """The value that `text` means where it stands in a YAML file: a number, a word, a list; itself if it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (UserError, RecursionError, yaml.YAMLError, ValueError, TypeError, AttributeError):
+        return text
+
+
 def write_yaml(values: Any) -> str:
     """Plain values as YAML text, from which `read_yaml` gets the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -30,6 +30,7 @@ from decaf_lora.cli.runs import (
     run_command,
 )
 from decaf_lora.cli.starting import init_command
+from decaf_lora.cli.tuning import tune_command
 from decaf_lora.errors import UserError, nearest, out_of_memory
 
 
@@ -119,6 +120,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare_command, "several algorithms side by side: table and report"),
     "run": (run_command, "one run of one algorithm"),
     "init": (init_command, "a commented configuration for a file of your own"),
+    "tune": (tune_command, "find a learning rate, a rank, ... on held-out training examples"),
     "plan": (plan_command, "what a run would cost: memory, bytes, arithmetic"),
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),

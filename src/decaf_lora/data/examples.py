@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from decaf_lora.config import TaskConfig
 from decaf_lora.data.content import of_rows
 from decaf_lora.data.images import holds_images, image_folder, readable_images
-from decaf_lora.data.labels import Labels, listed, numbered
+from decaf_lora.data.labels import Labels, numbered
 from decaf_lora.data.places import PLACE, place
 from decaf_lora.data.reading import read
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.errors import UserError, listed, unknown
 from decaf_lora.randomness import numpy_generator
 
 

@@ -17,11 +17,12 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
+from decaf_lora.adapters.files import refuse_pointer
 from decaf_lora.config import TaskConfig
 from decaf_lora.data import content
 from decaf_lora.data.folders import IMAGES, METADATA, check_image_folder
 from decaf_lora.data.places import stem_of, suffix_of
-from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, refuse_pointer, writable_cache
+from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, writable_cache
 from decaf_lora.errors import UserError, unknown
 
 READERS = (*SUFFIXES, ".parquet")
@@ -132,7 +133,7 @@ def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
 
 def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> DatasetDict:
     for file in (file for of_split in files.values() for file in of_split):
-        refuse_pointer(file)
+        refuse_pointer(file, "task.data")
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:

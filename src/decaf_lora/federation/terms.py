@@ -143,6 +143,13 @@ def refuse(config: RunConfig) -> None:
         raise UserError("gossip_steps: write the number of exchanges in a round instead of period.")
     if config.init_adapters:
         raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
+    if config.validation_share is not None:
+        raise UserError("validation_share: a federation scores on each site's own test set; leave it out.")
+    if config.training.learning_rate == "auto":
+        raise UserError(
+            "training.learning_rate: auto needs all agents in one process; find a rate with `decaf tune` on examples "
+            "that you may use, and give the number."
+        )
     task = config.task
     if task.name in ("image-text", "sequence-classification") and not task.classes:
         raise UserError(

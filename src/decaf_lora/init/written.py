@@ -53,7 +53,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "training:",
         "  epochs: 1  # passes over an agent's own rows in a round",
         "  batch_size: 16",
-        f"  learning_rate: {_RATES[asked.kind]}  # the value that matters most; LoRA wants more than full fine-tuning",
+        f"  learning_rate: {_RATES[asked.kind]}  # or auto: chosen before the run; `decaf tune` searches wider",
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),

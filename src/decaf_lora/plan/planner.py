@@ -61,7 +61,7 @@ def estimate(
 
 def measured(plan: Plan, config: RunConfig) -> Plan:
     """`plan` with the throughput that a real step of `config` has on this machine; loads the model and the data."""
-    run = build_run(config)
+    run = build_run(_with_a_rate(config))
     run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
     for _ in range(2):  # the first one warms up
         run.timer.seconds = {}
@@ -76,6 +76,14 @@ def measured(plan: Plan, config: RunConfig) -> Plan:
     run.close()
     tflops = plan.flops_per_step / seconds / 1e12
     return replace(plan, tflops=tflops, assumptions=(*plan.assumptions, note))
+
+
+def _with_a_rate(config: RunConfig) -> RunConfig:
+    """`config` with some learning rate in place of auto: costs do not depend on it."""
+    if config.training.learning_rate != "auto":
+        return config
+    rate = TrainingConfig().learning_rate
+    return config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": rate})})
 
 
 class _Share(Simulate):
@@ -121,8 +129,12 @@ class _Planner:
         for name, value in asdict(sizes).items():
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value} is below 1.")
-        self.config, self.sizes, self.processes = config, sizes, processes
+        self.config, self.sizes, self.processes = _with_a_rate(config), sizes, processes
         self.assumptions: list[str] = []
+        if config.training.learning_rate == "auto":
+            self.assumptions.append("training.learning_rate: to choose one by itself takes about one more run")
+        if config.validation_share is not None:
+            self.assumptions.append("validation_share: counted as a run on all examples, scored on the test set")
         self.dry = DryRun()
 
     def plan(self, tflops: float | None) -> Plan:

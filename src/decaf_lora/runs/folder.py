@@ -37,6 +37,8 @@ from decaf_lora.runs.signals import stopping
 if TYPE_CHECKING:
     from decaf_lora.run import Run
 
+CHOICE = "learning_rate"
+"""The folder, in that of a run or comparison, of the search for a learning rate that was made before it."""
 Point = tuple[dict[str, Any], dict[str, Any]]
 """Tensors and values of a checkpoint."""
 
@@ -138,7 +140,7 @@ class Folder(Subscriber):
             return
         with disk(self.path):
             if self._unique:
-                self.path = _new_folder(self.path)
+                self.path = new_folder(self.path)
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(self.path)
@@ -305,7 +307,7 @@ def due(every: int, round_: int, rounds: int) -> bool:
     return round_ > 0 and round_ % every == 0 and round_ < rounds
 
 
-def _new_folder(path: Path) -> Path:
+def new_folder(path: Path) -> Path:
     """Makes `path` or, if it exists, the first of `path`-2, `path`-3, ... that does not."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -361,6 +363,8 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
         raise UserError(f"out: {out} is a file; give a folder.")
     if not started(out):
         left = [p.name for p in out.iterdir() if not p.name.startswith((LOCK, OWNER))] if out.exists() else []
+        if CHOICE in left and (out / CHOICE / "config.yaml").exists():
+            left.remove(CHOICE)
         torn = [name for name in left if name.startswith("config.yaml") and name.endswith(".tmp")]
         if resume and (not torn or torn != left):
             raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")

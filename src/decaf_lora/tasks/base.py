@@ -98,6 +98,13 @@ class Task(ABC):
     def test_batch(self, indices: np.ndarray) -> Batch:
         """The test examples `indices` (m,) as tensors with leading axis m."""
 
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        """The training examples `indices` (m,) as `statistics` takes them, to score on them in place of the test set.
+
+        By default `train_batch`. A task whose test batches hold more than its training batches overrides this.
+        """
+        return self.train_batch(indices)
+
     @abstractmethod
     def losses(self, batch: Batch, agents: int) -> Tensor:
         """The mean loss of every agent on its own examples.

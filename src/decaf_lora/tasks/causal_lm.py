@@ -157,7 +157,8 @@ class AnswerScoring(CausalTask):
         self._test, self._test_labels = test, torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name
-        self._one_token = self._differ_in_last_token()
+        self._one_token = self._differ_in_last_token(test)
+        self._one_token_in_training: bool | None = None
 
     def train_batch(self, indices: np.ndarray) -> Batch:
         return self._train.batch(indices * len(self.classes) + self.labels[indices])
@@ -167,11 +168,20 @@ class AnswerScoring(CausalTask):
 
         If all answers are single tokens: the prompts (m, L - 1), and the tokens of the answers (m, C).
         """
+        return self._with_all_answers(self._test, indices, self._test_labels, self._one_token)
+
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        """As `test_batch`, of training examples."""
+        if self._one_token_in_training is None:
+            self._one_token_in_training = self._differ_in_last_token(self._train)
+        return self._with_all_answers(self._train, indices, torch.as_tensor(self.labels), self._one_token_in_training)
+
+    def _with_all_answers(self, sequences: Sequences, indices: np.ndarray, labels: Tensor, one_token: bool) -> Batch:
         count = len(self.classes)
         rows = (indices[:, None] * count + np.arange(count)).ravel()
-        batch = {k: t.unflatten(0, (-1, count)) for k, t in self._test.batch(rows).items()}
-        batch["labels"] = self._test_labels[indices]
-        if self._one_token:
+        batch = {k: t.unflatten(0, (-1, count)) for k, t in sequences.batch(rows).items()}
+        batch["labels"] = labels[indices]
+        if one_token:
             asked = batch["targets"][:, 0, 1:] != IGNORED
             batch["answers"] = batch.pop("targets")[:, :, 1:].transpose(1, 2)[asked]
             batch = {k: t[:, 0] if t.dim() == 3 else t for k, t in batch.items()} | {"asked": asked}
@@ -182,7 +192,7 @@ class AnswerScoring(CausalTask):
 
     def class_scores(self, batch: Batch) -> Tensor:
         """(m, C) log-likelihood of every class's answer, per token if `length_normalized`."""
-        if self._one_token:
+        if "answers" in batch:
             logits = self.logits(batch["input_ids"], batch["attention_mask"], batch["asked"])
             return logits.log_softmax(-1).gather(1, batch["answers"])
         flat = {k: batch[k].flatten(0, 1) for k in ("input_ids", "attention_mask", "targets")}
@@ -196,9 +206,9 @@ class AnswerScoring(CausalTask):
     def majority_score(self) -> float | None:
         return self._score.majority(self.labels, self._test_labels)
 
-    def _differ_in_last_token(self) -> bool:
-        """Whether all answers of every test example are one token after the same prompt: one pass scores all."""
-        tokens, starts, count = self._test.tokens, self._test.starts, len(self.classes)
+    def _differ_in_last_token(self, sequences: Sequences) -> bool:
+        """Whether all answers of every example are one token after the same prompt: one pass scores all."""
+        tokens, starts, count = sequences.tokens, sequences.starts, len(self.classes)
         if not (tokens.lengths - starts == 1).all():
             return False
         firsts = range(0, len(tokens), count)
