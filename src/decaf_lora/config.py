@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -233,43 +233,63 @@ class LoraOptions(Frozen):
 class AlgorithmConfig(Section):
     """What agents send and how they combine what they receive. Unset options take the algorithm's own default."""
 
-    described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
+    described = frozenset(
+        {"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "alternating", "fedsa", "core", "fedavg", "fedprox"}
+        | {"fedadam", "scaffold", "flexlora", "centralized"}
+    )
 
     name: str = "decaf"
-    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg, centralized, or `file.py:function`."""
+    """On a graph: dlora, dlora_fa, decaf, decaf_tracked, alternating, fedsa, core. With a server: fedavg, fedprox,
+    fedadam, scaffold, flexlora. Without exchange: local, centralized. Or `file.py:function`. docs/methods.md has a
+    paragraph on each."""
     gauge: str | None = None
-    """decaf: the gauge, that is, how the singular values of a product BA are shared between B and A: balanced,
-    orthonormal, anchored, balanced-rotated, orthonormal-rotated, or rotated (the default rotated one)."""
+    """decaf, flexlora: the gauge, that is, how the singular values of a product BA are shared between B and A:
+    balanced, orthonormal, anchored, balanced-rotated, orthonormal-rotated, or rotated (the default rotated one)."""
     order: Literal["adapt-combine", "combine-adapt"] | None = None
-    """dlora, dlora_fa, decaf: take the local steps before the exchange (adapt-combine) or after it (combine-adapt)."""
+    """dlora, dlora_fa, decaf, fedsa, core: take the local steps before the exchange (adapt-combine) or after it
+    (combine-adapt)."""
     moments: Literal["keep", "reset", "transport"] | None = None
-    """What happens to Adam's moments after an exchange. dlora, dlora_fa, decaf: keep or reset. decaf: also transport,
-    which rotates the moments together with the factors."""
+    """What happens to Adam's moments after an exchange. dlora, dlora_fa, decaf, fedsa, core: keep or reset. decaf:
+    also transport, which rotates the moments together with the factors."""
     reference: Literal["average", "own"] | None = None
-    """decaf: the factors that rotated gauges rotate the new factors towards: the average of the neighbours' factors, or
-    the agent's own."""
+    """decaf: the factors that rotated gauges rotate the new factors towards: the average of the neighbours' factors,
+    or the agent's own."""
     relay_rank: int | None = Field(None, ge=1)
     """decaf: the rank to which stacked products are cut between the exchanges of one round (gossip_steps above 1).
     Unset: they are forwarded whole."""
     tracking: bool | None = None
-    """dlora, dlora_fa, decaf: gradient tracking, which corrects the drift of the local steps towards an agent's own
-    data. Twice the bytes. `decaf_tracked` is decaf with tracking."""
+    """dlora, dlora_fa, decaf, fedsa, core: gradient tracking, which corrects the drift of the local steps towards an
+    agent's own data. Twice the bytes. `decaf_tracked` is decaf with tracking."""
     tracking_gamma: float | None = Field(None, gt=0, le=1)
-    """Gradient tracking: the share of each update that a correction takes on. 1 is plain gradient tracking; less damps
-    it."""
+    """Gradient tracking: the share of each update that a correction takes on. 1 is plain gradient tracking; less
+    damps it."""
     truncation_feedback: float | None = Field(None, gt=0, le=1)
     """decaf: keep what a truncation cuts off, at rank r, and add it, times this factor, before the next truncation. 1
     forgets nothing. Unset: off."""
     quasi_global: float | None = Field(None, ge=0, lt=1)
-    """dlora, dlora_fa, decaf: quasi-global momentum. After each exchange, point the optimizer's momentum along the
-    change of the averaged model. The value is the decay over rounds: 0 uses the last round only, 0.9 a long average.
-    No extra bytes. Unset: off."""
+    """dlora, dlora_fa, decaf, fedsa, core: quasi-global momentum. After each exchange, point the optimizer's momentum
+    along the change of the averaged model. The value is the decay over rounds: 0 uses the last round only, 0.9 a long
+    average. No extra bytes. Unset: off."""
     messages: Literal["full", "int8"] | None = None
-    """dlora, dlora_fa, decaf: send numbers as they are (full), or as int8 with error feedback, which takes a quarter of
-    the bytes."""
+    """All on a graph: send numbers as they are (full), or as int8 with error feedback, which takes a quarter of the
+    bytes."""
+    interval: int | Literal["auto"] | None = None
+    """alternating: rounds until the other factor's turn; auto takes it from the graph, 1 / sqrt(1 - sigma_2)."""
+    mixes: Literal["trained", "both"] | None = None
+    """alternating: send the factor that is trained, or both factors."""
+    proximal: float | None = Field(None, ge=0)
+    """fedprox: the weight of the term that holds agents near the server's model."""
+    server_learning_rate: float | None = Field(None, gt=0)
+    """fedadam: the size of the server's step. Tune it together with training.learning_rate."""
+    server_momentum: float | None = Field(None, ge=0, lt=1)
+    """fedadam: the decay of the server's first moment, beta_1."""
+    server_beta_2: float | None = Field(None, ge=0, lt=1)
+    """fedadam: the decay of the server's second moment."""
+    server_epsilon: float | None = Field(None, gt=0)
+    """fedadam: the mean change below which the server's steps get shorter, tau."""
     transforms: tuple[str, ...] = ()
-    """Transforms to lay over the algorithm, of your own or of an installed package, such as
-    `mine.py:noise:scale=0.1`."""
+    """Transforms to lay over an algorithm on a graph: personal_head, outer_momentum:0.9, proximal:0.01, or your own
+    or an installed package's, such as `mine.py:noise:scale=0.1`."""
 
     def options(self) -> dict[str, Any]:
         """The options that were set, by name."""
@@ -334,6 +354,8 @@ class TrainingConfig(Frozen):
         return self.learning_rate
 
 
+_Model = TypeVar("_Model", bound=BaseModel)
+
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
 
@@ -366,9 +388,10 @@ class RunConfig(Frozen):
     """Number of rounds. A round is the local steps and the exchange."""
     seed: int = Field(0, ge=0)
     """Seed of the partition, the start, the batches and random graphs."""
-    test: Literal["all", "own", "both"] = "all"
+    test: Literal["all", "own", "both", "alike"] = "all"
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
-    by column or files, and test examples that have this column."""
+    by column or files, and test examples that have this column. `alike`: all, and beside them test examples of the
+    classes that the agent holds, in the shares in which it holds them; for personal models (docs/methods.md)."""
     validation_share: float | None = Field(None, gt=0, lt=1)
     """Hold out this share of every agent's training examples, and score on these in place of the test set. `decaf tune`
     does it by itself. Unset: no share."""
@@ -449,7 +472,7 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
+def build(kind: type[_Model], values: dict[str, Any]) -> _Model:
     """A configuration of `kind` from plain values; UserError as `checked` raises it."""
     return checked(kind, values)
 

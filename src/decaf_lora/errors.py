@@ -5,6 +5,7 @@ without a traceback and exits with code 2. Any other exception is a bug and keep
 """
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,12 @@ def unknown(field: str, name: str, known: Iterable[str]) -> UserError:
     hint = nearest(name, choices)
     guess = f" Did you mean {hint[0]!r}?" if hint else ""
     return UserError(f"{field}: {name!r} is not known.{guess} Choose one of: {', '.join(choices)}.")
+
+
+def remedy(error: BaseException) -> str:
+    """What a person can do where a file cannot be written: free space, or allow it."""
+    forbidden = (errno.EACCES, errno.EPERM, errno.EROFS)
+    return "make it writable" if getattr(error, "errno", None) in forbidden else "free space there"
 
 
 def out_of_memory(error: BaseException) -> UserError | None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from decaf_lora.adapters.adapter import ALL_FACTORS, Adapter, Factor
 from decaf_lora.adapters.names import Tensors, factor_and_layer
 from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.errors import UserError
 
 Topology = Literal["graph", "server", "none", "pooled"]
 Order = Literal["adapt-combine", "combine-adapt"]
@@ -81,6 +80,9 @@ class Combined(NamedTuple):
     rest: Mapping[str, Tensor] = MappingProxyType({})
     """`A/layer` (n, q, d_in), `B/layer` (n, d_out, q): the products that truncation cut off, at the rank q of
     `Inbox.carried`. Empty unless something was carried."""
+
+
+NO_FACTORS: frozenset[Factor] = frozenset()
 
 
 def _no_state(adapter: Adapter, setting: Setting) -> Tensors:
@@ -148,6 +150,15 @@ class Rule(NamedTuple):
     """Whether the rule depends on `Round.period`."""
     truncates: bool = False
     """Whether `combine` truncates: then it adds `Inbox.carried` to the products, and returns in `rest` what it cuts."""
+    personal: frozenset[Factor] = NO_FACTORS
+    """Trained factors that stay with their agent: never sent, not even to a neighbour that catches up."""
+    alike: bool = False
+    """Whether the agents must have one rank, one scale and one start, as where they share one model."""
+    begin: Callable[[Adapter, Setting], Adapter] | None = None
+    """(adapter, setting) -> the adapter to begin with, for rules that train in coordinates of their own. None: as it
+    is."""
+    fitted: Callable[[Setting], Rule] | None = None
+    """setting -> this rule for one run, for rules whose `trains` depends on the graph. None: the same in all runs."""
 
 
 @dataclass(frozen=True)
@@ -202,32 +213,21 @@ class Transform(NamedTuple):
     """(state, change, round) -> state. Called after the rule has combined."""
     moments: Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]] | None = None
     """(state, first, second) -> (first, second), the optimizer's moments. Called after `Rule.moments`."""
+    penalty: Callable[[Tensors, Tensors, Round], Tensors] | None = None
+    """(state, values, round) -> the gradient of a penalty on the trained tensors, by name. Called before every
+    optimizer step, with the tensors' values; it is added to the gradients."""
+    personal: frozenset[Factor] = NO_FACTORS
+    """As `Rule.personal`."""
     check: Callable[[Rule], None] = _any_rule
     """Raises UserError for a rule that the transform cannot lie over."""
+    same_factors: bool = False
+    """Whether the rule must train the same factors in all rounds."""
     stacks: frozenset[str] = frozenset()
     """As `Rule.stacks`."""
     periodic: bool = False
     """As `Rule.periodic`."""
     suffix: str = ""
     """Ending that the transform adds to the algorithm's name: `_tracked`."""
-
-
-def check_factors(rule: Rule, field: str) -> None:
-    """Checks that a rule trains the same factors in all rounds (the first 99 are asked), as some transforms need.
-
-    Args:
-        rule: the rule.
-        field: the option that asked for the transform, for the error.
-
-    Raises:
-        UserError: the rule trains other factors in some round.
-    """
-    first = rule.trains(Round(1))
-    if other := next((number for number in range(2, 100) if rule.trains(Round(number)) != first), None):
-        raise UserError(
-            f"{field}: {rule.name} trains other factors in round {other} than in round 1; it needs the same in all. "
-            "Leave it out."
-        )
 
 
 def turned(tensors: Tensors, frames: Tensors) -> Tensors:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decaf_lora.cli.agent import agent_command
+from decaf_lora.cli.checking import check_command
 from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
@@ -119,8 +120,9 @@ def _overview() -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare_command, "several algorithms side by side: table and report"),
     "run": (run_command, "one run of one algorithm"),
-    "init": (init_command, "a commented configuration for a file of your own"),
     "tune": (tune_command, "find a learning rate, a rank, ... on held-out training examples"),
+    "init": (init_command, "a commented configuration for a file of your own"),
+    "check": (check_command, "is all ready for a run? data, labels, one batch, cost; what is odd"),
     "plan": (plan_command, "what a run would cost: memory, bytes, arithmetic"),
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),

@@ -6,16 +6,27 @@ import sys
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from decaf_lora.cli.parsing import check_options, parse, parsed
+from decaf_lora.cli.parsing import check_options, checked, parse, parsed
 from decaf_lora.config import CompareConfig, RunConfig, load
 from decaf_lora.errors import UserError
 
-__all__ = ["Output", "Planning", "Tuning", "check_options", "configured", "parsed", "refuse_unnamed_code", "resumed"]
+__all__ = [
+    "Checking",
+    "Output",
+    "Planning",
+    "Tuning",
+    "check_options",
+    "checked",
+    "configured",
+    "parsed",
+    "refuse_unnamed_code",
+    "resumed",
+]
 
-_options = dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
+_options = dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False))
 
 
 @_options
@@ -33,7 +44,7 @@ class Output:
     """Print the result rows as JSON instead of a table."""
     scale: float = 1.0
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
-    jobs: int = 0
+    jobs: int = Field(0, ge=0, le=10_000)
     """compare: number of runs at a time, each in its own process. 0: one on a GPU, otherwise one for each core."""
     engine: Literal["simulate", "torchrun"] = "simulate"
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
@@ -41,7 +52,7 @@ class Output:
     """torchrun: library that moves messages, gloo or nccl. auto: nccl if every process has its own GPU, else gloo."""
     wire: str = "exact"
     """torchrun: number format of messages between processes: exact, or bfloat16."""
-    timeout: float = 600.0
+    timeout: float = Field(600.0, gt=0, le=10**7)
     """torchrun: seconds to wait for a process that does not appear, or stops answering."""
 
 
@@ -53,20 +64,20 @@ class Planning:
     """Print the plan as JSON instead of tables."""
     scale: float = 1.0
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
-    processes: int = 1
+    processes: int = Field(1, ge=1)
     """Number of torchrun's processes that the agents are split over. The plan is for the process with most agents."""
-    tflops: float | None = None
+    tflops: float | None = Field(None, gt=0)
     """Throughput from which hours are computed, in 10^12 floating-point operations per second."""
     measure: bool = False
     """Load the model and the data, time a step on this machine, and compute hours from it."""
-    sequence_length: int | None = None
+    sequence_length: int | None = Field(None, ge=1)
     """Tokens of a sequence (image-text: of a prompt). Unset: those of the longest example of local data, else
     task.max_length, else the model's limit."""
-    num_classes: int | None = None
+    num_classes: int | None = Field(None, ge=1)
     """Number of classes, if the data are not on this machine."""
-    num_train: int | None = None
+    num_train: int | None = Field(None, ge=1)
     """Number of training examples, if the data are not on this machine."""
-    num_test: int | None = None
+    num_test: int | None = Field(None, ge=1)
     """Number of test examples, if the data are not on this machine."""
 
 
@@ -87,7 +98,7 @@ class Tuning:
     """Print the trials as JSON instead of a table."""
     scale: float = 1.0
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
-    jobs: int = 0
+    jobs: int = Field(0, ge=0, le=10_000)
     """Number of runs at a time, each in its own process. 0: one on a GPU, otherwise one for each core."""
     seeds: tuple[int, ...] = ()
     """Train every trial with each of these seeds; its score is the mean. Unset: with the run's own."""
@@ -100,7 +111,39 @@ class Tuning:
     """How many values may be added to an axis whose best value is the lowest or the highest that was tried."""
 
 
-Options = TypeVar("Options", Output, Planning, Tuning)
+@_options
+class Checking:
+    """How to show what is found."""
+
+    json: bool = False
+    """Print the findings as JSON instead of lines."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+
+
+@_options
+class Shortening:
+    """How much of a recipe is meant."""
+
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+
+
+Options = TypeVar("Options", Output, Planning, Tuning, Checking, Shortening)
+
+_USED = {
+    "jobs": "`decaf compare` uses it, for several runs at a time; leave it out",
+    "backend": "--engine torchrun uses it; leave it out",
+    "wire": "--engine torchrun uses it; leave it out, or take --algorithm.messages int8, which works here",
+    "timeout": "--engine torchrun uses it; leave it out",
+}
+
+
+def refuse_unused(output: Output, *names: str) -> None:
+    """Raises UserError for one of the options `names` that was given, where nothing uses them."""
+    for name in names:
+        if getattr(output, name) != getattr(Output(), name):
+            raise UserError(f"{name}: only {_USED[name]}.")
 
 
 def configured(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from decaf_lora.cli.options import Output, check_options, configured, parsed
+from decaf_lora.cli.options import Output, check_options, configured, parsed, refuse_unused
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError, unix_only
@@ -28,6 +28,7 @@ def run_command(args: list[str]) -> int:
     from decaf_lora.runs.folder import run
 
     config, output, name = configured(RunConfig, "run", args, Output)
+    refuse_unused(output, "jobs", *(() if output.engine == "torchrun" else ("backend", "wire", "timeout")))
     if output.engine == "torchrun":
         return _run_split(config, output, name)
     refuse_launcher(output.out is not None)
@@ -136,9 +137,8 @@ def compare_command(args: list[str]) -> int:
         raise UserError(
             "engine: compare simulates its runs, several at a time with --jobs; torchrun is for `decaf run`."
         )
+    refuse_unused(output, "backend", "wire", "timeout")
     refuse_launcher(output.out is not None)
-    if output.jobs < 0:
-        raise UserError("jobs: must be 0 (one a core) or more.")
     jobs = output.jobs or default_jobs(config.device)
     err = Console(stderr=True, highlight=False)
     with warnings.catch_warnings():  # `compare` shows these warnings

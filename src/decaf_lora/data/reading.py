@@ -103,8 +103,10 @@ def _open(config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
     assert config.data is not None
     path = Path(config.data).expanduser()
     try:
-        if config.file_column is not None and (path.is_file() or path.is_dir()):
-            return _sites(path, config, config.file_column, wanted)
+        if path.is_file() or path.is_dir():
+            _refuse_chains(path)
+            if config.file_column is not None:
+                return _sites(path, config, config.file_column, wanted)
         if path.is_file():
             return _file(path, config, wanted)
         if path.is_dir():
@@ -118,6 +120,13 @@ def _open(config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
         )
     with _as_lines(config, path):
         return _whole(datasets.load_dataset(config.data, config.subset))
+
+
+def _refuse_chains(path: Path) -> None:
+    """UserError for names with `::`: to fsspec, with which `datasets` opens files, `a::b` is another file, `a`."""
+    for file in (path.resolve(), *(path.rglob("*::*") if path.is_dir() else ())):
+        if "::" in str(file):
+            raise UserError(f"task.data: {file} has '::' in its name, which names another file; rename it.")
 
 
 def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
@@ -155,7 +164,9 @@ def _folder(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDic
         _refuse_unused(config, set())
         with _as_lines(config, path):
             return _whole(datasets.load_from_disk(str(path)))
-    files = {} if _describes_itself(path) else _split_files(path, config)
+    if described := _describes_itself(path):
+        _refuse_patterns(path)
+    files = {} if described else _split_files(path, config)
     kinds = Counter(_kind(file) for of_split in files.values() for file in of_split)
     if kinds["image"] and kinds["image"] >= kinds["table"] + kinds["text"]:
         return _images(path, config, files)
@@ -234,6 +245,15 @@ def _describes_itself(path: Path) -> bool:
     return (path / ".huggingface.yaml").exists() or (
         card.is_file() and bool(re.match(r"---\s*\n(.*\n)*?configs:", card.read_text(errors="replace")))
     )
+
+
+def _refuse_patterns(path: Path) -> None:
+    """UserError for a folder whose name `datasets` would take for a pattern, with the names that its card gives."""
+    if found := sorted(set("*?[") & set(str(path.resolve()))):
+        raise UserError(
+            f"task.data: {path.resolve()} has {found[0]!r} in its name, and its README.md or .huggingface.yaml says "
+            "which files are which split: the two together would be a pattern of names. Rename it."
+        )
 
 
 def _split_files(path: Path, config: TaskConfig) -> dict[str, list[Path]]:

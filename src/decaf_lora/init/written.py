@@ -71,6 +71,7 @@ def _head(found: Found, asked: Asked, out: Path) -> list[str]:
     lines = [f"# Written by `decaf init {asked.kind}`, from {found.size} rows to train on. It was assumed that"]
     lines += [f"#   - {_plain(line)}" for line in found.assumed]
     lines += ["# Change what is wrong. Then:"]
+    lines += [f"#   decaf check {_plain(str(out))}"]
     lines += [f"#   decaf run {_plain(str(out))} --out runs/{_plain(out.stem)}"]
     return lines
 

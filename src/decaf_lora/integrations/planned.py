@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, Literal
 
 from decaf_lora import algorithms, graphs
@@ -29,6 +30,10 @@ class Plan:
         self.mixes = self.algorithm.topology != "none"
         if self.algorithm.topology in ("server", "pooled"):
             raise UserError(f"algorithm: {self.algorithm.name} does not gossip; use decaf on the complete graph.")
+        if self.algorithm.rule.begin is not None:
+            raise UserError(
+                f"algorithm: {self.algorithm.name} trains what a PEFT model does not hold; use decaf, or decaf run."
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise UserError(f"every: {every!r} steps never come; give a whole number of at least 1.")
         if not self.mixes:
@@ -44,16 +49,17 @@ class Plan:
             raise UserError(f"graph: it joins {self.schedule.num_agents} agents, here are {agents}; make them equal.")
         self.gossip_steps = exchanges_of_round(self.schedule, gossip_steps)
         made = hashlib.sha256()
-        for number in range(min(self.schedule.period or 16, 64)):
+        for number in range(self.schedule.period or 16):
             made.update(self.schedule.at(number).weights.tobytes())
         self.shown = f"{self.schedule.name} ({made.hexdigest()[:8]})"
         parts = [self.algorithm.rule.name, *(transform.name for transform in self.algorithm.transforms)]
         self.described = " | ".join(parts)
 
-    def exchange(self, engine: Any) -> Exchange:
-        """What makes the exchanges."""
-        return Exchange(self.algorithm, self.schedule, engine, gossip_steps=self.gossip_steps, seed=self.seed)
+    def exchange(self, engine: Any, steps: int) -> Exchange:
+        """What makes the exchanges of a training of so many steps."""
+        rounds, own = self.rounds(steps), {"gossip_steps": self.gossip_steps, "seed": self.seed}
+        return Exchange(self.algorithm, self.schedule, engine, rounds=rounds, **own)
 
-    def round(self, number: int) -> Any:
-        """Round `number`, from 1."""
-        return algorithms.Round(number)
+    def rounds(self, steps: int) -> int:
+        """Exchanges in a training of so many steps; the last one may come after fewer than `every`."""
+        return math.ceil(steps / self.every)

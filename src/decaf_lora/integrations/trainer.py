@@ -222,7 +222,8 @@ class GossipCallback(TrainerCallback):
         try:
             self._place.check(model, self._live, state.max_steps, plan.every)
             self._engine = self._place.arrive(self._facts(state))
-            self._exchange = plan.exchange(self._engine)
+            self._exchange = plan.exchange(self._engine, state.max_steps)
+            plan.algorithm = self._exchange.algorithm
             adapter = self._live.read()
             if plan.mixes:
                 self._state = self._place.together(state.global_step, adapter, self._first_states)
@@ -242,11 +243,13 @@ class GossipCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Steers the gradients, after accumulation and clipping."""
-        if not any(transform.steer is not None for transform in self._plan.algorithm.transforms):
+        transforms = self._plan.algorithm.transforms
+        if not any(transform.steer or transform.penalty for transform in transforms):
             return
         round_ = self._exchange.round(self.round + 1)
         gradients = self._live.gradients(self._plan.algorithm.trains(round_))
-        steered, self._state = self._plan.algorithm.steer(self._state, gradients, round_)
+        values = {key: self._live.parameters[key].detach()[None] for key in gradients}
+        steered, self._state = self._plan.algorithm.steer(self._state, gradients, round_, values)
         if steered is not gradients:
             self._live.set_gradients(steered)
 
@@ -379,7 +382,7 @@ class GossipCallback(TrainerCallback):
         facts |= {"every": self._plan.every, "seed": self._plan.seed, "gossip_steps": self._plan.gossip_steps}
         facts |= {"max_steps": state.max_steps, "resume_from_checkpoint": f"step {state.global_step}"}
         facts |= self._live.facts()
-        trained = frozenset().union(*(self._plan.algorithm.trains(self._plan.round(k)) for k in range(1, 100)))
+        trained = self._plan.algorithm.trained(self._plan.rounds(state.max_steps))
         for factor in sorted({"A", "B"} - trained):
             values = [p.detach().cpu() for k, p in self._live.parameters.items() if owner(k) == factor]
             made = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in values)).hexdigest()[:8]

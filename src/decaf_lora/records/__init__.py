@@ -3,6 +3,7 @@
 from decaf_lora.records.formats import (
     COLUMNS,
     cells,
+    columns,
     human_bytes,
     lines,
     references,
@@ -13,7 +14,7 @@ from decaf_lora.records.formats import (
 )
 from decaf_lora.records.learnt import nothing_learnt
 from decaf_lora.records.machine import environment
-from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, tables
+from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, shown, tables
 from decaf_lora.records.record import (
     Record,
     RecordWriter,
@@ -47,6 +48,7 @@ __all__ = [
     "SummaryRow",
     "aggregate",
     "cells",
+    "columns",
     "environment",
     "human_bytes",
     "lines",
@@ -58,6 +60,7 @@ __all__ = [
     "read_summary",
     "references",
     "replace_text",
+    "shown",
     "summarise",
     "summary_row",
     "table",

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from decaf_lora.records.formats import LATEX, markdown, number, to_csv, to_latex, to_markdown
-from decaf_lora.records.summary import Spread, SummaryRow, aggregate
+from decaf_lora.records.summary import OWN, Spread, SummaryRow, aggregate
 
-SHOWN = {"mean_score": "mean score over agents", "averaged_score": "score of the averaged model"}
+SHOWN = {
+    "mean_score": "mean score over agents",
+    "averaged_score": "score of the averaged model",
+    OWN: "mean score of the agents on data of their own",
+}
 """Metrics that are shown by setting -> title of their table."""
 
 
@@ -40,10 +44,16 @@ def pivot(rows: Iterable[SummaryRow], metric: str = "mean_score") -> Pivot:
     return Pivot(metric, settings, {name: [found.get((name, *setting)) for setting in settings] for name in algorithms})
 
 
+def shown(rows: Iterable[SummaryRow]) -> list[str]:
+    """The metrics of `SHOWN` that `rows` have."""
+    own = any(row.own_score is not None for row in rows)
+    return [metric for metric in SHOWN if own or metric != OWN]
+
+
 def tables(rows: Sequence[SummaryRow]) -> dict[str, str]:
     """File name -> text: the table of all metrics and, if there are several settings, the scores by setting."""
     texts = {"table.md": to_markdown(rows), "table.csv": to_csv(rows), "table.tex": to_latex(rows)}
-    pivots = [pivot(rows, metric) for metric in SHOWN]
+    pivots = [pivot(rows, metric) for metric in shown(rows)]
     if len(pivots[0].settings) > 1:
         texts |= {"scores.md": _pivots_to_markdown(pivots), "scores.csv": _pivots_to_csv(pivots)}
         texts["scores.tex"] = "\n".join(map(_pivot_to_latex, pivots))

@@ -38,6 +38,8 @@ class SummaryRow:
     """Mean score over agents before training."""
     majority_score: float | None = None
     """Score of always giving the most frequent class; None without classes."""
+    own_score: float | None = None
+    """Mean over agents of `Record.own_scores`; None if they were not asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,13 @@ class Aggregate:
     lower_is_better: bool = False
     start_score: Spread = Spread(None)
     majority_score: Spread = Spread(None)
+    own_score: Spread = Spread(None)
 
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
 """The columns of numbers of a summary, in the order of the tables."""
+OWN = "own_score"
+"""The metric that tables show only where it was asked for (`test`)."""
 REFERENCES = {"start_score": "start", "majority_score": "majority class"}
 """Scores that need no training, to compare with -> what tables call them."""
 _ROWS = pydantic.TypeAdapter(list[SummaryRow])
@@ -115,13 +120,18 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         lower_is_better=lower_is_better,
         start_score=start,
         majority_score=facts.get("majority_score"),
+        own_score=None if last is None else _mean(last.own_scores),
     )
 
 
 def mean_score(record: Record) -> float | None:
     """Mean score over agents; None if the round was not evaluated, or a score is missing or not finite."""
-    finite = [score for score in record.scores or () if score is not None and math.isfinite(score)]
-    return fmean(finite) if len(finite) == len(record.scores or ()) > 0 else None
+    return _mean(record.scores)
+
+
+def _mean(scores: Sequence[float | None] | None) -> float | None:
+    finite = [score for score in scores or () if score is not None and math.isfinite(score)]
+    return fmean(finite) if len(finite) == len(scores or ()) > 0 else None
 
 
 def aggregate(rows: Iterable[SummaryRow]) -> list[Aggregate]:
@@ -143,7 +153,7 @@ def _aggregate(runs: Sequence[SummaryRow]) -> Aggregate:
     """The row of runs that differ only by seed."""
     missing = "diverged" if any(run.diverged for run in runs) else "n/a"
     spreads = {metric: _spread([getattr(run, metric) for run in runs], missing) for metric in METRICS}
-    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in REFERENCES}
+    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in (*REFERENCES, OWN)}
     first = runs[0]
     return Aggregate(
         first.algorithm,

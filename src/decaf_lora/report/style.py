@@ -45,18 +45,25 @@ LOOKS = {
     "decaf_tracked": ("#009E73", "D"),
     "dlora": ("#0072B2", "s"),
     "dlora_fa": ("#56B4E9", "^"),
+    "alternating": ("#8A6FD1", "<"),
+    "fedsa": ("#E69F00", "P"),
+    "core": ("#44AA99", ">"),
     "fedavg": ("#CC79A7", "v"),
+    "fedprox": ("#AA4466", "p"),
+    "fedadam": ("#882255", "h"),
+    "scaffold": ("#B5651D", "d"),
+    "flexlora": ("#DD88CC", "*"),
     "local": ("#8C8C8C", "x"),
     "centralized": (INK, ""),
 }
 PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#9AA5B1", "#CC79A7", "#56B4E9")
 SPARE_LOOKS = [
-    ("#E69F00", "P"),
-    ("#8A6FD1", "<"),
-    ("#44AA99", ">"),
-    ("#AA4466", "p"),
     ("#999933", "h"),
     ("#4477AA", "*"),
+    ("#117733", "X"),
+    ("#6699CC", "8"),
+    ("#BBAA00", "H"),
+    ("#774411", "1"),
 ]
 HEAT = LinearSegmentedColormap.from_list("heat", [(0, 0.447, 0.698, 0.0), (0, 0.447, 0.698, 1.0)])
 HALF, WHOLE = 5.6, 11.6  # inches: one column of the page, or both

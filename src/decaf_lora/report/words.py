@@ -52,18 +52,22 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
     The centralized baseline is never highlighted, since it sees all the data.
     """
     algorithms = list(dict.fromkeys(run.algorithm for run in runs))
-    everything: list[SummaryRow] = []
-    groups = []
+    summaries = {}
     for setting, of_setting in by_setting(runs).items():
         rows = [records.summary_row(run.facts, run.records) for run in of_setting]
-        summary = [replace(row, graph=setting[0], partition=setting[1]) for row in rows]
-        everything += summary
+        summaries[setting] = [replace(row, graph=setting[0], partition=setting[1]) for row in rows]
+    everything: list[SummaryRow] = [row for summary in summaries.values() for row in summary]
+    columns = records.columns(records.aggregate(everything))
+    own = len(columns) > len(records.COLUMNS)
+    groups = []
+    for setting, summary in summaries.items():
         members = sorted(records.aggregate(summary), key=lambda row: algorithms.index(row.algorithm))
         best = _best([row for row in members if row.algorithm != "centralized"])
         lines = [
-            [(text, (id(row), column) in best) for column, text in enumerate(records.cells(row))] for row in members
+            [(text, (id(row), column) in best) for column, text in enumerate(records.cells(row, own))]
+            for row in members
         ]
-        lines += [[(text, False) for text in line] for line in records.references(members)]
+        lines += [[(text, False) for text in line] for line in records.references(members, own)]
         # The title says what graph and partition (columns 1 and 2) are.
         groups.append((" · ".join(setting), [line[:1] + line[3:] for line in lines]))
     several_seeds = any(row.seeds > 1 for row in records.aggregate(everything))
@@ -72,9 +76,9 @@ def summary_table(runs: Sequence[RunRecords]) -> dict[str, Any]:
         notes.append("Highlighted: the best that does not pool the data.")
     notes.append("Scores are those of the last evaluated round.")
     return {
-        "columns": records.COLUMNS[:1] + records.COLUMNS[3:],
+        "columns": columns[:1] + columns[3:],
         "groups": groups,
-        "pivots": [_pivot(everything, metric) for metric in records.SHOWN] if len(groups) > 1 else [],
+        "pivots": [_pivot(everything, metric) for metric in records.shown(everything)] if len(groups) > 1 else [],
         "note": " ".join(notes),
         "warnings": records.nothing_learnt(everything),
     }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, remedy
 from decaf_lora.records import (
     Record,
     RecordWriter,
@@ -165,12 +165,13 @@ class Folder(Subscriber):
             return self._point
         self._sought = True
         records, then = whole_rounds(self.path / "records.jsonl")
+        last = records[-1].round if records else -1
 
         def refuse(path: Path) -> str | None:
             round_, step = checkpoint.moment_of(path)
             if round_ > rounds:
                 return f"{path} is beyond the last round, {rounds}"
-            if (round_ or step) and round_ >= len(records):
+            if (round_ or step) and round_ > last:
                 return f"{then}, but {path} relies on all records up to its round"
             return None
 
@@ -405,6 +406,6 @@ def disk(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"out: cannot write in {out} ({error.strerror or error}); free space or choose another --out. "
+            f"out: cannot write in {out} ({error.strerror or error}); {remedy(error)} or choose another --out. "
             "What is already there is kept; go on with --resume."
         ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -36,6 +36,9 @@ class Task(ABC):
     """(num_train,) the label of every training example, which partitions split on."""
     num_test: int
     """Number of test examples."""
+    test_labels: np.ndarray | None = None
+    """(num_test,) the label of every test example, of the same numbers as `labels`; None if that is not known. Needed
+    to score agents on test examples of the classes that they hold (`test: alike`)."""
     score_name: str = "accuracy"
     """Name of the number that `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False
@@ -152,6 +155,22 @@ class Task(ABC):
     def majority_score(self) -> float | None:
         """The score of always giving the most frequent class of the training examples; None without classes."""
         return None
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        """Training examples `indices` (m,) as the model sees them, each in words for people.
+
+        By default the names and shapes of an example's tensors.
+        """
+        batch = self.train_batch(indices)
+        each = ", ".join(f"{name} {' x '.join(map(str, t.shape[1:])) or 'one number'}" for name, t in batch.items())
+        return [each] * len(indices)
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        """For every example of a split a key that is equal where the model is given the same, whatever the label.
+
+        [] if the task cannot tell. `decaf check` finds with it what is in both splits, or twice with two labels.
+        """
+        return []
 
     def describe(self) -> Mapping[str, Any]:
         """What the task is, in JSON's types: its sizes, its pretrained model, and its `interface`.

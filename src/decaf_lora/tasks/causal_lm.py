@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ class CausalTask(Task):
     """What the uses of a language model share: training on target tokens."""
 
     model: Any
+    decode: Callable[[list[int]], str] | None = None
+    """Token numbers -> text, to show examples to people; None: examples are shown as numbers."""
+    _train: Sequences
+    _test: Sequences
 
     def __init__(self, model: Any, train: Sequences, labels: np.ndarray, num_test: int, name: str) -> None:
         self.model, self.name = model, name
@@ -61,6 +65,20 @@ class CausalTask(Task):
 
     def train_batch(self, indices: np.ndarray) -> Batch:
         return self._train.batch(indices)
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        return [self._shown(self._train, int(index)) for index in indices]
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        sequences = self._train if split == "train" else self._test
+        return [ids.tobytes() for ids in sequences.tokens]
+
+    def _shown(self, sequences: Sequences, index: int) -> str:
+        """A sequence as text, split where the model begins to predict."""
+        tokens, start = sequences.tokens[index].tolist(), int(sequences.starts[index])
+        parts = tokens[:start], tokens[start:]
+        given, learnt = map(str, parts) if self.decode is None else (repr(self.decode(part)) for part in parts)
+        return f"{given}, to go on with {learnt} ({len(tokens)} tokens)"
 
     def losses(self, batch: Batch, agents: int) -> Tensor:
         found, counts = self.log_likelihoods(batch)
@@ -154,6 +172,7 @@ class AnswerScoring(CausalTask):
     ) -> None:
         super().__init__(model, train, labels, len(test_labels), name)
         self.classes, self.length_normalized = list(classes), length_normalized
+        self.test_labels = np.asarray(test_labels)
         self._test, self._test_labels = test, torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name
@@ -162,6 +181,14 @@ class AnswerScoring(CausalTask):
 
     def train_batch(self, indices: np.ndarray) -> Batch:
         return self._train.batch(indices * len(self.classes) + self.labels[indices])
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        return super().show_examples(indices * len(self.classes) + self.labels[indices])
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        """The prompts, without the answers."""
+        tokens, starts = self._train if split == "train" else self._test
+        return [tokens[i][: starts[i]].tobytes() for i in range(0, len(tokens), len(self.classes))]
 
     def test_batch(self, indices: np.ndarray) -> Batch:
         """Tensors (m, C, L), with the answers on the second axis.
@@ -242,6 +269,7 @@ def make(config: TaskConfig) -> CausalTask:
     task = LanguageModeling(model, train.take(fine[0]), labels[fine[0]], test.take(by_length), classes)
     if not config.packing:  # a packed block holds several rows
         task.tables = {"train": examples.train.select(fine[0]), "test": examples.test.select(fine[1][by_length])}
+    task.decode = tokenizer.decode
     task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
     task.content = examples.content
     return task
@@ -338,6 +366,7 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         score=score,
     )
     task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.decode = tokenizer.decode
     task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
     task.content = examples.content
     return task
@@ -393,5 +422,5 @@ def _encode(
         found.append(Sequences(Ragged.of(encoded, "input_ids"), np.array(encoded["start"][:], np.int64)))
         refuse_unknown_tokens(model, tokenizer, input_ids=found[-1].tokens.values)
         truncated[split] = int(np.sum(encoded["truncated"][:])) // max(1, len(config.answers))
-    data.warn_truncated(truncated, limit)
+    data.warn_truncated(truncated, limit, {"train": len(examples.train), "test": len(examples.test)})
     return found[0], found[1]

@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.adapter import ALL_FACTORS, Adapter, Factor
 from decaf_lora.adapters.names import Tensors, owner
 from decaf_lora.algorithms.contract import Change, Order, Round, Rule, Setting, Topology, Transform
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
+
+MOST_ASKED = 1_000_000
+"""Rounds about which a rule is asked before a run; asking takes below a second."""
 
 State = dict[str, Tensors]
 """Part of the chain ("rule", or a transform's name) -> its state."""
@@ -40,7 +43,8 @@ class Algorithm:
         transforms: the options over the rule, the first one next to the rule.
 
     Raises:
-        UserError: a transform is there twice, or cannot lie over the rule.
+        UserError: a transform is there twice, or cannot lie over the rule. What a rule trains is asked of a hundred
+            rounds here, of all rounds when a run begins.
     """
 
     rule: Rule
@@ -51,6 +55,8 @@ class Algorithm:
             if transform.name in ("rule", *(other.name for other in self.transforms[:place])):
                 raise UserError(f"algorithm: {transform.name} lies over {self.rule.name} twice; leave one out.")
             transform.check(self.rule)
+            if transform.same_factors:
+                self.trained(rounds=100)
 
     def __or__(self, transform: Transform) -> Algorithm:
         """This algorithm with one more transform around it."""
@@ -82,13 +88,59 @@ class Algorithm:
         return self.rule.periodic or any(transform.periodic for transform in self.transforms)
 
     @property
+    def personal(self) -> frozenset[Factor]:
+        """The factors that never leave their agent."""
+        return self.rule.personal.union(*(transform.personal for transform in self.transforms))
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether `steer` needs the values of the trained tensors."""
+        return any(transform.penalty is not None for transform in self.transforms)
+
+    @property
     def relays(self) -> bool:
         """Whether several exchanges in a round are made one by one, with `relay` between two of them."""
         return self.rule.relay is not None
 
     def trains(self, round_: Round) -> frozenset[Factor]:
-        """The factors that the local steps of a round may change."""
-        return self.rule.trains(round_)
+        """The factors that the local steps of a round may change.
+
+        Raises:
+            UserError: they are others than in round 1, and a transform needs the same in all.
+        """
+        factors = self.rule.trains(round_)
+        needs = next((transform.name for transform in self.transforms if transform.same_factors), None)
+        if needs and factors != self.rule.trains(Round(1, round_.period)):
+            raise UserError(
+                f"algorithm.{needs}: {self.rule.name} trains other factors in round {round_.number} than in round 1; "
+                "it needs the same in all. Leave it out."
+            )
+        return factors
+
+    def trained(self, rounds: int, period: int = 1) -> frozenset[Factor]:
+        """The factors that the local steps of a run may change, in one round or another.
+
+        Args:
+            rounds: of the run; of a longer run than `MOST_ASKED` its first ones.
+            period: `Round.period`.
+
+        Raises:
+            UserError: as for `trains`, of any of these rounds.
+        """
+        found, same = frozenset[Factor](), any(transform.same_factors for transform in self.transforms)
+        for number in range(1, min(rounds, MOST_ASKED) + 1):
+            found |= self.trains(Round(number, period))
+            if found == ALL_FACTORS and not same:
+                break
+        return found
+
+    def fitted(self, setting: Setting) -> Algorithm:
+        """This algorithm for one run; see `Rule.fitted`."""
+        return self if self.rule.fitted is None else replace(self, rule=self.rule.fitted(setting))
+
+    def begin(self, adapter: Adapter, setting: Setting) -> Adapter:
+        """The adapter to begin with; see `Rule.begin`."""
+        return adapter if self.rule.begin is None else self.rule.begin(adapter, setting)
 
     def init(self, adapter: Adapter, setting: Setting) -> State:
         """The state before the first round."""
@@ -103,9 +155,22 @@ class Algorithm:
                 message, _ = transform.send(adapter, own, message, first)
         return state
 
-    def steer(self, state: State, gradients: Tensors, round_: Round) -> tuple[Tensors, State]:
-        """(gradients, state) for an optimizer step; the very same gradients if no transform steers."""
+    def steer(
+        self, state: State, gradients: Tensors, round_: Round, values: Tensors | None = None
+    ) -> tuple[Tensors, State]:
+        """(gradients, state) for an optimizer step; the very same gradients if no transform steers.
+
+        Args:
+            state: of the parts.
+            gradients: of the trained tensors, name -> (n, ...).
+            round_: the round.
+            values: the trained tensors that the gradients belong to; may be left out unless `penalizes`.
+        """
         for transform in self.transforms:
+            if transform.penalty is not None:
+                assert values is not None
+                added = transform.penalty(state[transform.name], values, round_)
+                gradients = {name: g + added[name] if name in added else g for name, g in gradients.items()}
             if transform.steer is not None:
                 gradients, own = transform.steer(state[transform.name], gradients, round_)
                 state = {**state, transform.name: own}
