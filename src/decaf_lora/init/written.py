@@ -13,8 +13,6 @@ from decaf_lora.yaml_file import read_yaml, write_yaml
 
 _RATES = {"text": 5e-3, "images": 5e-3, "llm": 2e-3}
 """Peak learning rates of LoRA, with a schedule that ends at 0."""
-_BATCHES = {"text": 4, "images": 16, "llm": 16}
-"""Examples in a step. With few rows an agent takes few steps a round: 300 texts need small batches to be learnt."""
 
 _SAID = {
     "name": "what is learnt; also: image-text, sequence-classification, causal-lm",
@@ -34,11 +32,12 @@ _SAID = {
 def yaml_of(found: Found, asked: Asked, out: Path) -> str:
     """The configuration as YAML with comments; it is read back to be sure that it says what it should."""
     graph = "complete" if found.agents <= 8 else "ring"
+    batch = 16 if found.size >= 160 * found.agents else 4  # a round should have ten steps or so
     values: dict[str, Any] = {
         "task": found.task,
         "lora": {"r": 8, "lora_alpha": 16},
         "algorithm": {"name": "decaf_tracked"},
-        "training": {"epochs": 1, "batch_size": _BATCHES[asked.kind], "learning_rate": _RATES[asked.kind]},
+        "training": {"epochs": 1, "batch_size": batch, "learning_rate": _RATES[asked.kind]},
         "agents": found.agents,
         "graph": graph,
         "partition": found.partition,
@@ -54,8 +53,8 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "algorithm: {name: decaf_tracked}  # DeCAF with gradient tracking, for sites whose data differ",
         "training:",
         "  epochs: 1  # passes over an agent's own rows in a round",
-        f"  batch_size: {_BATCHES[asked.kind]}  # smaller: more steps, and more noise in each",
-        f"  learning_rate: {_RATES[asked.kind]}  # the value that matters most; `decaf tune` finds one",
+        f"  batch_size: {batch}  # rows of an agent in a step; 4 for a few hundred rows, 16 for more",
+        f"  learning_rate: {_RATES[asked.kind]}  # or auto: chosen before the run; `decaf tune` searches wider",
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
@@ -73,6 +72,7 @@ def _head(found: Found, asked: Asked, out: Path) -> list[str]:
     lines = [f"# Written by `decaf init {asked.kind}`, from {found.size} rows to train on. It was assumed that"]
     lines += [f"#   - {_plain(line)}" for line in found.assumed]
     lines += ["# Change what is wrong. Then:"]
+    lines += [f"#   decaf check {_plain(str(out))}"]
     lines += [f"#   decaf run {_plain(str(out))} --out runs/{_plain(out.stem)}"]
     return lines
 
