@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from decaf_lora import algorithms, graphs, lowrank
-from decaf_lora.algorithms import Combined, Round, Rule, Transform, chain
-from decaf_lora.algorithms.inbox import average_tensors
+from decaf_lora.algorithms import Combined, Round, Rule, Transform, average_factors, chain
+from decaf_lora.engines import Simulate
 from decaf_lora.errors import UserError
-from rounds import one_round, setting
+from decaf_lora.exchange import Exchange
+from decaf_lora.graphs import as_schedule
+from rounds import one_round, repeated, setting
 from samples import LAYERS, make_adapter, random_gradients
 from toy_runs import finished
 
@@ -103,19 +105,26 @@ def test_every_part_sees_its_own_state_and_messages_alone():
     assert state["one"]["one"].tolist() == [1, 1, 1]
 
 
-def alternating():
-    """A is trained and mixed in odd rounds, B in even ones."""
+def one_factor(name, is_first):
+    """A is trained and mixed in some rounds, B in the others."""
 
     def trains(round_):
-        return frozenset({"A" if round_.number % 2 else "B", "extras"})
+        return frozenset({"A" if is_first(round_) else "B", "extras"})
 
     def message(adapter, state, round_):
         return adapter.message(trains(round_))
 
-    def combine(adapter, state, inbox, round_):
-        return Combined(adapter.with_tensors(average_tensors(adapter, inbox)), state)
+    return chain(Rule(name, trains=trains, message=message, combine=average_factors))
 
-    return chain(Rule("alternating", trains=trains, message=message, combine=combine))
+
+def alternating():
+    """A is trained and mixed in odd rounds, B in even ones."""
+    return one_factor("alternating", lambda round_: round_.number % 2)
+
+
+def late(first_other):
+    """A is trained and mixed, from some round on B."""
+    return one_factor("late", lambda round_: round_.number < first_other)
 
 
 def test_a_rule_of_ones_own_runs_and_takes_transforms():
@@ -182,3 +191,64 @@ def test_a_state_is_made_for_the_first_round():
 
     algorithms.chain(rule._replace(trains=trains, message=message)).init(adapter, setting(adapter, period=3))
     assert seen == [algorithms.Round(1, 3)] * 2
+
+
+@pytest.mark.parametrize("option", ["tracking", "quasi_global"])
+@pytest.mark.parametrize("first_other", [101, 150, 2000])
+def test_a_rule_that_changes_its_factors_late_is_refused_where_they_must_stay(option, first_other):
+    """A chain asks about a hundred rounds, an exchange about all of its run; the round itself is asked last."""
+    algorithm = late(first_other) | getattr(algorithms, option)()
+    match = rf"algorithm\.{option}: late trains other factors in round {first_other} than in round 1"
+    Exchange(algorithm, as_schedule(graphs.ring(4)), Simulate(4), rounds=first_other - 1)
+    with pytest.raises(UserError, match=match):
+        Exchange(algorithm, as_schedule(graphs.ring(4)), Simulate(4), rounds=first_other)
+    algorithm.trains(Round(first_other - 1))
+    with pytest.raises(UserError, match=match):
+        algorithm.trains(Round(first_other))
+
+
+def test_a_rule_that_goes_by_the_period_is_asked_with_it():
+    """With a period of 1 every round opens one: such a rule would seem to train the same in all."""
+    algorithm = one_factor("by_period", lambda round_: round_.opens) | algorithms.tracking()
+    schedule = repeated(graphs.ring(4), 3)
+    with pytest.raises(UserError, match="by_period trains other factors in round 2 than in round 1"):
+        Exchange(algorithm, schedule, Simulate(4), rounds=2)
+
+
+def test_what_neighbours_that_catch_up_get_holds_a_factor_that_is_trained_late():
+    adapter = make_adapter(4)
+    held = [
+        Exchange(late(150), as_schedule(graphs.ring(4)), Simulate(4), rounds=rounds).templates(adapter).held
+        for rounds in (149, 150)
+    ]
+    assert {name[0] for name in held[0]} == {"A", "e"}
+    assert {name[0] for name in held[1]} == {"A", "B", "e"}
+
+
+def test_a_factor_of_a_round_nobody_was_asked_about_is_refused():
+    adapter = make_adapter(4)
+    exchange = Exchange(late(150), as_schedule(graphs.ring(4)), Simulate(4), rounds=120)
+    state = exchange.init(adapter)
+    exchange.start(adapter, state, 149).pending.wait()
+    with pytest.raises(UserError, match=r"late trains B for the first time in round 150; .* \(120\) train A, extras"):
+        exchange.start(adapter, state, 150)
+
+
+class OneSite(Simulate):
+    """Sees its own agent alone, as in a mesh."""
+
+    def __init__(self, num_agents):
+        super().__init__(num_agents)
+        self.agents = self.reports = [0]
+
+
+def test_between_sites_a_message_is_made_up_alike_in_all_rounds():
+    """Neighbours compare what arrives with round 1's message, and would reject another one for ever."""
+    adapter = make_adapter(4).select([0])
+    Exchange(algorithms.decaf(), as_schedule(graphs.ring(4)), OneSite(4), rounds=9).templates(adapter)
+    with pytest.raises(UserError, match=r"alternating sends another A/\w+ in round 2 than in round 1; between sites"):
+        Exchange(alternating(), as_schedule(graphs.ring(4)), OneSite(4), rounds=9).templates(adapter)
+    exchange = Exchange(late(150), as_schedule(graphs.ring(4)), OneSite(4), rounds=200)
+    exchange.templates(adapter)
+    with pytest.raises(UserError, match=r"late sends another A/\w+ in round 150 than in round 1"):
+        exchange.start(adapter, exchange.init(adapter), 150)

@@ -413,7 +413,10 @@ def test_trainers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "given"),
     [
-        ("federation: GossipCallback does not join", {"federation": "fed.yaml", "name": "alice"}),
+        ("name: missing; federation= and name= go together", {"federation": "fed.yaml"}),
+        ("federation: missing; federation= and name= go together", {"name": "alice"}),
+        ("federation: cannot read nowhere.yaml", {"federation": "nowhere.yaml", "name": "alice"}),
+        ("trust: it belongs to a federation", {"trust": "7c41"}),
         ("store: missing", {}),
         ("store: '10.0.0.1:29500' is no address", {"store": "10.0.0.1:29500", "agent": 0, "agents": 2}),
         ("store: 'tcp://here:70000' is no address", {"store": "tcp://here:70000", "agent": 0, "agents": 2}),

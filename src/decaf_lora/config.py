@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
@@ -24,14 +23,16 @@ from pydantic import (
 )
 
 from decaf_lora import kinds
-from decaf_lora.errors import UserError, nearest
+from decaf_lora.errors import UserError
 from decaf_lora.frozen import Frozen
+from decaf_lora.validation import OWN as OWN
+from decaf_lora.validation import checked
+from decaf_lora.validation import explain as explain
+from decaf_lora.validation import fields as fields
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_EXCHANGES = 10_000
 """Exchanges that a round may have."""
-OWN = "own"
-"""The field of a section that holds the options of a kind which is not of this package."""
 
 
 class Section(Frozen):
@@ -307,8 +308,9 @@ class TrainingConfig(Frozen):
     """Number of examples of one agent in one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
-    learning_rate: float = Field(5e-3, gt=0)
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = 5e-3
+    """Peak learning rate. auto: `decaf run` and `decaf compare` first choose one on a held-out share of the training
+    examples (docs/tune.md)."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay: decoupled for AdamW, added to the gradient for SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -335,10 +337,24 @@ class TrainingConfig(Frozen):
     def _check(self) -> TrainingConfig:
         if isinstance(self.agents_per_pass, int) and self.agents_per_pass < 1:
             raise ValueError("agents_per_pass must be at least 1, or auto")
+        if self.learning_rate != "auto" and self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0, or auto")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas must lie in [0, 1)")
         return self
 
+    @property
+    def peak(self) -> float:
+        """`learning_rate` as a number; UserError while it is still to be chosen."""
+        if self.learning_rate == "auto":
+            raise UserError(
+                "training.learning_rate: auto is chosen by `decaf run` and `decaf compare`, in one process; here give "
+                "a number, which `decaf tune` finds."
+            )
+        return self.learning_rate
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
@@ -376,6 +392,9 @@ class RunConfig(Frozen):
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
     by column or files, and test examples that have this column. `alike`: all, and beside them test examples of the
     classes that the agent holds, in the shares in which it holds them; for personal models (docs/methods.md)."""
+    validation_share: float | None = Field(None, gt=0, lt=1)
+    """Hold out this share of every agent's training examples, and score on these in place of the test set. `decaf tune`
+    does it by itself. Unset: no share."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -453,42 +472,9 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
-    """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(kind, error)) from error
-
-
-def explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first fault of a validation as `field: what is wrong, what to do`."""
-    fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "config"
-    if fault["type"] == "extra_forbidden":
-        close = nearest(where, fields(kind))
-        return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault.get("input")
-    shown = ""
-    if isinstance(given, str | int | float | bool | None) and abs(given if isinstance(given, int) else 0) < 10**30:
-        shown = f" (got {given!r})" if len(repr(given)) < 80 else f" (got {repr(given)[:80]} ...)"
-    if fault["type"] == "string_type" and isinstance(given, int | float):
-        shown += "; write it in quotes"
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}."
-
-
-def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a configuration, such as "training.steps"; `prefix` goes before each."""
-    names = []
-    for name, field in kind.model_fields.items():
-        if name == OWN:
-            continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += fields(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
+def build(kind: type[_Model], values: dict[str, Any]) -> _Model:
+    """A configuration of `kind` from plain values; UserError as `checked` raises it."""
+    return checked(kind, values)
 
 
 def dump(config: BaseModel) -> str:

@@ -5,9 +5,10 @@ without a traceback and exits with code 2. Any other exception is a bug and keep
 """
 
 import difflib
+import errno
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _WINDOWS = sys.platform == "win32"
 
@@ -36,12 +37,23 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
 
 
+def listed(names: Sequence[object], most: int = 5) -> str:
+    """The first `most` names for a message, and how many more there are."""
+    return ", ".join(str(n) for n in names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
+
+
 def unknown(field: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not one of `known`; its message lists all of `known` and suggests the nearest."""
     choices = sorted(known)
     hint = nearest(name, choices)
     guess = f" Did you mean {hint[0]!r}?" if hint else ""
     return UserError(f"{field}: {name!r} is not known.{guess} Choose one of: {', '.join(choices)}.")
+
+
+def remedy(error: BaseException) -> str:
+    """What a person can do where a file cannot be written: free space, or allow it."""
+    forbidden = (errno.EACCES, errno.EPERM, errno.EROFS)
+    return "make it writable" if getattr(error, "errno", None) in forbidden else "free space there"
 
 
 def out_of_memory(error: BaseException) -> UserError | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
 from decaf_lora.algorithms.contract import Round, Rule, Setting
 from decaf_lora.algorithms.inbox import Inbox
@@ -172,10 +172,14 @@ class Exchange:
         algorithm: one whose topology is "graph" or "server".
         schedule: the graph of every exchange.
         engine: where the agents live.
+        rounds: of the run. The rule is asked what it trains in each.
         gossip_steps: exchanges in a round.
         seed: of the run.
         ranks: layer -> rank of each of the N agents, where agents differ. An agent sends no more than its own rank.
         phase: gives the context managers in which the phases "exchange" and "combine" run.
+
+    Raises:
+        UserError: the rule trains other factors in some round than a transform allows.
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class Exchange:
         schedule: Schedule,
         engine: Engine,
         *,
+        rounds: int = 100,
         gossip_steps: int = 1,
         seed: int = 0,
         ranks: Mapping[str, Sequence[int]] | None = None,
@@ -206,8 +211,8 @@ class Exchange:
         )
         self.algorithm = algorithm.fitted(self.setting)
         """The algorithm as it is in this run."""
-        rounds = (Round(number, period) for number in range(1, 100))
-        self._trained = frozenset[Factor]().union(*map(self.algorithm.trains, rounds))
+        self.rounds, self.trained = rounds, self.algorithm.trained(rounds, period)
+        """The factors that the local steps may change in some round."""
         self._windows = functools.lru_cache(maxsize=64)(schedule.window)
 
     def round(self, number: int) -> Round:
@@ -223,22 +228,70 @@ class Exchange:
         return self.algorithm.init(adapter, self.setting)
 
     def templates(self, adapter: Adapter) -> Templates:
-        """The templates of all messages, which a mesh needs before the first one arrives."""
-        message, _ = self.algorithm.send(adapter, self.init(adapter), self.round(1))
+        """The templates of all messages, which a mesh needs before the first one arrives.
+
+        Raises:
+            UserError: the rule sends other tensors in some round than in the first.
+        """
+        state = self.init(adapter)
+        message, _ = self.algorithm.send(adapter, state, self.round(1))
+        for number in range(2, min(self.rounds, 100) + 1):
+            self._refuse_another(adapter, state, self.round(number))
         hops, everybody = [(message, self._own_sizes(message))], list(self.setting.agents)
         for _ in self._hops(1)[1:]:
             inbox = Inbox.from_weights(hops[-1][0], np.eye(self.setting.num_agents), everybody, everybody)
             hops.append((self.algorithm.relay(adapter, inbox, self.round(1))[0], {}))
         return Templates(hops, self._held(adapter))
 
+    def bytes_per_round(self, adapter: Adapter) -> float:
+        """Bytes that an agent will send in a round, mean over the rounds of a period and the agents reported.
+
+        No message is sent. Of a schedule that never repeats, the mean is over the first 8 rounds.
+        """
+        if self.algorithm.topology not in ("graph", "server"):
+            return 0.0
+        period, templates = self.schedule.period, self.templates(adapter)
+        rounds = 8 if period is None else math.lcm(period, self.gossip_steps) // self.gossip_steps
+        return (
+            sum(
+                self._bytes_of(message, graph, sizes)
+                for number in range(1, rounds + 1)
+                for (message, sizes), graph in zip(templates.hops, self._hops(number), strict=True)
+            )
+            / rounds
+        )
+
     def start(self, adapter: Adapter, state: State, number: int) -> Started:
         """Sends the message of round `number`. `adapter` and `state` must not change until `finish`."""
         round_ = self.round(number)
+        self._refuse_unasked(adapter, state, round_)
         with self.phase("exchange"):
             message, state = self.algorithm.send(adapter, state, round_)
             sizes = self._own_sizes(message)
             pending = self._start(message, number, 0, sizes)
         return Started(round_, message, sizes, state, pending)
+
+    def _refuse_unasked(self, adapter: Adapter, state: State, round_: Round) -> None:
+        """UserError for a rule that does in a late round what it did not say when it was asked."""
+        if new := self.algorithm.trains(round_) - self.trained:
+            raise UserError(
+                f"algorithm: {self.algorithm.name} trains {sorted(new)[0]} for the first time in round "
+                f"{round_.number}; the rounds about which it was asked ({self.rounds}) train "
+                f"{', '.join(sorted(self.trained))} alone."
+            )
+        if len(self.engine.reports) < self.engine.num_agents:
+            self._refuse_another(adapter, state, round_)
+
+    def _refuse_another(self, adapter: Adapter, state: State, round_: Round) -> None:
+        """UserError for a rule whose message is not made up as in round 1: neighbours in a mesh would reject it."""
+        rule = self.algorithm.rule
+        first, now = (_made_up(rule.message(adapter, state["rule"], r)) for r in (self.round(1), round_))
+        if first != now:
+            other = sorted(dict(first ^ now))[0]
+            raise UserError(
+                f"algorithm: {rule.name} sends another {other} in round {round_.number} than in round 1; between sites "
+                "a message has the same tensors in every round. Send them all, or run it in one process."
+            )
 
     def finish(self, adapter: Adapter, started: Started) -> Exchanged:
         """Waits for the started exchange, makes the further exchanges of the round, and combines."""
@@ -284,7 +337,7 @@ class Exchange:
 
     def _held(self, adapter: Adapter) -> Tensors:
         """The tensors that the rule trains in some round and does not keep to the agent, and so may combine."""
-        return adapter.message(self._trained - self.algorithm.personal)
+        return adapter.message(self.trained - self.algorithm.personal)
 
     def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
         """Makes all exchanges of a round. If the neighbours have gone on meanwhile, starts again with their round."""
@@ -360,3 +413,8 @@ class Exchange:
         receivers = np.asarray(graph.degrees)
         hops = sum(np.asarray(hop.degrees) for hop in graph.hops) if graph.hops else receivers
         return float(np.mean((whole * receivers + averaged * hops)[self.engine.reports]))
+
+
+def _made_up(message: Tensors) -> frozenset[tuple[str, tuple[torch.dtype, torch.Size]]]:
+    """Name, dtype and shape of every tensor of a message."""
+    return frozenset((name, (t.dtype, t.shape)) for name, t in message.items())

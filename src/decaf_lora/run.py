@@ -147,6 +147,7 @@ class Run:
             algorithm,
             schedule,
             self.engine,
+            rounds=rounds,
             gossip_steps=steps,
             seed=seed,
             ranks=None if self.attached.uniform or topology == "pooled" else self._ranks(),
@@ -369,8 +370,13 @@ class Run:
     def _note(self, inbox: Inbox) -> None:
         """Notes what the record of an agent says that does not see all others."""
         waited = {str(j): seconds for j, seconds in inbox.waited.items()}
-        rejected = list(inbox.rejected) or None
-        self._noted |= {"weights": inbox.weights_of_first(), "waited": waited or None, "rejected": rejected}
+        missed = {str(e + 1): {str(j): why for j, why in those.items()} for e, those in inbox.missed.items()}
+        self._noted |= {
+            "weights": inbox.weights_of_first(),
+            "waited": waited or None,
+            "missed": missed or None,
+            "rejected": list(inbox.rejected) or None,
+        }
 
     def _measure(self, inbox: Inbox) -> None:
         """Measures interference and truncation tail of the messages that arrived."""
@@ -457,6 +463,8 @@ class Run:
         if adapters is not None:
             place = known.index(agent) if isinstance(agent, int) else agent
             made = {"algorithm": self.algorithm.name, "agents": self.partition.num_agents, "rounds": self.round}
+            if self.partition.names and isinstance(agent, int):
+                made["model"] = f"agent {agent}, {self.partition.names[agent]}"
             write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:

@@ -61,21 +61,32 @@ for _tag, (_words, _first) in _SCALARS.items():
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def read_yaml(path: Path, field: str) -> Any:
+MOST_BYTES = 2**20
+"""Largest size of a configuration file. PyYAML takes some ten seconds to read so much."""
+
+MOST_VALUES = 200_000
+"""Values in a file with aliases, each counted as often as it is meant. A few lines of aliases can mean billions."""
+
+
+def read_yaml(path: Path, field: str, most_bytes: int = MOST_BYTES) -> Any:
     """What a YAML file holds, as plain values.
 
     Args:
         path: the file.
         field: named in errors.
+        most_bytes: largest size of the file.
 
     Raises:
-        UserError: the file cannot be read, is neither UTF-8 nor UTF-16 with a byte order mark, is not YAML, or has a
-            key twice.
+        UserError: the file cannot be read, is larger than that, is neither UTF-8 nor UTF-16 with a byte order mark, is
+            not YAML, has a key twice, or means too many values by its aliases.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:  # may be a device without an end
+            raw = file.read(most_bytes + 1)
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: cannot read {path} ({getattr(error, 'strerror', None) or error}).") from error
+    if len(raw) > most_bytes:
+        raise UserError(f"{field}: {path} is larger than {most_bytes // 2**20} MiB; is it the file that is meant?")
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = raw.decode(encoding)
@@ -85,13 +96,39 @@ def read_yaml(path: Path, field: str) -> Any:
             f"{field}: {path} is not UTF-8 (byte 0x{raw[error.start]:02x} in line {line}); save it as UTF-8."
         ) from error
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        if (node := loader.get_single_node()) is None:
+            return None
+        if _meant(node, {}) > MOST_VALUES:
+            raise UserError(f"its aliases (*name) mean more than {MOST_VALUES} values; write out what is meant.")
+        return loader.construct_document(node)
     except UserError as error:
         raise UserError(f"{field}: {path}: {error}") from error
     except RecursionError as error:
         raise UserError(f"{field}: {path} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # a broken tag raises the last three
         raise UserError(f"{field}: {path} is not YAML ({str(error)[:300]}).") from error
+
+
+def parse_scalar(text: str) -> Any:
+    """The value that `text` means where it stands in a YAML file: a number, a word, a list; itself if it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (UserError, RecursionError, yaml.YAMLError, ValueError, TypeError, AttributeError):
+        return text
+
+
+def _meant(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node means: what an alias stands for counts each time. 0 in `known` marks an open node."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise UserError(f"the anchor in line {node.start_mark.line + 1} holds itself; write out what is meant.")
+        return known[id(node)]
+    known[id(node)] = 0
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    inner = (part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,)))
+    known[id(node)] = count = 1 + sum(_meant(part, known) for part in inner)
+    return count
 
 
 def write_yaml(values: Any) -> str:

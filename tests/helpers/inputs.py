@@ -56,6 +56,19 @@ def load(source, columns=TEXT, label="label", image=None, order=(), **options):
     return data.load(TaskConfig(data=str(source), **options), columns, label=label, image=image, order=order)
 
 
+def quiet(*args, **kwargs):
+    """`load` without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load(*args, **kwargs)
+
+
+def examples(found):
+    """All examples as a sorted list of pairs."""
+    pairs = [zip(rows["text"], rows["label"], strict=True) for rows in (found.train, found.test)]
+    return sorted(pair for split in pairs for pair in split)
+
+
 def make(name, **options):
     return tasks.make(TaskConfig(name=name, **{k: str(v) if isinstance(v, Path) else v for k, v in options.items()}))
 

@@ -52,7 +52,7 @@ def _child(out: str, ledger: str, moment: int | None, arguments: tuple) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    state = {"count": 0, "synced": {}}
+    state = {"count": 0, "synced": {}, "before": None}
 
     def note() -> None:
         descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -71,6 +71,7 @@ def _child(out: str, ledger: str, moment: int | None, arguments: tuple) -> None:
         if event == "os.rename" and path in state["synced"]:
             state["synced"][os.fsdecode(values[1])] = state["synced"].pop(path)
         if state["count"] == moment:
+            state["before"] = f"{event} {os.path.relpath(path, out)}"
             note()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -108,13 +109,18 @@ def same(ours: Path, theirs: Path) -> bool:
     return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a) and mine == other
 
 
-def survives(folder: Path, whole: Path, moment: int, power: bool) -> str | None:
-    """Kills at `moment` (and loses power), goes on, and compares; what is wrong, None if nothing."""
+def survives(folder: Path, whole: Path, moment: int, power: bool) -> tuple[str | None, str]:
+    """Kills at `moment` (and loses power), goes on, and compares; what is wrong (None: nothing), and what was next."""
     out, ledger = folder / "run", folder / "ledger.json"
     if (code := dying(out, ledger, moment)) != -signal.SIGKILL:
-        return f"it ended with exit code {code} instead of being killed"
+        return f"it ended with exit code {code} instead of being killed", ""
+    before = json.loads(ledger.read_text())["before"]
     if power:
         power_failed(out, ledger)
+    return _gone_on(out, ledger, whole), before
+
+
+def _gone_on(out: Path, ledger: Path, whole: Path) -> str | None:
     more = (
         ("--resume",)
         if out.exists() and any(not p.name.startswith((".lock", ".owner.json")) for p in out.iterdir())

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from command import SMALL as SMALL_TOY
+from command import line_of
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
@@ -107,6 +108,12 @@ def test_unicode_is_read(encoding, tmp_path):
     assert read(tmp_path, ("# Büro\n" + TEXT).encode(encoding)).agents == 2
 
 
+def bomb(more, first="[a]"):
+    """Fifty lines that mean more values than fit into any memory."""
+    lines = [f"a0: &a0 {first}"] + [f"a{i}: &a{i} " + more.format(f"*a{i - 1}") for i in range(1, 50)]
+    return "\n".join(lines).encode()
+
+
 MISTAKES = {
     "another encoding": (("# Büro\n" + TEXT).encode("latin-1"), r"is not UTF-8 \(byte 0xfc in line 1\); save it"),
     "half of an encoding": (TEXT.encode("utf-16")[:31], "is not UTF-8"),
@@ -131,7 +138,11 @@ MISTAKES = {
     "no word as a key": (b"null: 2", "None"),
     "a key with a line break": (b'"a\\nb": 2', "a b: unknown field"),
     "an unknown anchor": (b"agents: *a", "is not YAML"),
-    "an anchor in itself": (b"agents: &a [*a]", "agents"),
+    "an anchor in itself": (b"agents: 2\nseeds: &a [*a]", "the anchor in line 2 holds itself"),
+    "a bomb of aliases": (bomb("[{0}, {0}, {0}, {0}]"), "its aliases .* mean more than 200000 values"),
+    "a bomb of merged keys": (bomb("{{<<: [{0}, {0}, {0}], a: 1}}", "{b: 1}"), "its aliases .* mean more than 200000"),
+    "a bomb of keys": (bomb("? {0}\n: {0}", "[b]"), "is not YAML|its aliases"),
+    "a huge file": (TEXT.encode() + b"# much\n" * 200_000, "is larger than 1 MiB"),
     "a null section": (b"task: null", "task"),
     "a list as a section": (b"task: [1]", "task"),
     "a word as a section": (b"training: fast", "training"),
@@ -223,3 +234,93 @@ def test_what_does_not_fit_into_memory_is_one_line(tmp_path, capsys):
     assert re.match(r"decaf: memory: .*does not fit into it\. Make lora\.r,", line)
     code, _ = decaf(capsys, *arguments, "--lora.r", 2)  # what failed does not block the corrected command
     assert code == 0
+
+
+# Options of a command: each value is looked at wherever it is given, or the option is refused as unused there
+
+FEDERATION = ["federation", "init", "FILE", "--recipe", "digits", "--agents", "a,b"]
+POSITIVE = [
+    (["run", "digits"], "timeout"),
+    (["run", "digits"], "scale"),
+    (["compare", "digits"], "timeout"),
+    (["plan", "digits"], "tflops"),
+    (FEDERATION, "days"),
+    (FEDERATION, "patience"),
+    (FEDERATION, "give-up"),
+    (["federation", "request", "FILE", "--name", "a", "--dial-only"], "days"),
+    (["federation", "seal", "FILE"], "days"),
+    (["federation", "check", "FILE", "--name", "a"], "timeout"),
+]
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "1e400"])
+@pytest.mark.parametrize(("command", "option"), POSITIVE)
+def test_a_positive_number_of_a_command_is_one(command, option, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = line_of(capsys, *command, f"--{option}", value)
+    assert line.startswith(f"decaf: {option.replace('-', '_')}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("run", "jobs", "-1"),
+        ("compare", "jobs", "-1"),
+        ("compare", "jobs", "1000000000000"),
+        ("run", "timeout", "1e300"),
+        ("plan", "processes", "0"),
+        ("plan", "sequence-length", "-5"),
+        ("plan", "num-train", "0"),
+    ],
+)
+def test_a_number_out_of_range_is_named(command, option, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert line_of(capsys, command, "digits", f"--{option}", value).startswith(f"decaf: {option.replace('-', '_')}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "user"),
+    [
+        ("run", "jobs", "4", "`decaf compare`"),
+        ("run", "timeout", "5", "--engine torchrun"),
+        ("run", "backend", "gloo", "--engine torchrun"),
+        ("run", "wire", "bfloat16", "--engine torchrun"),
+        ("compare", "timeout", "5", "--engine torchrun"),
+        ("compare", "backend", "nonsense", "--engine torchrun"),
+        ("compare", "wire", "bfloat16", "--engine torchrun"),
+    ],
+)
+def test_an_option_that_nothing_uses_is_refused(command, option, value, user, tmp_path, monkeypatch, capsys):
+    """`--wire bfloat16` without torchrun used to round nothing, without a word."""
+    monkeypatch.chdir(tmp_path)
+    line = line_of(capsys, command, "digits", f"--{option}", value)
+    assert line.startswith(f"decaf: {option}: only {user} uses it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_run_are_unknown_where_a_federation_is_drafted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "--jobs: unknown option" in line_of(capsys, *FEDERATION, "--jobs", "2")
+
+
+def test_a_negative_seed_of_a_graph_is_refused(capsys):
+    assert line_of(capsys, "graph", "ring", "--seed", "-1").startswith("decaf: seed: ")
+
+
+def test_aliases_that_mean_little_are_fine(tmp_path):
+    text = "task: &t {name: digits}\nagents: &n 3\nrounds: *n\ntraining: {<<: &s {steps: 2}, batch_size: *n}\n"
+    config = read(tmp_path, text)
+    assert (config.rounds, config.training.steps, config.training.batch_size) == (3, 2, 3)
+
+
+def test_a_file_without_an_end_is_one_line(tmp_path, capsys):
+    """A device, or a file of many gigabytes that takes no room on the disk."""
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    with (tmp_path / "sparse.yaml").open("wb") as file:
+        file.truncate(2**40)
+    for name in ("device.yaml", "sparse.yaml"):
+        code, lines = decaf(capsys, "run", tmp_path / name, "--out", tmp_path / "run")
+        assert (code, len(lines)) == (2, 1)
+        assert "is larger than 1 MiB" in lines[0]

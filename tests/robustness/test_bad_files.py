@@ -17,21 +17,9 @@ from decaf_lora import data
 from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.data.places import PLACE
 from decaf_lora.errors import UserError
-from inputs import ROWS, TEXT, album, lines, load, model, table
+from inputs import ROWS, TEXT, examples, lines, load, model, quiet, table
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
-
-
-def examples(found):
-    """All examples as a sorted list of pairs."""
-    pairs = [zip(rows["text"], rows["label"], strict=True) for rows in (found.train, found.test)]
-    return sorted(pair for split in pairs for pair in split)
-
-
-def quiet(*args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load(*args, **kwargs)
 
 
 def silent(*args, **kwargs):
@@ -543,22 +531,3 @@ def test_numbers_and_truth_values_of_a_table_are_those_of_python(tmp_path):
     for name, (_, expected) in columns.items():
         assert rows[name][:] == expected, name
     assert TEXT
-
-
-@pytest.mark.parametrize("name", ["data [v2]", "a*b", "what?"])
-def test_names_are_no_patterns(name, tmp_path):
-    """`datasets` takes names for patterns: `a*b` held the rows of the folder `axb` too, and `[v2]` held nothing."""
-    other = name.replace("*", "x").replace("?", "x").replace("[v2]", "v")
-    for folder, rows in ((name, ROWS), (other, [("not asked for", "no")] * 8)):
-        for part in ("tables", "parquet"):
-            (tmp_path / part / folder).mkdir(parents=True)
-        table(tmp_path / "tables" / folder / "train.csv", rows)
-        Dataset.from_dict({"text": [t for t, _ in rows], "label": [k for _, k in rows]}).to_parquet(
-            tmp_path / "parquet" / folder / "a.parquet"
-        )
-        album(tmp_path / "images" / folder, count=4 if folder == name else 7)
-    assert examples(quiet(tmp_path / "tables" / name)) == sorted(ROWS)
-    assert examples(quiet(tmp_path / "parquet" / name)) == sorted(ROWS)
-    assert examples(quiet(tmp_path / "parquet" / name / "a.parquet")) == sorted(ROWS)
-    found = quiet(tmp_path / "images" / name, columns=[], image="image", test_split="test")
-    assert (len(found.train), len(found.test)) == (8, 8)

@@ -21,7 +21,8 @@ def test_a_run_that_dies_at_a_write_goes_on_bit_equal(part, power, whole, tmp_pa
     out, count = whole
     assert count > 30
     moment = 1 + (2 * part + power) * (count - 1) // 15
-    assert crashes.survives(tmp_path, out, moment, power) is None, f"moment {moment} of {count}"
+    fault, before = crashes.survives(tmp_path, out, moment, power)
+    assert fault is None, f"moment {moment} of {count}, {before}"
 
 
 def test_the_comparison_sees_a_difference(whole, tmp_path):

@@ -84,7 +84,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(6):
                 pixels = draw.integers(0, 90, (20, 20, 3)).astype(np.uint8)
                 pixels[..., (k + (i > 3)) % 3] += 60
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+                image = Image.fromarray(pixels[: 20 - 8 * (i == 2)])
+                exif = image.getexif()
+                exif[0x0112] = 6 if i == 2 else 1  # a camera that was held upright: to be turned by 90 degrees
+                image.save(folder / f"{i}.png", exif=exif)
     return place
 
 
@@ -96,6 +99,18 @@ def model(place: Path) -> Callable[[str], Path]:
                 shutil.copytree(find("bert"), place / family)
                 whole = transformers.AutoModel.from_pretrained(place / "bert")
                 whole.to(torch.bfloat16).save_pretrained(place / family)
+            return place / family
+        if family == "nli":  # fine-tuned already, with the classes in an order of its own
+            if not (place / family).exists():
+                config = transformers.BertConfig(**tiny.SMALL, id2label=dict(enumerate(("yes", "no", "maybe"))))
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    tuned = transformers.BertForSequenceClassification(config)
+                    for parameter in tuned.parameters():
+                        if parameter.dim() > 1:
+                            torch.nn.init.normal_(parameter, std=0.3)
+                    tuned.save_pretrained(place / family)
+                tiny.tokenizer().save_pretrained(place / family)
             return place / family
         return place / family if (place / family).exists() else tiny.write(family, place / family)
 
@@ -110,6 +125,12 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "many prompts": ("clip", {"name": "image-text", "data": "album", "templates": ("a photo of {}", "the old {}")}),
     "two texts": ("bert", {"data": "pairs", "text_pair_column": "other", "name": "sequence-classification"}),
     "half numbers": ("half", {"name": "sequence-classification", "data": "a.csv", "test_share": 0.3}),
+    "order of its own": ("nli", {"name": "sequence-classification", "data": "a.csv", "test_share": 0.3}),
+    "unequal ranks": (
+        "bert",
+        {"name": "sequence-classification", "data": "a.csv", "test_share": 0.3, "lora.ranks": (1, 3)},
+    ),
+    "unequal scales": ("llama", {"name": "causal-lm", "data": "a.jsonl", "test_share": 0.3, "lora.alphas": (2, 9)}),
 }
 
 
@@ -123,7 +144,10 @@ def runs(place: Path, model: Callable[[str], Path], datasets_cache: None) -> dic
         task["data"] = place / task["data"]
         given = []
         for key, value in task.items():
-            given += [f"--task.{key}", *([value] if not isinstance(value, tuple) else value)]
+            given += [
+                f"--{key}" if "." in key else f"--task.{key}",
+                *([value] if not isinstance(value, tuple) else value),
+            ]
         assert decaf("run", "digits", *SHORT, *given, "--out", folders[name]) == 0
     return folders
 

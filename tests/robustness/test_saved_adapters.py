@@ -280,6 +280,17 @@ def test_other_types_of_adapters_are_refused(adapter):
         ("rank_pattern", [2]),
         ("alpha_pattern", {"q_proj": -1}),
         ("alpha_pattern", {"q_proj": math.nan}),
+        ("alpha_pattern", {"q_proj": 10**400}),
+        ("lora_alpha", 10**400),
+        ("r", 10**30),
+        ("rank_pattern", {"q_proj": 10**30}),
+        ("lora_dropout", 1),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", math.nan),
+        ("lora_dropout", "0.1"),
+        ("lora_dropout", True),
+        ("lora_dropout", None),
+        ("lora_dropout", [0.1]),
     ],
 )
 def test_numbers_without_a_meaning_are_refused(field, value, adapter):

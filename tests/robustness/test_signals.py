@@ -11,13 +11,14 @@ import multiprocessing
 import os
 import pty
 import signal
+import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
 
-from command import TOY, decaf
+from command import SMALL, TOY, decaf
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
 
@@ -130,6 +131,46 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(number, begin):
     assert f"Go on with: decaf run --resume {command.out} --task {TOY}" in command.said()
     assert "Traceback" not in command.said()
     whole(command.out)
+
+
+def _signalled(log, number, where, arguments):
+    """Gets a signal when it first opens a file to write whose name holds `where`."""
+    left = [number]
+
+    def hook(event, values):
+        if event == "open" and left and where in str(values[0]) and (values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            os.kill(os.getpid(), left.pop())
+
+    sys.addaudithook(hook)
+    _child(log, arguments)
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("config.yaml", signal.SIGTERM),
+        ("environment.json", signal.SIGHUP),
+        ("summary.json", signal.SIGTERM),
+        ("report.html", signal.SIGTERM),
+        ("report.html", signal.SIGINT),
+    ],
+)
+def test_a_signal_while_a_file_is_written_costs_nothing(where, number, tmp_path):
+    """One that comes after the last round changes nothing any more."""
+    CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
+    out, log = tmp_path / "out", tmp_path / "log"
+    words = ("run", "digits", *SMALL, "--out", out)
+    process = CONTEXT.Process(target=_signalled, args=(str(log), number, where, words))
+    process.start()
+    process.join(timeout=PATIENCE)
+    assert process.exitcode == (0 if where in ("summary.json", "report.html") else 130), log.read_text()
+    assert "Traceback" not in log.read_text()
+    if process.exitcode:
+        assert decaf(*words, *(("--resume",) if (out / "config.yaml").exists() else ())) == 0
+    assert read_records(out / "records.jsonl")[-1].round == 4
+    assert json.loads((out / "summary.json").read_text())
+    assert (out / "report.html").read_text().rstrip().endswith("</html>")
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".") or p.suffix == ".tmp"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ never means something else here than it means in PEFT.
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import re
 import types
@@ -37,6 +36,9 @@ WITHOUT_EFFECT = frozenset(
 )
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` under which the saved factors are all that an adapter adds to its base."""
+
+MOST = 2**31
+"""The largest rank and alpha that are taken for one. Larger numbers are faults of a file, and fit no tensor."""
 
 _DEFAULTS = {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
 
@@ -101,11 +103,14 @@ def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     ranks = {"r": values["r"]} | _pattern(values, "rank_pattern", found)
     alphas = {"lora_alpha": values["lora_alpha"]} | _pattern(values, "alpha_pattern", found)
     for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-            found.append((name, f"{rank!r} is no rank; give a whole number of at least 1."))
+        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or not 1 <= rank <= MOST:
+            found.append((name, f"{_short(rank)} is no rank; give a whole number of at least 1."))
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            found.append((name, f"{alpha!r} is no scaling; give a number above 0."))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MOST:
+            found.append((name, f"{_short(alpha)} is no scaling; give a number above 0."))
+    dropout = values.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        found.append(("lora_dropout", f"{_short(dropout)} is no share of inputs; give a number from 0 to below 1."))
     if not isinstance(values.get("use_rslora", False), bool):
         found.append(("use_rslora", f"{values['use_rslora']!r} is neither true nor false."))
     for name in ("target_modules", "exclude_modules"):
@@ -130,6 +135,12 @@ _KINDS: dict[str, tuple[tuple[type, ...], type, str]] = {
     "layers_pattern": ((str,), str, "a name or a list of names"),
 }
 """Fields that name layers: what may stand alone, what in a list, and how to say so."""
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _listed(value: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.card import write_card
 from decaf_lora.adapters.peft_io import save_peft
 from decaf_lora.adapters.stacked import Attached
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, remedy
 
 Facts = Mapping[str, Any]
 """Plain values in JSON's types."""
@@ -150,7 +150,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
         if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"to: cannot write {directory} ({reason}); free space there or choose another.") from error
+        raise UserError(f"to: cannot write {directory} ({reason}); {remedy(error)} or choose another.") from error
     finally:
         with contextlib.suppress(OSError):
             _remove(aside)

@@ -21,7 +21,6 @@ from torch import Tensor
 from decaf_lora.adapters.adapter import ALL_FACTORS, Adapter, Factor
 from decaf_lora.adapters.names import Tensors, factor_and_layer
 from decaf_lora.algorithms.inbox import Inbox
-from decaf_lora.errors import UserError
 
 Topology = Literal["graph", "server", "none", "pooled"]
 Order = Literal["adapt-combine", "combine-adapt"]
@@ -221,30 +220,14 @@ class Transform(NamedTuple):
     """As `Rule.personal`."""
     check: Callable[[Rule], None] = _any_rule
     """Raises UserError for a rule that the transform cannot lie over."""
+    same_factors: bool = False
+    """Whether the rule must train the same factors in all rounds."""
     stacks: frozenset[str] = frozenset()
     """As `Rule.stacks`."""
     periodic: bool = False
     """As `Rule.periodic`."""
     suffix: str = ""
     """Ending that the transform adds to the algorithm's name: `_tracked`."""
-
-
-def check_factors(rule: Rule, field: str) -> None:
-    """Checks that a rule trains the same factors in all rounds (the first 99 are asked), as some transforms need.
-
-    Args:
-        rule: the rule.
-        field: the option that asked for the transform, for the error.
-
-    Raises:
-        UserError: the rule trains other factors in some round.
-    """
-    first = rule.trains(Round(1))
-    if other := next((number for number in range(2, 100) if rule.trains(Round(number)) != first), None):
-        raise UserError(
-            f"{field}: {rule.name} trains other factors in round {other} than in round 1; it needs the same in all. "
-            "Leave it out."
-        )
 
 
 def turned(tensors: Tensors, frames: Tensors) -> Tensors:

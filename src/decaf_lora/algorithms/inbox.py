@@ -111,6 +111,9 @@ class Inbox:
     weight 1, in units of the receiver's own LoRA scale."""
     waited: Mapping[int, float] = field(default_factory=dict)
     """Neighbour -> seconds until it was certain whether the neighbour takes part. Empty where agents keep step."""
+    missed: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
+    """Exchange, from 0 -> neighbour that was not heard in it -> why. Besides the exchange that took place, those that
+    were started and left for it."""
     rejected: tuple[str, ...] = ()
     """One line for each message that was refused: whose message, and why."""
 

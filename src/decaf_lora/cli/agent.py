@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from decaf_lora.cli.options import check_options, parsed
-from decaf_lora.errors import UserError, unix_only
+from decaf_lora.cli.options import check_options, checked, parsed
+from decaf_lora.errors import unix_only
 
 
 def agent_command(args: list[str]) -> int:
@@ -102,7 +102,8 @@ def _screen(console: Console) -> Iterator[Callable[[Any], None]]:
 def demo_command(args: list[str]) -> int:
     """`decaf federation demo`."""
 
-    def demo(out: Path, rounds: int = 30) -> tuple[Path, int]:
+    @checked
+    def demo(out: Path, rounds: Annotated[int, Field(ge=10)] = 30) -> tuple[Path, int]:
         """Five agents on this machine, each a process of its own, over TLS; one is killed and comes back. Exit code 0
         only if all five end well.
 
@@ -114,8 +115,6 @@ def demo_command(args: list[str]) -> int:
 
     check_options(args, ["out", "rounds", "help"])
     out, rounds = parsed(demo, "decaf federation demo", args)
-    if rounds < 10:
-        raise UserError(f"rounds: must be at least 10 for an agent to leave and come back (got {rounds}).")
     from rich.live import Live
 
     from decaf_lora.federation import demo as demos
@@ -155,6 +154,6 @@ def with_local(
     function.__annotations__["local"] = Annotated[site, arg(name="")]
     assert function.__defaults__ is not None
     function.__defaults__ = (*function.__defaults__[:-1], site())
-    *values, chosen = parsed(function, prog, args)
+    *values, chosen = parsed(checked(function), prog, args)
     given = {name: value for name, value in vars(chosen).items() if value != local.model_fields[name].default}
     return *values, given

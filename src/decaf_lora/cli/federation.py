@@ -6,16 +6,22 @@ import dataclasses
 import json as json_
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 from decaf_lora.cli.agent import demo_command, with_local
-from decaf_lora.cli.options import Output, check_options, configured, parsed
+from decaf_lora.cli.checking import show
+from decaf_lora.cli.options import Shortening, check_options, checked, configured, parsed
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError, unix_only, unknown
+
+DAYS = Field(gt=0, le=36_500)
+SECONDS = Field(gt=0, le=10**9)
+WAIT = Field(ge=0, le=10**9)
 
 
 def federation_command(args: list[str]) -> int:
@@ -39,15 +45,16 @@ def federation_command(args: list[str]) -> int:
 def _init(args: list[str]) -> int:
     own, rest = _split(args, ("recipe", "agents", "graph", "name", "days", "patience", "give-up"))
 
+    @checked
     def init(
         file: Positional[Path],
         recipe: str,
         agents: str,
         graph: str = "ring",
         name: str | None = None,
-        days: float = 90.0,
-        patience: float | None = None,
-        give_up: float = 86400.0,
+        days: Annotated[float, DAYS] = 90.0,
+        patience: Annotated[float | None, SECONDS] = None,
+        give_up: Annotated[float, SECONDS] = 86400.0,
     ) -> tuple[Any, ...]:
         """Writes the draft of a federation file, and the organiser's key beside it. Other options are those of
         `decaf run RECIPE`, such as --rounds.
@@ -70,9 +77,7 @@ def _init(args: list[str]) -> int:
     from decaf_lora.federation.file import Limits
 
     names = [part.strip() for part in agents.split(",")]
-    config = configured(RunConfig, "federation init", [recipe, *rest], Output)[0]
-    if min(give_up, days, 1.0 if patience is None else patience) <= 0:
-        raise UserError("patience, give-up, days: must be above 0.")
+    config = configured(RunConfig, "federation init", [recipe, *rest], Shortening)[0]
     limits = Limits(patience=patience, give_up=give_up)
     draft = commands.init(path, config, names, graph, name=name, days=days, limits=limits)
     organiser = keys.Organiser.load(commands.key_of_organiser(path))
@@ -84,13 +89,15 @@ def _init(args: list[str]) -> int:
 
 
 def _request(args: list[str]) -> int:
+    @checked
     def request(
         file: Positional[Path],
         name: str,
         listen: str | None = None,
         dial_only: bool = False,
         key: Path | None = None,
-        days: float = 365.0,
+        days: Annotated[float, DAYS] = 365.0,
+        new: bool = False,
     ) -> tuple[Any, ...]:
         """Makes this site's key, which stays here, and its request, which goes to the organiser.
 
@@ -101,30 +108,30 @@ def _request(args: list[str]) -> int:
             dial_only: no other agent can reach this one; it dials them.
             key: file of the key; one that exists is used again. Unset: NAME.key beside the federation file.
             days: how long a new certificate is valid.
+            new: the file does not name this site yet; the organiser will add it with `seal --agents`.
         """
-        return file, name, listen, dial_only, key, days
+        return file, name, listen, dial_only, key, days, new
 
-    check_options(args, ["name", "listen", "dial-only", "key", "days", "help"])
-    path, name, listen, dial_only, key, days = parsed(request, "decaf federation request", args)
+    check_options(args, ["name", "listen", "dial-only", "key", "days", "new", "help"])
+    path, name, listen, dial_only, key, days, new = parsed(request, "decaf federation request", args)
     if (listen is None) is not dial_only:
         raise UserError("listen: give --listen HOST:PORT, where the others reach this agent, or --dial-only.")
-    if days <= 0:
-        raise UserError("days: must be above 0.")
     from decaf_lora.federation import commands
 
-    out, key = commands.request(path, name, listen, key=key, days=days)
+    out, key = commands.request(path, name, listen, key=key, days=days, new=new)
     _say(f"key: {key} (never leaves this machine)")
     _say(f"request: {out} (send it to the organiser)")
     return 0
 
 
 def _seal(args: list[str]) -> int:
+    @checked
     def seal(
         file: Positional[Path],
         requests: Positional[tuple[Path, ...]] = (),
         agents: str = "",
         graph: str | None = None,
-        days: float | None = None,
+        days: Annotated[float | None, DAYS] = None,
     ) -> tuple[Any, ...]:
         """Signs the federation file: a draft as version 1, one that is sealed as its next version.
 
@@ -139,8 +146,6 @@ def _seal(args: list[str]) -> int:
 
     check_options(args, ["agents", "graph", "days", "help"])
     path, requests, agents, graph, days = parsed(seal, "decaf federation seal", args)
-    if days is not None and days <= 0:
-        raise UserError("days: must be above 0.")
     from decaf_lora.federation import commands, keys
 
     names = [part.strip() for part in agents.split(",")] if agents else []
@@ -161,39 +166,36 @@ def _check(args: list[str]) -> int:
         name: str,
         trust: str | None = None,
         key: Path | None = None,
-        wait: float = 0.0,
+        share: bool = False,
+        wait: Annotated[float, WAIT] = 0.0,
         bind: str | None = None,
-        timeout: float = 5.0,
+        timeout: Annotated[float, SECONDS] = 5.0,
         json: bool = False,
         local: Any = None,
     ) -> tuple[Any, ...]:
-        """Looks whether this site is ready: signature, key, clock, base model, data and one batch, neighbours. Exit
-        code 2 if something is wrong.
+        """Looks whether this site is ready: signature, key, clock, base model, data, labels, one batch, cost, and
+        neighbours. Exit code 2 if something is wrong.
 
         Args:
             file: the sealed federation file.
             name: this site's agent.
             trust: fingerprint of the organiser's key, told by telephone; needed the first time.
             key: file of this agent's key; NAME.key beside the federation file if unset.
+            share: check only this agent's share of the data under --partition, as `decaf agent --share` holds it.
             wait: seconds to connect to the neighbours as an agent does, while they do the same; 0 dials them once.
             bind: HOST:PORT to listen on while waiting; the port of the file on all addresses if unset.
             timeout: seconds to wait for a neighbour's answer.
             json: print JSON.
         """
-        return file, name, trust, key, wait, bind, timeout, json, local
+        return file, name, trust, key, share, wait, bind, timeout, json, local
 
-    own = ("name", "trust", "key", "wait", "bind", "timeout", "json", "help")
+    own = ("name", "trust", "key", "share", "wait", "bind", "timeout", "json", "help")
     values = with_local(check, "decaf federation check", args, own, Local)
-    path, name, told, key, wait, bind, timeout, as_json, local = values
-    findings = []
-    looked = checking.check(path, name, told=told, key=key, local=local, bind=bind, wait=wait, timeout=timeout)
-    for found in looked:
-        findings.append(found)
-        if not as_json:
-            _say(f"{found.verdict:6} {found.what}: {found.said}")
-    if as_json:
-        print(json_.dumps([vars(found) for found in findings], indent=2))
-    return 2 if any(found.verdict == "wrong" for found in findings) else 0
+    path, name, told, key, share, wait, bind, timeout, as_json, local = values
+    found = checking.check(
+        path, name, told=told, key=key, local=local, share=share, bind=bind, wait=wait, timeout=timeout
+    )
+    return show(found, as_json, f"Next: `decaf agent {path} --name {name} --out runs/{name} ...`.")
 
 
 def _status(args: list[str]) -> int:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from decaf_lora.cli.options import check_options, parsed
+from decaf_lora.cli.options import check_options, checked, parsed
 from decaf_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 def graph_command(args: list[str]) -> int:
     from decaf_lora import graphs
 
+    @checked
     def graph(
         kind: Positional[str] = "ring",
         agents: Annotated[int, arg(aliases=["-n"])] = 10,
-        seed: int = 0,
+        seed: Annotated[int, Field(ge=0)] = 0,
         save: Path | None = None,
         json: bool = False,
     ) -> tuple[str, int, int, Path | None, bool]:

@@ -16,12 +16,12 @@ from dataclasses import asdict, make_dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 from pydantic.fields import FieldInfo
 from tyro.conf import Suppress, arg
 
 from decaf_lora.cli import own
-from decaf_lora.config import OWN, RunConfig, build, fields
+from decaf_lora.config import OWN, RunConfig, build, explain, fields
 from decaf_lora.errors import UserError, nearest
 
 Options = TypeVar("Options")
@@ -58,7 +58,11 @@ def parse(
     )
     both.__defaults__ = (_unchecked_values(base), _unchecked_values(options()))
     values, output = parsed(both, prog, args)
-    return build(kind, own.together(asdict(values), base, options_of_own)), options(**asdict(output))
+    config = build(kind, own.together(asdict(values), base, options_of_own))
+    try:
+        return config, options(**asdict(output))
+    except ValidationError as error:
+        raise UserError(explain(kind, error)) from error
 
 
 _UNCHECKED: dict[Any, type[Any]] = {}
@@ -193,12 +197,18 @@ def check_options(args: list[str], known: list[str]) -> None:
         raise UserError(f"{argument.split('=')[0]}: unknown option.{hint} `--help` lists all.")
 
 
+checked = validate_call(config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+"""Decorates the function of a command: its arguments must be what their annotations say, such as `Field(gt=0)`."""
+
+
 def parsed(function: Callable[..., Any], prog: str, args: list[str], description: str | None = None) -> Any:
-    """tyro's parse of `args`; its boxed error becomes one line."""
+    """tyro's parse of `args`; its boxed error, and that of a function that is `checked`, become one line."""
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught):
             return tyro.cli(function, prog=prog, args=args, description=description)
+    except ValidationError as error:
+        raise UserError(explain(BaseModel, error)) from error
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

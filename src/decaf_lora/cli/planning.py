@@ -13,8 +13,6 @@ from decaf_lora.errors import UserError
 
 def plan_command(args: list[str]) -> int:
     config, options, name = configured(RunConfig, "plan", args, Planning)
-    if options.tflops is not None and options.tflops <= 0:
-        raise UserError(f"tflops: {options.tflops:g} is not above 0.")
     if options.measure and options.tflops is not None:
         raise UserError("measure: it finds the throughput that --tflops states; give one.")
     from decaf_lora import plan

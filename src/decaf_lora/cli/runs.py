@@ -9,32 +9,36 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from decaf_lora.cli.options import Output, check_options, configured, parsed
+from decaf_lora.cli.options import Output, check_options, configured, parsed, refuse_unused
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError, unix_only
 from decaf_lora.runs.events import Interrupted, nobody
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def run_command(args: list[str]) -> int:
     from decaf_lora.runs.folder import run
 
     config, output, name = configured(RunConfig, "run", args, Output)
+    refuse_unused(output, "jobs", *(() if output.engine == "torchrun" else ("backend", "wire", "timeout")))
     if output.engine == "torchrun":
         return _run_split(config, output, name)
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
     try:
+        config, where = _settled(config, output, name, err)
         with display(1, err) as watch:
-            row, out = run(config, **_where(output, name), watch=watch)
+            row, out = run(config, **where, watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, config, "decaf run")
+        return stopped(err, stop, config, "decaf run")
     _results([row], out, output.json)
     return 0
 
@@ -45,6 +49,30 @@ def _where(output: Output, name: str) -> dict[str, Any]:
         raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
+
+
+def _settled(config: Config, output: Output, name: str, err: Console) -> tuple[Config, dict[str, Any]]:
+    """The configuration with a learning rate in place of `auto`, and the arguments of `run` and `compare`."""
+    where = _where(output, name)
+    if config.training.learning_rate != "auto":
+        return config, where
+    from decaf_lora.runs.compare import default_jobs
+    from decaf_lora.runs.folder import new_folder
+    from decaf_lora.tune.auto import with_learning_rate
+
+    if where["unique"]:
+        where |= {"out": new_folder(where["out"]), "unique": False}
+    with display(1, err) if err.is_terminal else contextlib.nullcontext(nobody) as watch:
+        config, resume = with_learning_rate(
+            config,
+            where["out"],
+            resume=output.resume,
+            take_over=output.take_over,
+            jobs=output.jobs or default_jobs(config.device),
+            watch=watch,
+            tell=lambda line: err.print(line, markup=False, soft_wrap=True),
+        )
+    return config, {**where, "resume": resume}
 
 
 def _run_split(config: RunConfig, output: Output, name: str) -> int:
@@ -66,7 +94,7 @@ def _run_split(config: RunConfig, output: Output, name: str) -> int:
         except Interrupted as stop:
             if not processes.is_main:
                 return 130
-            return _stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
+            return stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
     if finished is not None:
         row, out = finished
         _results([row], out, output.json)
@@ -109,19 +137,19 @@ def compare_command(args: list[str]) -> int:
         raise UserError(
             "engine: compare simulates its runs, several at a time with --jobs; torchrun is for `decaf run`."
         )
+    refuse_unused(output, "backend", "wire", "timeout")
     refuse_launcher(output.out is not None)
-    if output.jobs < 0:
-        raise UserError("jobs: must be 0 (one a core) or more.")
     jobs = output.jobs or default_jobs(config.device)
     err = Console(stderr=True, highlight=False)
     with warnings.catch_warnings():  # `compare` shows these warnings
         warnings.simplefilter("ignore")
         count = len(cells(config))
     try:
+        settled, where = _settled(config, output, name, err)
         with display(count, err) as watch:
-            rows, out = compare(config, **_where(output, name), jobs=jobs, watch=watch)
+            rows, out = compare(settled, **where, jobs=jobs, watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, config, "decaf compare")
+        return stopped(err, stop, config, "decaf compare")
     _results(rows, out, output.json)
     _refuse_diverged(rows)
     return 0
@@ -149,7 +177,7 @@ def _refuse_diverged(rows: list[Any]) -> None:
         raise UserError(f"{count} {row.algorithm}, {row.graph}, {row.partition}, seed {row.seed}: {row.diverged}")
 
 
-def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
+def stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
     """Says how to go on with a run that was stopped; returns the exit code."""
     from decaf_lora.runs.identity import own_code
 

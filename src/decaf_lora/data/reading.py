@@ -17,11 +17,12 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
+from decaf_lora.adapters.files import refuse_pointer
 from decaf_lora.config import TaskConfig
 from decaf_lora.data import content
 from decaf_lora.data.folders import IMAGES, METADATA, check_image_folder
 from decaf_lora.data.places import stem_of, suffix_of
-from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, refuse_pointer, writable_cache
+from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, writable_cache
 from decaf_lora.errors import UserError, unknown
 
 READERS = (*SUFFIXES, ".parquet")
@@ -64,6 +65,26 @@ def read(config: TaskConfig, wanted: Sequence[str] = ()) -> dict[str, Dataset]:
     return splits
 
 
+def read_split(config: TaskConfig, wanted: Sequence[str], split: str | None = None) -> Dataset:
+    """The rows of one split, whatever it is called.
+
+    Args:
+        config: names the data, and how to read them.
+        wanted: columns that are needed.
+        split: None: `test` if there are several, else the only one.
+
+    Raises:
+        UserError: the data cannot be read or fetched, or the split does not exist.
+    """
+    found = _open(config, wanted)
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    name = split or "test"
+    if name not in found:
+        raise unknown("split", name, found)
+    return found[name]
+
+
 def _sliced(found: DatasetDict, split: str) -> Dataset:
     """The rows of a slice such as `train[:10%]`, or of a sum of splits and slices."""
     try:
@@ -82,8 +103,10 @@ def _open(config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
     assert config.data is not None
     path = Path(config.data).expanduser()
     try:
-        if config.file_column is not None and (path.is_file() or path.is_dir()):
-            return _sites(path, config, config.file_column, wanted)
+        if path.is_file() or path.is_dir():
+            _refuse_chains(path)
+            if config.file_column is not None:
+                return _sites(path, config, config.file_column, wanted)
         if path.is_file():
             return _file(path, config, wanted)
         if path.is_dir():
@@ -99,6 +122,13 @@ def _open(config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
         return _whole(datasets.load_dataset(config.data, config.subset))
 
 
+def _refuse_chains(path: Path) -> None:
+    """UserError for names with `::`: to fsspec, with which `datasets` opens files, `a::b` is another file, `a`."""
+    for file in (path.resolve(), *(path.rglob("*::*") if path.is_dir() else ())):
+        if "::" in str(file):
+            raise UserError(f"task.data: {file} has '::' in its name, which names another file; rename it.")
+
+
 def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
     suffix = suffix_of(path)
     if suffix in SUFFIXES:
@@ -112,7 +142,7 @@ def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
 
 def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> DatasetDict:
     for file in (file for of_split in files.values() for file in of_split):
-        refuse_pointer(file)
+        refuse_pointer(file, "task.data")
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:
@@ -134,7 +164,9 @@ def _folder(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDic
         _refuse_unused(config, set())
         with _as_lines(config, path):
             return _whole(datasets.load_from_disk(str(path)))
-    files = {} if _describes_itself(path) else _split_files(path, config)
+    if described := _describes_itself(path):
+        _refuse_patterns(path)
+    files = {} if described else _split_files(path, config)
     kinds = Counter(_kind(file) for of_split in files.values() for file in of_split)
     if kinds["image"] and kinds["image"] >= kinds["table"] + kinds["text"]:
         return _images(path, config, files)
@@ -213,6 +245,15 @@ def _describes_itself(path: Path) -> bool:
     return (path / ".huggingface.yaml").exists() or (
         card.is_file() and bool(re.match(r"---\s*\n(.*\n)*?configs:", card.read_text(errors="replace")))
     )
+
+
+def _refuse_patterns(path: Path) -> None:
+    """UserError for a folder whose name `datasets` would take for a pattern, with the names that its card gives."""
+    if found := sorted(set("*?[") & set(str(path.resolve()))):
+        raise UserError(
+            f"task.data: {path.resolve()} has {found[0]!r} in its name, and its README.md or .huggingface.yaml says "
+            "which files are which split: the two together would be a pattern of names. Rename it."
+        )
 
 
 def _split_files(path: Path, config: TaskConfig) -> dict[str, list[Path]]:

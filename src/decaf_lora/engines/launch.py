@@ -26,9 +26,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 
 _T = TypeVar("_T")
+
+MOST_SECONDS = 10**7
+"""The longest time to wait. torch counts in whole milliseconds, and fails for much longer ones."""
 
 ROLL_CALL = 3.0
 """Seconds in which the remaining processes must answer after a connection broke."""
@@ -100,8 +103,8 @@ def connect(
         UserError: no launcher, a backend that is not built in, a port in use, a process that does not come (by rank).
     """
     launch = launch or Launch.read()
-    if timeout <= 0:
-        raise UserError(f"timeout: {timeout:g} is not above 0; give seconds.")
+    if not 0 < timeout <= MOST_SECONDS:
+        raise UserError(f"timeout: {timeout:g} is not above 0 and at most {MOST_SECONDS:g}; give seconds.")
     backend = backend.lower()
     if backend != "auto" and not (backend in dist.Backend.backend_list and dist.is_backend_available(backend)):
         built_in = [b for b in dist.Backend.backend_list if b not in ("undefined", "fake") and _built_in(b)]
@@ -494,5 +497,4 @@ def _is(ranks: Sequence[int]) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+    return f"rank{'s' * (len(ranks) > 1)} {listed(ranks, 8)}"

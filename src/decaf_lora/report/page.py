@@ -18,7 +18,7 @@ import matplotlib
 from markupsafe import Markup, escape
 
 from decaf_lora import records
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, remedy
 from decaf_lora.report import words
 from decaf_lora.report.figures import Plot, make_plots
 from decaf_lora.report.reading import RunRecords, by_algorithm, by_setting, read_runs
@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         where, reason = str(path)[:200], error.strerror or error
         raise UserError(
-            f"report: cannot write {where} ({reason}); free space there, or copy the run to where there is some."
+            f"report: cannot write {where} ({reason}); {remedy(error)}, or copy the run to where there is some."
         ) from error
 
 

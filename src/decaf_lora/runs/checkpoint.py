@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from decaf_lora.adapters.names import Tensors
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, remedy
 
 FORMAT = 1
 """Version of the content of a run's folder; a folder of another version is refused."""
@@ -76,7 +76,7 @@ def save(directory: Path, tensors: Tensors, values: dict[str, Any]) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"checkpoint: cannot write {final} ({reason}); free disk space or choose another --out. "
+            f"checkpoint: cannot write {final} ({reason}); {remedy(error)} or choose another --out. "
             "Earlier checkpoints are kept."
         ) from error
     for path in all_of(directory)[:-KEEP]:

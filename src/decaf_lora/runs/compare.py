@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,17 @@ from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.records import (
-    Record,
     SummaryRow,
     read_facts,
     read_records,
     read_summary,
     replace_text,
-    summarise,
     write_json,
 )
-from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Interrupted, Progress, Subscriber, Watch, nobody
+from decaf_lora.runs.events import Interrupted, Subscriber, Watch, nobody
 from decaf_lora.runs.folder import Folder, check_folder, disk, run
+from decaf_lora.runs.several import mark_diverged, several
 from decaf_lora.runs.signals import stopping
-from decaf_lora.runs.workers import Lost, Stopped, Workers
 
 
 def default_jobs(device: str) -> int:
@@ -151,8 +147,7 @@ def compare(
     finished = {cell.name: row for cell in todo if resume and (row := _finished(cell, out)) is not None}
     left = [cell for cell in todo if cell.name not in finished]
     with contextlib.ExitStack() as stack:
-        runner = _InProcesses(jobs, watch) if jobs > 1 and len(left) > 1 else _InTurn(watch)
-        stack.enter_context(runner)
+        runner = stack.enter_context(several(_run_cell, jobs if len(left) > 1 else 1, watch))
         stack.enter_context(stopping(runner.stop))
         runner.check(left)
         if runner.stopped:
@@ -215,145 +210,11 @@ def _refuse_lost(lost: Mapping[str, str], count: int) -> None:
         )
 
 
-class _InTurn:
-    """One run after another, in this process."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch, self.stopped = watch, False
-        self.lost: dict[str, str] = {}
-
-    def __enter__(self) -> _InTurn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def stop(self) -> None:
-        self.stopped = True
-
-    def check(self, left: list[Cell]) -> None:
-        _check_cells(left)
-
-    def run(self, left: list[Cell], out: Path) -> dict[str, SummaryRow]:
-        rows = {}
-        for cell in left:
-            if self.stopped:
-                break
-            rows[cell.name] = _run_cell(cell, out, self._watch)
-        return rows
-
-
-class _InProcesses:
-    """Several runs at a time, each in its own process."""
-
-    def __init__(self, jobs: int, watch: Watch) -> None:
-        self._jobs, self._watch = jobs, watch
-        self._workers: Workers | None = None
-        self._heard: dict[str, Subscriber] = {}
-        self.stopped = False
-        self.lost: dict[str, str] = {}
-
-    def __enter__(self) -> _InProcesses:
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        if self._workers is not None:
-            self._workers.__exit__(*raised)
-
-    def stop(self) -> None:
-        self.stopped = True
-        if self._workers is not None:
-            self._workers.stop()
-
-    def check(self, left: list[Cell]) -> None:
-        """Has one worker check all runs, while the others load the libraries."""
-        jobs = min(self._jobs, len(left))
-        self._workers = Workers(jobs, max(1, (os.cpu_count() or 1) // jobs), self._hear).__enter__()
-        for _, result in self._workers.run(_check_in_worker, [left]):
-            if isinstance(result, BaseException):
-                raise result
-            if isinstance(result, Lost):
-                raise UserError(f"compare: a run could not be prepared, {result.how}; try fewer --jobs.")
-
-    def run(self, left: list[Cell], out: Path) -> dict[str, SummaryRow]:
-        assert self._workers is not None
-        rows: dict[str, SummaryRow] = {}
-        error: BaseException | None = None
-        for cell, result in self._workers.run(_run_in_worker, left, out):
-            if isinstance(result, BaseException):
-                if error is None:
-                    error = result
-                    self._workers.stop()
-            elif isinstance(result, Lost):
-                self.lost[cell.name] = result.how
-            elif not isinstance(result, Stopped):
-                rows[cell.name] = result
-        if error is not None:
-            raise error
-        return rows
-
-    def _hear(self, told: tuple[str, str, tuple[Any, ...]]) -> None:
-        name, method, arguments = told
-        if name not in self._heard:
-            self._heard[name] = self._watch(name)
-        getattr(self._heard[name], method)(*arguments)
-
-
-def _check_cells(left: list[Cell]) -> None:
-    """Builds every run once, so that a mistake in any of them is found before the first begins."""
-    for cell in left:
-        training = cell.config.training.model_copy(update={"agents_per_pass": 1})  # without a calibration
-        build_run(cell.config.model_copy(update={"training": training})).close()
-
-
 def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
-    from decaf_lora.report import write_report
-
     directory = out / cell.name
     try:
         return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)[0]
     except Interrupted as stop:
         raise Interrupted(out, stop.round) from None
-    except (
-        TrainingError
-    ) as error:  # divergence is a result: the other runs go on, and --resume does not repeat this one
-        with disk(out):
-            write_json(directory / "run.json", read_facts(directory) | {"diverged": str(error)})
-            row = summarise(directory)
-            write_json(directory / "summary.json", [row])
-            write_report(directory)
-        return row
-
-
-# In a worker
-
-
-def _check_in_worker(left: list[Cell], tell: Callable[[Any], None]) -> None:
-    _check_cells(left)
-
-
-def _run_in_worker(cell: Cell, tell: Callable[[Any], None], out: Path) -> SummaryRow:
-    return _run_cell(cell, out, lambda name: _Telling(name, tell))
-
-
-class _Telling(Subscriber):
-    """Tells the parent process of a run; of its steps at most ten times a second."""
-
-    def __init__(self, name: str, tell: Callable[[Any], None]) -> None:
-        self._name, self._tell, self._last = name, tell, 0.0
-
-    def start(self, facts: Mapping[str, Any]) -> None:
-        self._tell((self._name, "start", (facts,)))
-
-    def step(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last >= 0.1:
-            self._last = now
-            self._tell((self._name, "step", (progress,)))
-
-    def record(self, record: Record) -> None:
-        self._tell((self._name, "record", (record,)))
-
-    def close(self, error: BaseException | None) -> None:
-        told = None if error is None else TrainingError(str(error)) if isinstance(error, TrainingError) else UserError()
-        self._tell((self._name, "close", (told,)))
+    except TrainingError as error:  # divergence is a result: the other runs go on
+        return mark_diverged(directory, error)

@@ -6,7 +6,7 @@ run and tells all its subscribers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         self.directory, self.round = directory, round_
 
 
-def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None = None) -> Iterator[Record]:
+def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None = None) -> Generator[Record, None, None]:
     """Trains `run` round by round like `run.train()`, yields its records, and tells the subscribers.
 
     Args:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, remedy
 from decaf_lora.records import (
     Record,
     RecordWriter,
@@ -37,6 +37,8 @@ from decaf_lora.runs.signals import stopping
 if TYPE_CHECKING:
     from decaf_lora.run import Run
 
+CHOICE = "learning_rate"
+"""The folder, in that of a run or comparison, of the search for a learning rate that was made before it."""
 Point = tuple[dict[str, Any], dict[str, Any]]
 """Tensors and values of a checkpoint."""
 
@@ -138,7 +140,7 @@ class Folder(Subscriber):
             return
         with disk(self.path):
             if self._unique:
-                self.path = _new_folder(self.path)
+                self.path = new_folder(self.path)
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(self.path)
@@ -163,12 +165,13 @@ class Folder(Subscriber):
             return self._point
         self._sought = True
         records, then = whole_rounds(self.path / "records.jsonl")
+        last = records[-1].round if records else -1
 
         def refuse(path: Path) -> str | None:
             round_, step = checkpoint.moment_of(path)
             if round_ > rounds:
                 return f"{path} is beyond the last round, {rounds}"
-            if (round_ or step) and round_ >= len(records):
+            if (round_ or step) and round_ > last:
                 return f"{then}, but {path} relies on all records up to its round"
             return None
 
@@ -305,7 +308,7 @@ def due(every: int, round_: int, rounds: int) -> bool:
     return round_ > 0 and round_ % every == 0 and round_ < rounds
 
 
-def _new_folder(path: Path) -> Path:
+def new_folder(path: Path) -> Path:
     """Makes `path` or, if it exists, the first of `path`-2, `path`-3, ... that does not."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -361,6 +364,8 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
         raise UserError(f"out: {out} is a file; give a folder.")
     if not started(out):
         left = [p.name for p in out.iterdir() if not p.name.startswith((LOCK, OWNER))] if out.exists() else []
+        if CHOICE in left and (out / CHOICE / "config.yaml").exists():
+            left.remove(CHOICE)
         torn = [name for name in left if name.startswith("config.yaml") and name.endswith(".tmp")]
         if resume and (not torn or torn != left):
             raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")
@@ -401,6 +406,6 @@ def disk(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"out: cannot write in {out} ({error.strerror or error}); free space or choose another --out. "
+            f"out: cannot write in {out} ({error.strerror or error}); {remedy(error)} or choose another --out. "
             "What is already there is kept; go on with --resume."
         ) from error

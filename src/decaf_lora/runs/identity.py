@@ -88,6 +88,8 @@ def sources(run: Run) -> dict[str, Any]:
         "base model (hash)": _model(run),
         "partition (hash)": _hash(*(run.partition.shard(agent) for agent in known)),
     }
+    if run.partition.names:
+        found["names of the agents"] = list(run.partition.names)
     if schedule.period is not None:
         found["graph (hash)"] = _hash(*(schedule.at(t).weights for t in range(schedule.period)))
     return json.loads(json.dumps(found, default=str))

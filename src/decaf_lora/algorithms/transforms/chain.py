@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from decaf_lora.adapters.adapter import Adapter, Factor
+from decaf_lora.adapters.adapter import ALL_FACTORS, Adapter, Factor
 from decaf_lora.adapters.names import Tensors, owner
 from decaf_lora.algorithms.contract import Change, Order, Round, Rule, Setting, Topology, Transform
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.errors import UserError
+
+MOST_ASKED = 1_000_000
+"""Rounds about which a rule is asked before a run; asking takes below a second."""
 
 State = dict[str, Tensors]
 """Part of the chain ("rule", or a transform's name) -> its state."""
@@ -40,7 +43,8 @@ class Algorithm:
         transforms: the options over the rule, the first one next to the rule.
 
     Raises:
-        UserError: a transform is there twice, or cannot lie over the rule.
+        UserError: a transform is there twice, or cannot lie over the rule. What a rule trains is asked of a hundred
+            rounds here, of all rounds when a run begins.
     """
 
     rule: Rule
@@ -51,6 +55,8 @@ class Algorithm:
             if transform.name in ("rule", *(other.name for other in self.transforms[:place])):
                 raise UserError(f"algorithm: {transform.name} lies over {self.rule.name} twice; leave one out.")
             transform.check(self.rule)
+            if transform.same_factors:
+                self.trained(rounds=100)
 
     def __or__(self, transform: Transform) -> Algorithm:
         """This algorithm with one more transform around it."""
@@ -97,8 +103,36 @@ class Algorithm:
         return self.rule.relay is not None
 
     def trains(self, round_: Round) -> frozenset[Factor]:
-        """The factors that the local steps of a round may change."""
-        return self.rule.trains(round_)
+        """The factors that the local steps of a round may change.
+
+        Raises:
+            UserError: they are others than in round 1, and a transform needs the same in all.
+        """
+        factors = self.rule.trains(round_)
+        needs = next((transform.name for transform in self.transforms if transform.same_factors), None)
+        if needs and factors != self.rule.trains(Round(1, round_.period)):
+            raise UserError(
+                f"algorithm.{needs}: {self.rule.name} trains other factors in round {round_.number} than in round 1; "
+                "it needs the same in all. Leave it out."
+            )
+        return factors
+
+    def trained(self, rounds: int, period: int = 1) -> frozenset[Factor]:
+        """The factors that the local steps of a run may change, in one round or another.
+
+        Args:
+            rounds: of the run; of a longer run than `MOST_ASKED` its first ones.
+            period: `Round.period`.
+
+        Raises:
+            UserError: as for `trains`, of any of these rounds.
+        """
+        found, same = frozenset[Factor](), any(transform.same_factors for transform in self.transforms)
+        for number in range(1, min(rounds, MOST_ASKED) + 1):
+            found |= self.trains(Round(number, period))
+            if found == ALL_FACTORS and not same:
+                break
+        return found
 
     def fitted(self, setting: Setting) -> Algorithm:
         """This algorithm for one run; see `Rule.fitted`."""

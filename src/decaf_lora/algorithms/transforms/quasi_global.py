@@ -27,7 +27,6 @@ from decaf_lora.algorithms.contract import (
     Rule,
     Setting,
     Transform,
-    check_factors,
     reset_moments,
     turned,
 )
@@ -42,7 +41,7 @@ def quasi_global(mu: float = 0.9) -> Transform:
         mu: in [0, 1), the decay of the buffer over rounds: 0 uses the last round only, 0.9 a long average.
 
     Raises:
-        UserError: `mu` is out of range, or the rule resets the moments or trains other factors in other rounds.
+        UserError: `mu` is out of range, or the rule resets the moments.
     """
     if not 0 <= mu < 1:
         raise UserError(f"algorithm.quasi_global: {mu:g} is not at least 0 and below 1.")
@@ -52,7 +51,6 @@ def quasi_global(mu: float = 0.9) -> Transform:
             raise UserError(
                 "algorithm.quasi_global: it needs the moments that algorithm.moments = reset empties; choose another."
             )
-        check_factors(rule, "algorithm.quasi_global")
 
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
         trained = {name: t for name, t in trained.items() if name in message}
@@ -68,7 +66,7 @@ def quasi_global(mu: float = 0.9) -> Transform:
         q = take("q/", state)
         return {k: _along(q[k], m, second.get(k)) if k in q else m for k, m in first.items()}, second
 
-    return Transform("quasi_global", init, after=after, moments=moments, check=check)
+    return Transform("quasi_global", init, after=after, moments=moments, check=check, same_factors=True)
 
 
 def _along(q: Tensor, first: Tensor, second: Tensor | None) -> Tensor:

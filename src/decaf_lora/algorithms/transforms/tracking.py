@@ -42,15 +42,7 @@ import torch
 
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, leave, put, take
-from decaf_lora.algorithms.contract import (
-    Change,
-    Round,
-    Rule,
-    Setting,
-    Transform,
-    check_factors,
-    turned,
-)
+from decaf_lora.algorithms.contract import Change, Round, Setting, Transform, turned
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
@@ -67,13 +59,10 @@ def tracking(gamma: float = 1.0) -> Transform:
         gamma: in (0, 1], how far c moves at an update.
 
     Raises:
-        UserError: `gamma` is out of range, or the rule trains other factors in other rounds.
+        UserError: `gamma` is out of range.
     """
     if not 0 < gamma <= 1:
         raise UserError(f"algorithm.tracking_gamma: {gamma:g} is not above 0 and at most 1.")
-
-    def check(rule: Rule) -> None:
-        check_factors(rule, "algorithm.tracking")
 
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
         trained = {name: t for name, t in trained.items() if name in message}  # what stays with the agent has no drift
@@ -116,7 +105,7 @@ def tracking(gamma: float = 1.0) -> Transform:
         return turned(state, change.frames)
 
     return Transform(
-        "tracking", init, steer, send, receive, relayed, after, check=check, periodic=True, suffix="_tracked"
+        "tracking", init, steer, send, receive, relayed, after, same_factors=True, periodic=True, suffix="_tracked"
     )
 
 
