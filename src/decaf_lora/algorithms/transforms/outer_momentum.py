@@ -18,7 +18,7 @@ import torch
 
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, put, take
-from decaf_lora.algorithms.contract import Change, Round, Rule, Setting, Transform, check_factors, turned
+from decaf_lora.algorithms.contract import Change, Round, Setting, Transform, turned
 from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
@@ -31,15 +31,12 @@ def outer_momentum(mu: float = 0.9, rate: float = 0.7) -> Transform:
         rate: eta, above 0: the outer learning rate.
 
     Raises:
-        UserError: an argument is out of range, or the rule trains other factors in other rounds.
+        UserError: an argument is out of range.
     """
     if not 0 <= mu < 1:
         raise UserError(f"algorithm.transforms: outer_momentum's mu = {mu:g} is not at least 0 and below 1.")
     if not rate > 0:
         raise UserError(f"algorithm.transforms: outer_momentum's rate = {rate:g} is not above 0.")
-
-    def check(rule: Rule) -> None:
-        check_factors(rule, "algorithm.transforms: outer_momentum")
 
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
         sent = {name: t for name, t in trained.items() if name in message}
@@ -56,7 +53,7 @@ def outer_momentum(mu: float = 0.9, rate: float = 0.7) -> Transform:
         b, now = turned(take("b/", state), change.frames), change.new.tensors()
         return {f"x/{name}": now[name] for name in b} | put("b/", b)
 
-    return Transform("outer_momentum", init, send=send, after=after, check=check)
+    return Transform("outer_momentum", init, send=send, after=after, same_factors=True)
 
 
 KINDS = {

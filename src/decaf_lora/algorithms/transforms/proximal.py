@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors
-from decaf_lora.algorithms.contract import Change, Round, Rule, Setting, Transform, check_factors
+from decaf_lora.algorithms.contract import Change, Round, Setting, Transform
 from decaf_lora.algorithms.transforms.kind import TransformKind
 from decaf_lora.errors import UserError
 
@@ -22,13 +22,10 @@ def proximal(mu: float = 0.01) -> Transform:
         mu: at least 0, the weight.
 
     Raises:
-        UserError: `mu` is negative, or the rule trains other factors in other rounds.
+        UserError: `mu` is negative.
     """
     if not mu >= 0:
         raise UserError(f"algorithm.proximal: {mu:g} is not at least 0.")
-
-    def check(rule: Rule) -> None:
-        check_factors(rule, "algorithm.transforms: proximal")
 
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
         return {name: t for name, t in trained.items() if name in message}
@@ -40,7 +37,7 @@ def proximal(mu: float = 0.01) -> Transform:
         now = change.new.tensors()
         return {name: now[name] for name in state}
 
-    return Transform("proximal", init, penalty=penalty, after=after, check=check)
+    return Transform("proximal", init, penalty=penalty, after=after, same_factors=True)
 
 
 KINDS = {"proximal": TransformKind(proximal, "a proximal term (FedProx)", "proximal:0.01", place=40)}
