@@ -359,19 +359,8 @@ class Run:
         with self.phase("combine"):
             self.trainer.moments_after(self.algorithm, self.state)
         if not self.sees_all:
-            self._note(exchanged.inbox)
+            self._noted |= exchanged.inbox.notes()
         return exchanged
-
-    def _note(self, inbox: Inbox) -> None:
-        """Notes what the record of an agent says that does not see all others."""
-        waited = {str(j): seconds for j, seconds in inbox.waited.items()}
-        missed = {str(e + 1): {str(j): why for j, why in those.items()} for e, those in inbox.missed.items()}
-        self._noted |= {
-            "weights": inbox.weights_of_first(),
-            "waited": waited or None,
-            "missed": missed or None,
-            "rejected": list(inbox.rejected) or None,
-        }
 
     def _measure(self, inbox: Inbox) -> None:
         """Measures interference and truncation tail of the messages that arrived."""

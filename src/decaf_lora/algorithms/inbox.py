@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,6 +145,16 @@ class Inbox:
         own = tuple(position[agent] for agent in receivers) if position.keys() >= set(receivers) else ()
         return Inbox(tensors, groups, len(receivers), tuple(senders), own, exchange)
 
+    def notes(self) -> dict[str, Any]:
+        """What the record says of the round of an agent that does not see all others, in JSON's types."""
+        missed = {str(e + 1): {str(j): why for j, why in those.items()} for e, those in self.missed.items()}
+        return {
+            "weights": self.weights_of_first(),
+            "waited": {str(j): seconds for j, seconds in self.waited.items()} or None,
+            "missed": missed or None,
+            "rejected": list(self.rejected) or None,
+        }
+
     def weights_of_first(self) -> dict[str, float]:
         """Neighbour that the first receiver heard, by number -> weight of the neighbour's message."""
         if not self.groups:
@@ -175,9 +185,9 @@ class Inbox:
             by_size.setdefault(len(senders), []).append((receiver, senders[order], weights[order]))
         groups = []
         for same in by_size.values():
-            receivers, senders, weights = zip(*same, strict=True)
+            receivers, heard, given = zip(*same, strict=True)
             everyone = torch.arange(len(same))
-            groups.append(Group(torch.tensor(receivers), torch.stack(senders), torch.stack(weights), everyone))
+            groups.append(Group(torch.tensor(receivers), torch.stack(heard), torch.stack(given), everyone))
         return replace(self, groups=tuple(groups))
 
     def average(self, name: str) -> Tensor:

@@ -12,9 +12,8 @@ import numpy as np
 from decaf_lora import data as datasets_of
 from decaf_lora.config import TaskConfig, build
 from decaf_lora.data.folders import IMAGES
-from decaf_lora.data.labels import listed
 from decaf_lora.data.reading import read_split
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 from decaf_lora.init.columns import Column, columns_of, label_of, named, pick, site_of, text_of
 
 MODELS = {

@@ -57,8 +57,8 @@ class Plan:
 
     def exchange(self, engine: Any, steps: int) -> Exchange:
         """What makes the exchanges of a training of so many steps."""
-        rounds, own = self.rounds(steps), {"gossip_steps": self.gossip_steps, "seed": self.seed}
-        return Exchange(self.algorithm, self.schedule, engine, rounds=rounds, **own)
+        rounds, number = self.rounds(steps), self.gossip_steps
+        return Exchange(self.algorithm, self.schedule, engine, rounds=rounds, gossip_steps=number, seed=self.seed)
 
     def rounds(self, steps: int) -> int:
         """Exchanges in a training of so many steps; the last one may come after fewer than `every`."""

@@ -16,9 +16,8 @@ from decaf_lora.data import Examples, alike, image_folder
 from decaf_lora.data.examples import check_columns
 from decaf_lora.data.folders import IMAGES, METADATA
 from decaf_lora.data.images import holds_images, readable_images
-from decaf_lora.data.labels import listed
 from decaf_lora.data.reading import read_split
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.errors import UserError, listed, unknown
 from decaf_lora.predict.described import Described
 
 ROW = "decaf:row"
