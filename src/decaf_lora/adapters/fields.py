@@ -103,7 +103,7 @@ def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     ranks = {"r": values["r"]} | _pattern(values, "rank_pattern", found)
     alphas = {"lora_alpha": values["lora_alpha"]} | _pattern(values, "alpha_pattern", found)
     for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or not 1 <= rank <= MOST:
+        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or not 1 <= int(rank) <= MOST:
             found.append((name, f"{_short(rank)} is no rank; give a whole number of at least 1."))
     for name, alpha in alphas.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MOST:

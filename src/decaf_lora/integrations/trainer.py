@@ -341,8 +341,14 @@ class _Plan:
 
     def exchange(self, engine: Any, steps: int) -> Exchange:
         """What makes the exchanges of a training of so many steps."""
-        rounds, own = self.rounds(steps), {"gossip_steps": self.gossip_steps, "seed": self.seed}
-        return Exchange(self.algorithm, self.schedule, engine, rounds=rounds, **own)
+        return Exchange(
+            self.algorithm,
+            self.schedule,
+            engine,
+            rounds=self.rounds(steps),
+            gossip_steps=self.gossip_steps,
+            seed=self.seed,
+        )
 
     def rounds(self, steps: int) -> int:
         """Exchanges in a training of so many steps; the last one may come after fewer than `every`."""
