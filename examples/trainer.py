@@ -95,7 +95,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train.csv and test.csv; without: the built-in set")
     parser.add_argument("--shots", type=int, default=10, help="training examples a class of --data")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, help="of each; 120, with --data 240")
     parser.add_argument("--every", type=int, default=2, help="steps from one exchange to the next")
     parser.add_argument("--algorithm", default="decaf_tracked")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
@@ -103,7 +103,10 @@ def main(arguments=None):
     parser.add_argument("--validate", action="store_true", help="test on other rows of train.csv, to choose settings")
     parser.add_argument("--out", type=Path, help="where the adapters are saved")
     given = parser.parse_args(arguments)
+    if given.data and not all((given.data / f"{name}.csv").is_file() for name in ("train", "test")):
+        parser.error(f"--data: {given.data} has no train.csv and test.csv (columns text, category)")
     transformers.utils.logging.set_verbosity_error()
+    steps = given.steps or (240 if given.data else 120)
     train, test, tokenizer, make_base = banking(given.data, given.shots, given.validate) if given.data else built_in()
     classes = sorted({label for _, label in train})
 
@@ -119,7 +122,7 @@ def main(arguments=None):
         model = get_peft_model(make_base(), lora)  # the new classifier is trained too, and exchanged
         settings = TrainingArguments(
             output_dir=str(folder / f"colleague-{number}"),
-            max_steps=given.steps,
+            max_steps=steps,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=256,
             learning_rate=given.learning_rate,

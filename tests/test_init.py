@@ -77,6 +77,9 @@ def test_a_table_with_sites(tmp_path):
 def test_a_table_without_sites(tmp_path):
     config, _ = written(tmp_path, "text", table(tmp_path / "a.csv", ROWS * 6))
     assert (config.partition, config.agents) == ("iid", 4)
+    assert config.training.batch_size == 4
+    config, _ = written(tmp_path, "text", table(tmp_path / "b.csv", ROWS * 30))
+    assert config.training.batch_size == 16
 
 
 def test_a_column_of_sites_with_another_name(tmp_path):

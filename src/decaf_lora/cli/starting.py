@@ -54,5 +54,5 @@ def init_command(args: list[str]) -> int:
     written = out or named_after(data)
     for line in assumed:
         print(f"- {line}")
-    print(f"{written} is written. Next: decaf run {written} --out runs/{written.stem}")
+    print(f"{written} is written. Next: decaf check {written}, then decaf run {written} --out runs/{written.stem}")
     return 0

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from decaf_lora import data as datasets_of
-from decaf_lora.config import TaskConfig, build
+from decaf_lora.config import TaskConfig
 from decaf_lora.data.folders import IMAGES
 from decaf_lora.data.reading import read_split
 from decaf_lora.errors import UserError, listed
 from decaf_lora.init.columns import Column, columns_of, label_of, named, pick, site_of, text_of
+from decaf_lora.validation import checked
 
 MODELS = {
     "text": "sentence-transformers/all-MiniLM-L6-v2",
@@ -53,7 +54,7 @@ class Asked:
 
     def columns(self) -> tuple[list[Column], bool, list[str]]:
         """The columns of the training split, whether there is a test split, and what the reader told."""
-        config = build(TaskConfig, {"name": "causal-lm", "data": self.data, **self.reading})
+        config = checked(TaskConfig, {"name": "causal-lm", "data": self.data, **self.reading})
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
@@ -200,7 +201,7 @@ def _test(found: Found, has_test: bool) -> None:
 
 def _check(found: Found, asked: Asked) -> None:
     """Reads the data once as the run will: what is wrong in them is said before a file is written."""
-    config = build(TaskConfig, found.task)
+    config = checked(TaskConfig, found.task)
     fields = ("text_column", "prompt_column", "answer_column")
     wanted = [(name, getattr(config, name)) for name in fields if name in found.task]
     label = found.task.get("label_column") or ("label" if asked.kind == "images" else None)

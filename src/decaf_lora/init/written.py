@@ -32,11 +32,12 @@ _SAID = {
 def yaml_of(found: Found, asked: Asked, out: Path) -> str:
     """The configuration as YAML with comments; it is read back to be sure that it says what it should."""
     graph = "complete" if found.agents <= 8 else "ring"
+    batch = 16 if found.size >= 160 * found.agents else 4  # a round should have ten steps or so
     values: dict[str, Any] = {
         "task": found.task,
         "lora": {"r": 8, "lora_alpha": 16},
         "algorithm": {"name": "decaf_tracked"},
-        "training": {"epochs": 1, "batch_size": 16, "learning_rate": _RATES[asked.kind]},
+        "training": {"epochs": 1, "batch_size": batch, "learning_rate": _RATES[asked.kind]},
         "agents": found.agents,
         "graph": graph,
         "partition": found.partition,
@@ -52,8 +53,8 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "algorithm: {name: decaf_tracked}  # DeCAF with gradient tracking, for sites whose data differ",
         "training:",
         "  epochs: 1  # passes over an agent's own rows in a round",
-        "  batch_size: 16",
-        f"  learning_rate: {_RATES[asked.kind]}  # the value that matters most; LoRA wants more than full fine-tuning",
+        f"  batch_size: {batch}  # rows of an agent in a step; 4 for a few hundred rows, 16 for more",
+        f"  learning_rate: {_RATES[asked.kind]}  # or auto: chosen before the run; `decaf tune` searches wider",
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
@@ -71,6 +72,7 @@ def _head(found: Found, asked: Asked, out: Path) -> list[str]:
     lines = [f"# Written by `decaf init {asked.kind}`, from {found.size} rows to train on. It was assumed that"]
     lines += [f"#   - {_plain(line)}" for line in found.assumed]
     lines += ["# Change what is wrong. Then:"]
+    lines += [f"#   decaf check {_plain(str(out))}"]
     lines += [f"#   decaf run {_plain(str(out))} --out runs/{_plain(out.stem)}"]
     return lines
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from decaf_lora.config import TaskConfig, build
+from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
+from decaf_lora.validation import checked
 
 _NAMES = {
     "sequence-classification": "sequence-classification",
@@ -72,7 +73,7 @@ class Described(NamedTuple):
             values |= {"classes": task["labels"], **_metric(task)}
         if use == "sequence-classification":
             values |= dict(self.columns)
-        return build(TaskConfig, values)
+        return checked(TaskConfig, values)
 
 
 @contextlib.contextmanager
