@@ -34,7 +34,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "algorithms/**/*.py": ("tests/test_exchange.py", "tests/test_chain.py", "tests/test_algorithms.py"),
     "consensus.py": ("tests/test_consensus.py",),
     "optimizers.py": ("tests/test_training.py",),
-    "exchange.py": ("tests/test_exchange.py", "tests/test_chain.py", "tests/test_alone.py"),
+    "exchange.py": ("tests/test_exchange.py", "tests/test_chain.py", "tests/test_alone.py", "tests/test_ranks.py"),
     "run.py": ("tests/test_exchange.py", "tests/test_run.py"),
     "training.py": ("tests/test_training.py",),
 }

@@ -447,6 +447,7 @@ def personal_run(test, name="fedsa"):
     return Run(task, algorithms.make(name), graphs.ring(3), split, SGD, rounds=3, evaluate_every=3, test=test)
 
 
+@pytest.mark.filterwarnings("error")
 def test_agents_are_scored_on_data_like_their_own_beside_the_common_test_set():
     with personal_run("all") as plain, personal_run("alike") as run:
         *_, expected = plain.train()
@@ -454,6 +455,7 @@ def test_agents_are_scored_on_data_like_their_own_beside_the_common_test_set():
         assert last.scores == expected.scores
         assert (last.averaged_score, expected.own_scores) == (expected.averaged_score, None)
         for agent, own in enumerate(run.partition.alike_tests(run.task.test_labels, 0)):
+            own = own.copy()
             with torch.no_grad(), run.attached.bind(run.adapter.select([agent])) as model:
                 right = model(run.task.test_x[own]).argmax(1) == run.task.test_y[own]
             assert last.own_scores[agent] == pytest.approx(right.double().mean().item())

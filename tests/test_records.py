@@ -177,6 +177,7 @@ class TestSummary:
             bytes_sent=200.0,
             seconds=3.75,
             start_score=0.0,
+            scores=[0.5, 0.7, 0.9],
         )
         write_json(run / "summary.json", [found])
         assert records.read_summary(run / "summary.json") == [found]
@@ -370,6 +371,10 @@ class TestTables:
 
     def test_one_setting_needs_no_table_of_settings(self) -> None:
         assert set(records.tables(ROWS[:2])) == {"table.md", "table.csv", "table.tex"}
+
+    def test_several_methods_have_a_table_of_differences(self) -> None:
+        texts = records.tables([row("a", 0), row("b", 0)])
+        assert {"differences.md", "differences.csv", "differences.tex"} < set(texts)
 
     def test_the_layout_of_papers(self) -> None:
         """Algorithms x (graph x partition), the columns graph by graph whatever the order of the rows."""

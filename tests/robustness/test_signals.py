@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pty
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -257,6 +258,18 @@ def test_a_comparison_ends_and_begins_no_further_run(number, times, begin):
         assert f"Go on with: decaf compare --resume {command.out} --task {TOY}" in command.said()
         for name in before:
             whole(command.out / name)
+
+
+def test_an_interrupt_after_the_last_word_is_no_traceback():
+    """While Python itself ends: torch's clean-up used to be interrupted, with a traceback."""
+    code = (
+        "import atexit, os, signal, sys; from decaf_lora.cli import main; sys.argv = ['decaf', 'nonsense']; "
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert "decaf: command: 'nonsense' is not known" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_workers_end_with_a_checkpoint_when_their_parent_is_killed(begin):

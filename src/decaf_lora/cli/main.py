@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,8 +38,19 @@ from decaf_lora.errors import UserError, nearest, out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The entry point of `decaf`. Returns the exit code: 2 for a user's mistake, 130 after Ctrl-C."""
-    args = list(sys.argv[1:] if arguments is None else arguments)
+    """The entry point of `decaf`. Returns the exit code: 2 for a user's mistake, 130 after Ctrl-C.
+
+    Args:
+        arguments: what follows `decaf`; None: those of this process, which ends with the command.
+    """
+    code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None and threading.current_thread() is threading.main_thread():
+        # All is saved and said. A further Ctrl-C ends the process at once, and not with a traceback of what ends it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
+
+
+def _answer(args: list[str]) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if hasattr(sys.stdout, "reconfigure"):  # what a terminal's encoding lacks becomes a question mark

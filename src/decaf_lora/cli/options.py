@@ -46,6 +46,12 @@ class Output:
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
     jobs: int = Field(0, ge=0, le=10_000)
     """compare: number of runs at a time, each in its own process. 0: one on a GPU, otherwise one for each core."""
+    log: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    """Tell trackers on this machine of every round: tensorboard, trackio."""
+    live: bool = False
+    """Serve the report's page while the run goes on, on this machine alone; it is updated every round."""
+    port: int = 0
+    """Port of --live. 0: a free one."""
     engine: Literal["simulate", "torchrun"] = "simulate"
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
     backend: str = "auto"

@@ -145,6 +145,8 @@ def refuse(config: RunConfig) -> None:
         raise UserError(f"algorithm.name: {algorithm.name} needs a server, and a federation has none; use {GOOD}.")
     if config.gossip_steps == "period":
         raise UserError(f"gossip_steps: write the number of exchanges in a round instead of period; use {GOOD}.")
+    if "pooled" in config.baseline:
+        raise UserError("baseline: pooled needs everybody's data; each agent trains the baseline alone by itself.")
     if config.init_adapters:
         raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
     if config.validation_share is not None:

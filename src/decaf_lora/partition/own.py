@@ -73,6 +73,6 @@ class Own:
         """Raises UserError: all test examples on this machine are the agent's own, none are others'."""
         raise UserError("test: an agent alone has no other test set than its own; leave it at all.")
 
-    def alike_tests(self, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
-        """Raises UserError, as `own_tests` does."""
-        return self.own_tests()
+    def tests_of(self, test: str, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
+        """() for "all"; raises UserError for another `test`, as `own_tests` does."""
+        return self.own_tests() if test != "all" else ()

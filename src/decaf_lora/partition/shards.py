@@ -75,6 +75,15 @@ class Partition:
                 raise UserError(f"test: agent {name} has no test example of its own; give it some, or score on all.")
         return self.tests
 
+    def tests_of(self, test: str, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
+        """The test examples that are each agent's own where a run scores by `test` ("all", "own", "both" or "alike").
+
+        () for "all". Raises UserError as `own_tests` and `alike_tests` do, whose arguments these are.
+        """
+        if test == "alike":
+            return self.alike_tests(test_labels, seed)
+        return self.own_tests() if test != "all" else ()
+
     def alike_tests(self, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
         """Test examples of the classes that each agent holds, in the same shares as its training examples.
 

@@ -1,5 +1,6 @@
 """What happened in a run, and how is it told?"""
 
+from decaf_lora.records.answer import Answer, answers
 from decaf_lora.records.formats import (
     COLUMNS,
     cells,
@@ -24,7 +25,17 @@ from decaf_lora.records.record import (
     whole_rounds,
     write_json,
 )
+from decaf_lora.records.standings import (
+    DIFFERENCES,
+    RANKED,
+    differences,
+    standing,
+    standings,
+    verdicts,
+    winners,
+)
 from decaf_lora.records.summary import (
+    BASELINES,
     METRICS,
     Aggregate,
     Spread,
@@ -32,23 +43,31 @@ from decaf_lora.records.summary import (
     aggregate,
     mean_score,
     read_summary,
+    row_name,
     summarise,
     summary_row,
+    with_baselines,
 )
 
 __all__ = [
+    "BASELINES",
     "COLUMNS",
+    "DIFFERENCES",
     "METRICS",
+    "RANKED",
     "SHOWN",
     "Aggregate",
+    "Answer",
     "Pivot",
     "Record",
     "RecordWriter",
     "Spread",
     "SummaryRow",
     "aggregate",
+    "answers",
     "cells",
     "columns",
+    "differences",
     "environment",
     "human_bytes",
     "lines",
@@ -60,7 +79,10 @@ __all__ = [
     "read_summary",
     "references",
     "replace_text",
+    "row_name",
     "shown",
+    "standing",
+    "standings",
     "summarise",
     "summary_row",
     "table",
@@ -68,6 +90,9 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "verdicts",
     "whole_rounds",
+    "winners",
+    "with_baselines",
     "write_json",
 ]

@@ -10,6 +10,7 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
+from decaf_lora.records.standings import RANKED, winners
 from decaf_lora.records.summary import METRICS, OWN, REFERENCES, Aggregate, Spread, SummaryRow, aggregate
 
 COLUMNS = (
@@ -161,10 +162,21 @@ LATEX = str.maketrans(
 
 
 def to_latex(rows: Iterable[SummaryRow]) -> str:
-    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}."""
-    members = aggregate(rows)
+    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}.
+
+    A score is bold if it is better than all others by more than the noise of the seeds.
+    """
+    rows = list(rows)
+    bold, members = winners(rows), aggregate(rows)
     titles = columns(members)
-    body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in lines(members)]
+    places = {title: titles.index(name) for title, name in RANKED.items() if name in titles}
+    body = []
+    for line in lines(members):
+        cells = [cell.translate(LATEX) for cell in line]
+        for metric, column in places.items():
+            if (line[0], line[1], line[2], metric) in bold:
+                cells[column] = rf"\textbf{{{cells[column]}}}"
+        body.append(" & ".join(cells) + r" \\")
     head = " & ".join(titles) + r" \\"
     text = [
         rf"\begin{{tabular}}{{lll{'r' * (len(titles) - 3)}}}",

@@ -72,6 +72,7 @@ class _Facts(pydantic.BaseModel):
     """The fields of run.json that are read. Checked before anything is made of them: the file may be torn or edited."""
 
     algorithm: str
+    setting: str | None = None
     graph: _Graph
     partition: _Partition
     seed: int
@@ -84,6 +85,18 @@ class _Facts(pydantic.BaseModel):
     uses_graph: bool | None = None
     lower_is_better: bool | None = None
     majority_score: float | None = None
+    rank: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    model: str | None = None
+    parameters: int | None = None
+    data: str | None = None
+    num_train: int | None = None
+    num_test: int | None = None
+    names: list[str] | None = None
 
 
 _FACTS = pydantic.TypeAdapter(_Facts)

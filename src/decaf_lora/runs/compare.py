@@ -16,18 +16,21 @@ from typing import Any
 
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
-from decaf_lora.errors import TrainingError, UserError
+from decaf_lora.errors import TrainingError, UserError, unknown
 from decaf_lora.records import (
+    BASELINES,
     SummaryRow,
     read_facts,
     read_records,
     read_summary,
     replace_text,
+    with_baselines,
     write_json,
 )
+from decaf_lora.runs import settings
 from decaf_lora.runs.events import Interrupted, Subscriber, Watch, nobody
-from decaf_lora.runs.folder import Folder, check_folder, disk, run
-from decaf_lora.runs.several import mark_diverged, several
+from decaf_lora.runs.folder import Folder, check_folder, disk, mark_diverged, run
+from decaf_lora.runs.several import several
 from decaf_lora.runs.signals import stopping
 
 
@@ -63,6 +66,7 @@ def cells(config: CompareConfig) -> list[Cell]:
     graphs = _once("graphs", config.graphs or (config.graph,))
     partitions = _once("partitions", config.partitions or (config.partition,))
     keys = _once("algorithms", map(algorithms.spelled, config.algorithms))
+    keys += tuple(name for kind in config.baseline if (name := BASELINES[kind]) not in keys)
     algorithms.check_together(keys)
     for graph, partition, seed, key in itertools.product(graphs, partitions, _once("seeds", config.seeds), keys):
         options = algorithms.accepted(key, config.algorithm.options())
@@ -71,18 +75,53 @@ def cells(config: CompareConfig) -> list[Cell]:
             continue
         values = {k: getattr(config, k) for k in RunConfig.model_fields}
         learning_rate = config.learning_rates.get(key, config.training.learning_rate)
+        if config.baseline_learning_rate and key in (BASELINES[kind] for kind in config.baseline):
+            learning_rate = config.baseline_learning_rate
         values |= {
             "graph": graph,
             "partition": partition,
             "seed": seed,
             "algorithm": {"name": key, **options},
             "training": config.training.model_copy(update={"learning_rate": learning_rate}),
+            "baseline": (),  # the comparison has them as runs of their own
+            "baseline_learning_rate": None,
+            "setting": None,
         }
         parts = [key, partition, f"seed{seed}"] if shared else [key, graph, partition, f"seed{seed}"]
         folder = "-".join(parts).replace("/", "_").replace(":", "-")
         out.append(Cell(folder, RunConfig.model_validate(values), graphs if shared else (graph,)))
+    _check_rates(config, keys)
+    for name, fields in settings.overrides(config).items():
+        out += _cells_of(config, name, fields, graphs, partitions)
     _refuse_shared_folders(out)
-    return out
+    return sorted(out, key=lambda cell: (graphs.index(cell.graphs[0]), partitions.index(cell.config.partition)))
+
+
+def _cells_of(
+    config: CompareConfig, name: str, fields: dict[str, Any], graphs: tuple[str, ...], partitions: tuple[str, ...]
+) -> list[Cell]:
+    """The runs of a named setting. One with a graph that no other row has runs once for all graphs, and says it."""
+    own = fields.get("graph")
+    named = name if own is None or own in graphs else f"{name} ({own})"
+    found = []
+    for graph, partition, seed in itertools.product(
+        graphs if own is None else (own,), partitions, _once("seeds", config.seeds)
+    ):
+        run = settings.applied(config, named, fields, graph=graph, partition=partition, seed=seed)
+        parts = [name, partition, f"seed{seed}"] if own is not None else [name, graph, partition, f"seed{seed}"]
+        folder = "-".join(parts).replace("/", "_").replace(":", "-")
+        found.append(Cell(folder, run, (graph,) if graph in graphs else graphs))
+    return found
+
+
+def _check_rates(config: CompareConfig, keys: Iterable[str]) -> None:
+    """Raises UserError for a learning rate of an algorithm that does not exist: it would have no effect."""
+    from decaf_lora import algorithms
+
+    known = {*algorithms.KINDS, *keys}
+    for name in config.learning_rates:
+        if name not in known:
+            raise unknown("learning_rates", name, known)
 
 
 def _once(field: str, given: Iterable[Any]) -> tuple[Any, ...]:
@@ -103,7 +142,7 @@ def _refuse_shared_folders(todo: list[Cell]) -> None:
         other = seen.setdefault(cell.name.casefold(), cell)  # some file systems do not tell cases apart
         if other is not cell:
             ours, theirs = configs.flat(cell.config), configs.flat(other.config)
-            field = next(k for k in ("algorithm.name", "graph", "partition", "seed") if ours[k] != theirs[k])
+            field = next(k for k in ("setting", "algorithm.name", "graph", "partition", "seed") if ours[k] != theirs[k])
             raise UserError(
                 f"{field}: {theirs[field]!r} and {ours[field]!r} would share the folder {cell.name}; give them names "
                 "that differ in more than / : _ - and case."
@@ -192,6 +231,7 @@ def _conclude(todo: list[Cell], rows: Mapping[str, SummaryRow], out: Path) -> li
 
     graphs = dict.fromkeys(graph for cell in todo for graph in cell.graphs)
     ordered = [replace(rows[cell.name], graph=graph) for graph in graphs for cell in todo if graph in cell.graphs]
+    ordered = with_baselines(ordered)
     with disk(out):
         write_json(out / "summary.json", [asdict(row) for row in ordered])
         for name, text in tables(ordered).items():

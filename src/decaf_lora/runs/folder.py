@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
-from decaf_lora.errors import UserError, remedy
+from decaf_lora.errors import TrainingError, UserError, remedy
 from decaf_lora.records import (
     Record,
     RecordWriter,
     SummaryRow,
     environment,
+    read_facts,
     replace_text,
     summarise,
     whole_rounds,
     write_json,
 )
-from decaf_lora.runs import checkpoint, identity
+from decaf_lora.runs import baselines, checkpoint, identity
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Interrupted, Subscriber, Watch, follow, nobody
 from decaf_lora.runs.lock import LOCK, OWNER, FolderLock
@@ -69,6 +70,31 @@ def run(
         UserError: a mistake, found before anything is written; or the folder is in use.
         Interrupted: after Ctrl-C or another signal that asks to stop.
     """
+    baselines.check(config)
+    options = {"resume": resume, "take_over": take_over, "unique": unique}
+    row, path = _run(config, out, watch=watch, **options)
+    for kind in config.baseline:
+        if baselines.is_due(path, kind, config.rounds):
+            try:
+                _run(
+                    baselines.configuration(config, kind),
+                    path / kind,
+                    resume=started(path / kind),
+                    take_over=take_over,
+                    watch=watch,
+                )
+            except Interrupted as stop:
+                raise Interrupted(path, stop.round) from None
+            except TrainingError as error:
+                mark_diverged(path / kind, error)
+                warnings.warn(f"baseline: {kind} diverged ({error}); there is nothing to compare with.", stacklevel=2)
+    return (conclude(path), path) if config.baseline else (row, path)
+
+
+def _run(
+    config: RunConfig, out: Path, *, resume: bool, take_over: bool, watch: Watch, unique: bool = False
+) -> tuple[SummaryRow, Path]:
+    """`run` without baselines."""
     if not unique:
         check_folder(config, out, resume)
     made = build_run(config)
@@ -290,17 +316,30 @@ class Folder(Subscriber):
             write_json(path / "run.json", {"format": checkpoint.FORMAT, **facts})
 
     def _finish(self) -> None:
-        from decaf_lora.report import write_report
-
-        with disk(self.path):
-            self.row = summarise(self.path)
-            write_json(self.path / "summary.json", [self.row])
-            write_report(self.path)
+        self.row = conclude(self.path)
 
     def _release(self) -> None:
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
+
+
+def conclude(path: Path) -> SummaryRow:
+    """Writes summary.json and report.html of the run in `path`, with its baselines, and returns the summary's row."""
+    from decaf_lora.report import write_report
+
+    with disk(path):
+        row = summarise(path)
+        write_json(path / "summary.json", [row])
+        write_report(path)
+    return row
+
+
+def mark_diverged(path: Path, error: TrainingError) -> SummaryRow:
+    """Notes that the run in `path` has diverged, and concludes it: it has a result, and is not repeated."""
+    with disk(path):
+        write_json(path / "run.json", read_facts(path) | {"diverged": str(error)})
+    return conclude(path)
 
 
 def due(every: int, round_: int, rounds: int) -> bool:
@@ -356,7 +395,7 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
 
     Raises:
         UserError: the folder holds something else; or a run without `resume`; or with `resume` no run, or a run of
-            another configuration (only its rounds may grow).
+            another configuration (only its rounds and baselines may grow).
     """
     with disk(out):
         exists = out.exists()
@@ -382,11 +421,13 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
     saved = configs.load(type(config), out / "config.yaml")
     if config.rounds > saved.rounds:
         saved = saved.model_copy(update={"rounds": config.rounds})
+    if set(config.baseline) > set(saved.baseline):
+        saved = saved.model_copy(update={"baseline": config.baseline})
     different = configs.differences(saved, config)
     if different:
         raise UserError(
             f"resume: the run in {out} has another config; differing fields: {'; '.join(different)}. "
-            "Give the same values (only rounds may grow), or choose another --out."
+            "Give the same values (only rounds and baseline may grow), or choose another --out."
         )
 
 

@@ -13,10 +13,9 @@ from typing import Any, Protocol, Self
 
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import TrainingError, UserError
-from decaf_lora.records import Record, SummaryRow, read_facts, summarise, write_json
+from decaf_lora.records import Record
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Progress, Subscriber, Watch
-from decaf_lora.runs.folder import disk
 from decaf_lora.runs.workers import Lost, Stopped, Workers
 
 
@@ -45,18 +44,6 @@ def several(work: Work, jobs: int, watch: Watch) -> Runner:
         watch: gives the subscriber of each run, by the run's name.
     """
     return InProcesses(work, jobs, watch) if jobs > 1 else InTurn(work, watch)
-
-
-def mark_diverged(directory: Path, error: TrainingError) -> SummaryRow:
-    """Writes into the folder of a run that it has diverged, so that nobody repeats it; returns its row."""
-    from decaf_lora.report import write_report
-
-    with disk(directory):
-        write_json(directory / "run.json", read_facts(directory) | {"diverged": str(error)})
-        row = summarise(directory)
-        write_json(directory / "summary.json", [row])
-        write_report(directory)
-    return row
 
 
 class Runner:

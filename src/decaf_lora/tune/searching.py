@@ -25,10 +25,10 @@ from decaf_lora.frozen import Frozen
 from decaf_lora.records import read_facts, replace_text
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Interrupted, Watch, follow, nobody
-from decaf_lora.runs.folder import Folder, disk, started
+from decaf_lora.runs.folder import Folder, disk, mark_diverged, started
 from decaf_lora.runs.identity import facts_of
 from decaf_lora.runs.lock import LOCK, OWNER, FolderLock
-from decaf_lora.runs.several import Runner, mark_diverged, several
+from decaf_lora.runs.several import Runner, several
 from decaf_lora.runs.signals import stopping
 from decaf_lora.tune.axes import described, read_axes, short, shown, with_values
 from decaf_lora.tune.halving import Merit, Plan, Point, Standing, open_ends, rungs, standing
