@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: install demo test faults fuzz mutate check docs lint format model package proto clean
+.PHONY: install demo test faults soak fuzz mutate check lint format model proto clean docs package
 
 install: $(STAMP)
 
@@ -30,11 +30,17 @@ demo: $(STAMP)
 test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-# Kills a run at every write, resumes it and compares bits; slow lines and hostile bytes between the agents of a mesh.
-# `make test` has a sample of each. Twenty minutes; what is killed goes on with its record.
+# Kills a run at every write, resumes it and compares bits; slow lines and hostile bytes between the agents of a mesh;
+# real agents that are killed, stopped and cut off. `make test` has a sample of each. Twenty minutes, and an hour if
+# there is no record of the last part. What is stopped goes on with its record.
 faults: $(STAMP_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/faults.py
 	$(BIN)/python benchmarks/mesh_links.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mesh_faults.py
+
+# Five agents, 500 rounds, a random fault every ten; are memory and descriptors flat?
+soak: $(STAMP_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mesh_soak.py
 
 lint: $(STAMP_TEST)
 	$(BIN)/ruff check .

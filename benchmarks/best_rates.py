@@ -1,25 +1,23 @@
 """How are methods compared, each at its own best learning rate? What the results_*.py scripts share.
 
-Every method runs at every rate with the first seed; at its best one with the other seeds. The first seed's runs of the
-table are the search's.
+`decaf_lora.tune` finds the rate of every method, with the first seed, on training examples that are held out; a range
+grows by its own step while its best rate is an end. The table is of the test examples, with all seeds, every method at
+its best rate on all of its training examples.
 """
 
-import math
-import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
-from decaf_lora import config as configs
-from decaf_lora.config import CompareConfig, RunConfig
+from decaf_lora import tune
+from decaf_lora.config import CompareConfig
 from decaf_lora.records import SummaryRow
 from decaf_lora.runs import compare as comparisons
 
 FASTER = {"dlora_fa": 2}
 """dlora_fa, which trains B alone, chooses among higher rates: so many times the others'."""
 Found = dict[str, dict[float, float]]
-"""Method -> learning rate -> mean accuracy over the agents."""
+"""Method -> learning rate -> mean score over the agents; a rate that diverged has none."""
 
 
 def compare(config: CompareConfig, out: Path) -> list[SummaryRow]:
@@ -30,57 +28,30 @@ def compare(config: CompareConfig, out: Path) -> list[SummaryRow]:
     return rows
 
 
-def search(
-    config: CompareConfig,
-    rates: Sequence[float],
-    out: Path,
-    faster: Mapping[str, float] = FASTER,
-    extend: bool = False,
-) -> Found:
-    """Every method at every rate, times its own factor in `faster`, with the first seed.
+def search(config: CompareConfig, rates: Sequence[float], out: Path, faster: Mapping[str, float] = FASTER) -> Found:
+    """Every method at every rate, times its own factor in `faster`, with the first seed, to the last round.
 
-    With `extend` a method goes on by factors of 2 for as long as its best rate is the lowest or the highest one.
+    Args:
+        config: what is compared; its `validation_share` is held out.
+        rates: the first rates, ascending.
+        out: folder of the searches, one for each method.
+        faster: method -> factor of its rates.
     """
     found: Found = {}
-    todo, done = [(rate, config.algorithms) for rate in rates], 0
-    while todo:
-        rate, algorithms = todo.pop(0)
-        tried = {a: rate * faster.get(a, 1) for a in algorithms}
-        update = {"algorithms": algorithms, "learning_rates": tried, "seeds": config.seeds[:1]}
-        for row in compare(config.model_copy(update=update), out / f"rates-{done}"):
-            score = row.mean_score if row.mean_score is not None else -math.inf  # it diverged
-            found.setdefault(row.algorithm, {})[tried[row.algorithm]] = score
-        done += 1
-        if extend and not todo:
-            todo = beyond(found, faster)
-    return {algorithm: dict(sorted(scores.items())) for algorithm, scores in found.items()}
+    for cell in comparisons.cells(config.model_copy(update={"seeds": config.seeds[:1]})):
+        method = cell.config.algorithm.name
+        over = {"training.learning_rate": [float(f"{rate * faster.get(method, 1):.6g}") for rate in rates]}
+        folder = out / method
+        started = (folder / "tune.yaml").exists()
+        made = tune.search(cell.config, over, folder, rungs=1, extensions=10, resume=started)
+        scores = {row.values["training.learning_rate"]: row.score for row in made.trials if row.score is not None}
+        found[method] = {rate: scores[rate] for rate in sorted(scores)}
+    return found
 
 
-def beyond(found: Found, faster: Mapping[str, float]) -> list[tuple[float, tuple[str, ...]]]:
-    """The rates to try next, before the factors in `faster`, and the methods whose best one is at an end so far."""
-    wanted: dict[float, tuple[str, ...]] = {}
-    for algorithm, scores in found.items():
-        best = max(scores, key=scores.__getitem__)
-        following = {min(scores): best / 2, max(scores): best * 2}.get(best)
-        if following is not None:
-            rate = following / faster.get(algorithm, 1)
-            wanted[rate] = (*wanted.get(rate, ()), algorithm)
-    return sorted(wanted.items())
-
-
-def table(config: CompareConfig, found: Found, searched: Path, out: Path) -> list[SummaryRow]:
-    """Every method with all seeds at its best rate; finished runs of the search or beside it are kept."""
-    best = best_of(found)
-    config = config.model_copy(update={"learning_rates": best})
-    if not out.exists():
-        out.mkdir()
-        (out / "config.yaml").write_text(configs.dump(config))
-        for cell in comparisons.cells(config):
-            runs = [summary.parent for summary in searched.parent.rglob(f"{cell.name}/summary.json")]
-            same = [run for run in runs if configs.load(RunConfig, run / "config.yaml") == cell.config]
-            if same:
-                shutil.copytree(same[0], out / cell.name)
-    return compare(config, out)
+def table(config: CompareConfig, found: Found, out: Path) -> list[SummaryRow]:
+    """Every method with all seeds at its best rate."""
+    return compare(config.model_copy(update={"learning_rates": best_of(found)}), out)
 
 
 def best_of(found: Found) -> dict[str, float]:
@@ -88,20 +59,10 @@ def best_of(found: Found) -> dict[str, float]:
     return {algorithm: max(scores, key=scores.__getitem__) for algorithm, scores in found.items()}
 
 
-def means(found: Sequence[Found], tables: Sequence[Iterable[SummaryRow]]) -> Found:
-    """Of tables made of `found`, mean accuracy over seeds and agents at the rates that ran with all seeds."""
-    out: Found = {}
-    for rates, rows in zip(map(best_of, found), tables, strict=True):
-        for algorithm, rate in rates.items():
-            scores = [row.mean_score for row in rows if row.algorithm == algorithm]
-            out.setdefault(algorithm, {})[rate] = fmean(score for score in scores if score is not None)
-    return out
-
-
 def rates_table(found: Found) -> str:
     """The search as Markdown, the best rate of a method bold."""
     columns = max(map(len, found.values()))
-    lines = ["| method |" + " learning rate: accuracy |" * columns, "| --- |" + " --- |" * columns]
+    lines = ["| method |" + " learning rate: held-out score |" * columns, "| --- |" + " --- |" * columns]
     for algorithm, scores in found.items():
         best = max(scores, key=scores.__getitem__)
         shown = [f"**{r:g}: {s:.3f}**" if r == best else f"{r:g}: {s:.3f}" for r, s in scores.items()]

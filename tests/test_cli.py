@@ -69,6 +69,7 @@ def test_a_run_leaves_its_folder(finished):
     assert list(row) == [
         *("algorithm", "graph", "partition", "seed", "mean_score", "worst_score", "std_score"),
         *("averaged_score", "bytes_sent", "seconds", "diverged", "lower_is_better", "start_score", "majority_score"),
+        *("score_name", "scores", "alone_scores", "pooled_score"),
     ]
     assert row["algorithm"] == "decaf"
     assert row["start_score"] == np.mean(read_records(finished / "records.jsonl")[0].scores)
@@ -116,7 +117,7 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
     assert "not better than the start (" in shown
     assert "training.learning_rate" in shown
     assert any(line.split()[:1] == ["start"] for line in shown.splitlines())
-    assert "Nothing useful was learnt by decaf" in (tmp_path / "r" / "report.html").read_text()
+    assert "Nothing useful was learnt by DeCAF" in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_json_prints_rows(tmp_path, capsys):

@@ -46,6 +46,18 @@ def test_merge(example, capsys, tmp_path):
     assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
 
 
+def test_trainer_on_a_folder(example, tmp_path, capsys):
+    rows = "".join(f"{word} {place},{word}\n" for word in ("card", "cash", "rate", "top") for place in "abcd")
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text(f"text,category\n{rows}")
+    trainer, given = example("trainer"), ["--data", str(tmp_path), "--steps", "2", "--every", "1", "--shots", "2"]
+    scores = trainer.main([*given, "--validate"])
+    assert {len(both) for both in scores.values()} == {2}
+    assert "accuracy on all 4 classes, of 8 test examples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        trainer.main(["--data", str(tmp_path / "nowhere")])
+
+
 def test_the_notebook_runs(tmp_path):
     nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert.preprocessors")
     notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)

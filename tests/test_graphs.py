@@ -920,3 +920,19 @@ def test_decaf_graph_imports_no_heavy_library():
     loaded = set(out.stderr.split())
     assert "networkx" in loaded
     assert loaded.isdisjoint({"torch", "transformers", "peft", "datasets", "sklearn", "matplotlib"})
+
+
+def test_decaf_graph_works_where_torch_is_not_installed():
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "peft", "datasets"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from decaf_lora.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, "graph", "ring", "--agents", "8"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "messages per round: 16" in out.stdout

@@ -11,7 +11,7 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {"errors", "precision", "randomness", "timing", "yaml_file", "frozen"},
+    {"errors", "precision", "randomness", "timing", "yaml_file", "frozen", "validation"},
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"report"},
     {"run"},
     {"recipes", "runs"},
-    {"plan", "tune", "predict", "check", "federation"},
+    {"plan", "tune", "init", "predict", "check", "federation"},
     {"integrations"},
     {"cli"},
     {"__main__"},

@@ -20,12 +20,12 @@ import torch
 from typing import Literal
 from decaf_lora.algorithms import Rule, Transform, average_factors, send_factors
 
-def alternating(period: int = 1):
+def in_turn(period: int = 1):
     def trained(round_):
         return frozenset({"BA"[(round_.number - 1) // period % 2], "extras"})
     def message(adapter, state, round_):
         return adapter.message(trained(round_))
-    return Rule("alternating", trains=trained, message=message, combine=average_factors)
+    return Rule("in_turn", trains=trained, message=message, combine=average_factors)
 
 def plain(): return Rule("plain", message=send_factors, combine=average_factors)
 def impostor(): return Rule("dlora", message=send_factors, combine=average_factors)
@@ -57,8 +57,8 @@ def trained(algorithm, rounds, **options):
 
 
 @pytest.mark.parametrize(("rounds", "period", "moves"), [(1, 1, "B"), (2, 2, "B"), (2, 1, "BA"), (3, 2, "BA")])
-def test_the_alternating_rule_trains_and_sends_one_factor_at_a_time(mine, rounds, period, moves):
-    start, end, records = trained(algorithms.make(f"{mine}:alternating", period=period), rounds)
+def test_the_rule_in_turn_trains_and_sends_one_factor_at_a_time(mine, rounds, period, moves):
+    start, end, records = trained(algorithms.make(f"{mine}:in_turn", period=period), rounds)
     _, _, both = trained(algorithms.dlora(), rounds)
     for name, tensor in end.items():
         if name[0] in "AB":
@@ -96,13 +96,13 @@ def test_a_transform_of_ones_own_lies_within_int8(mine):
             r"algorithm\.order: .*:other_order takes int and .* Literal.*; an option means",
         ),
         (
-            "MINE:alternating",
+            "MINE:in_turn",
             {"perod": 2},
             r"algorithm\.perod: .* takes it\. Did you mean algorithm\.period",
         ),
-        ("MINE:alternating", {"period": "x"}, r"algorithm\.period: input should be a valid integer"),
-        ("MINE:alternating", {"gauge": "rotated"}, r"algorithm\.gauge: .* it belongs to decaf, decaf_tracked"),
-        ("MINE:alternating", {"tracking": True}, r"algorithm\.tracking: alternating trains other factors in round 2"),
+        ("MINE:in_turn", {"period": "x"}, r"algorithm\.period: input should be a valid integer"),
+        ("MINE:in_turn", {"gauge": "rotated"}, r"algorithm\.gauge: .* it belongs to decaf, decaf_tracked"),
+        ("MINE:in_turn", {"tracking": True}, r"algorithm\.tracking: in_turn trains other factors in round 2"),
         ("MINE:plain", {"truncation_feedback": 1.0}, r"algorithm\.truncation_feedback: plain truncates nothing"),
         ("MINE:plain", {"transforms": ["MINE:nothing"]}, r"algorithm\.transforms: .* returned int, not a Transform"),
         ("MINE:plain", {"transforms": ["MINE:scaled:factr=2"]}, r"Did you mean 'factor'"),
@@ -113,7 +113,7 @@ def test_a_transform_of_ones_own_lies_within_int8(mine):
         ),
         ("MINE:plain", {"transforms": ["tracking"], "tracking": True}, r"algorithm: tracking lies over plain twice"),
         ("fedavg", {"transforms": ["int8"]}, r"algorithm\.transforms: fedavg mixes nothing among neighbours"),
-        ("MINE:alternatng", {}, r"has no function 'alternatng'\. Did you mean 'alternating'"),
+        ("MINE:in_trn", {}, r"has no function 'in_trn'\. Did you mean 'in_turn'"),
     ],
 )
 def test_what_is_refused(mine, name, options, message):
@@ -157,14 +157,13 @@ def test_an_installed_package_adds_algorithms_and_transforms(tmp_path, monkeypat
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rules_pkg\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[decaf_lora.algorithms]\nalternating = rules_pkg:alternating\n"
-        "[decaf_lora.transforms]\nscaled = rules_pkg:scaled\n"
+        "[decaf_lora.algorithms]\nin_turn = rules_pkg:in_turn\n[decaf_lora.transforms]\nscaled = rules_pkg:scaled\n"
     )
     kinds.installed.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
-    made = algorithms.make("alternating", transforms=["scaled:0.5"], period=2)
-    assert (made.name, [t.name for t in made.transforms]) == ("alternating", ["scaled"])
-    assert AlgorithmConfig.model_validate({"name": "alternating", "period": 2}).options() == {"period": 2}
+    made = algorithms.make("in_turn", transforms=["scaled:0.5"], period=2)
+    assert (made.name, [t.name for t in made.transforms]) == ("in_turn", ["scaled"])
+    assert AlgorithmConfig.model_validate({"name": "in_turn", "period": 2}).options() == {"period": 2}
     kinds.installed.cache_clear()
 
 
@@ -177,14 +176,14 @@ def test_a_kind_of_a_package_may_say_its_place(mine, monkeypatch):
 
 def test_runs_are_compared_reported_and_exported_without_the_file(mine, tmp_path, capsys):
     shared = ["--rounds", 1, "--training.steps", 1, "--training.batch_size", 2, "--task.eval_batch_size", 64]
-    both = ["compare", "digits", "--algorithms", "dlora", f"{mine}:alternating", "--algorithm.period", 2, "--seeds", 0]
+    both = ["compare", "digits", "--algorithms", "dlora", f"{mine}:in_turn", "--algorithm.period", 2, "--seeds", 0]
     out = tmp_path / "both"
     assert main([*map(str, [*both, *shared, "--agents", 2, "--jobs", 1, "--out", out])]) == 0, capsys.readouterr().err
     rows = json.loads((out / "summary.json").read_text())
-    assert [row["algorithm"] for row in rows] == ["dlora", "alternating"]
+    assert [row["algorithm"] for row in rows] == ["dlora", "in_turn"]
     (tmp_path / "mine.py").unlink()
-    run = next(path.parent for path in out.glob("*/run.json") if "alternating" in path.parent.name)
-    assert json.loads((run / "run.json").read_text())["algorithm"] == "alternating"
+    run = next(path.parent for path in out.glob("*/run.json") if "in_turn" in path.parent.name)
+    assert json.loads((run / "run.json").read_text())["algorithm"] == "in_turn"
     assert main(["report", str(out)]) == 0
     assert main(["report", str(run)]) == 0
     assert main(["export", str(run), "--agent", "1", "--to", str(tmp_path / "one")]) == 0

@@ -127,7 +127,9 @@ def test_the_peak_of_a_real_llama(benchmark, agents, per_pass, checkpointing, pa
     close(planned.peak, benchmark.peak_of(lambda: list(run.train()), others))
 
 
-@pytest.mark.parametrize("name", ["local", "dlora", "dlora_fa", "decaf", "decaf_tracked", "fedavg", "centralized"])
+@pytest.mark.parametrize(
+    "name", ["local", "dlora", "dlora_fa", "decaf", "decaf_tracked", "core", "fedavg", "centralized"]
+)
 def test_the_peak_and_bytes_of_every_algorithm(benchmark, name):
     config = small(name, agents=4)
     planned = plan.estimate(config)
@@ -165,12 +167,12 @@ def test_bytes_of_a_rule_that_sends_other_factors_in_other_rounds(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from decaf_lora.algorithms import Rule, average_factors\n"
-        "def alternating():\n"
+        "def in_turn():\n"
         "    def trains(round_): return frozenset('AB' if round_.number % 2 else 'B')\n"
         "    def message(adapter, state, round_): return adapter.message(trains(round_))\n"
-        "    return Rule('alternating', trains=trains, message=message, combine=average_factors)\n"
+        "    return Rule('in_turn', trains=trains, message=message, combine=average_factors)\n"
     )
-    config = small(f"{path}:alternating", rounds=3)
+    config = small(f"{path}:in_turn", rounds=3)
     run = build_run(config)
     records = list(run.train())
     run.close()
@@ -178,7 +180,7 @@ def test_bytes_of_a_rule_that_sends_other_factors_in_other_rounds(tmp_path):
     planned = plan.estimate(config)
     assert planned.bytes_sent == pytest.approx(sum(r.bytes_sent for r in records))
     assert planned.trained_per_agent == sum(t[0].numel() for t in run.adapter.tensors().values())
-    assert any("alternating trains other factors in other rounds" in line for line in planned.assumptions)
+    assert any("in_turn trains other factors in other rounds" in line for line in planned.assumptions)
 
 
 @pytest.mark.parametrize("agents", [1, 2, 3])

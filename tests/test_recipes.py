@@ -225,7 +225,7 @@ def test_language_recipe_on_a_small_model_and_a_file(llama, senses, tmp_path, ca
     assert r"\multicolumn{1}{c}{complete}" in (out / "scores.tex").read_text()
     assert (out / "scores.md").read_text().count("| decaf |") == 2
     page = (out / "report.html").read_text()
-    assert page.count('class="pivot"') == 2
+    assert page.count('class="pivot stack"') == 2
     assert page.count("<h2>complete · iid</h2>") == 1
 
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()}

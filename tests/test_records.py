@@ -74,6 +74,21 @@ class TestRecords:
         path.write_text('{"round": 0, "bytes_sent": 0, "learning_rate": 0.1, "seconds": {}}\n')
         assert read_records(path)[0].losses is None
 
+    def test_an_agent_of_a_mesh_leaves_rounds_out(self, tmp_path):
+        """It goes on with all of its records; where it did not leave them out itself, a round that lacks is an end."""
+        path = tmp_path / "records.jsonl"
+        late = [record(0), record(1, weights={"1": 0.5}), record(5, weights={"1": 0.5}), record(6, weights={})]
+        path.write_text("".join(json.dumps(vars(r)) + "\n" for r in late))
+        assert records.whole_rounds(path) == (late, f"{path} ends with round 6")
+        with RecordWriter(path, last_round=5) as writer:
+            writer.write(record(6, weights={"2": 0.5}))
+        assert [r.round for r in read_records(path)] == [0, 1, 5, 6]
+        path.write_text("".join(json.dumps(vars(r)) + "\n" for r in (record(0), record(2), record(3))))
+        assert records.whole_rounds(path) == ([record(0)], f"{path} lacks round 1")
+        again = [late[0], late[1], late[2], late[1]]
+        path.write_text("".join(json.dumps(vars(r)) + "\n" for r in again))
+        assert records.whole_rounds(path) == (late[:3], f"{path} lacks round 6")
+
     @pytest.mark.parametrize("torn", [b'{"round": 2, "los', b"{", b'{"round": 2, "caf\xc3'])
     def test_a_torn_last_line_is_left_out(self, path: Path, torn: bytes) -> None:
         with RecordWriter(path) as writer:
@@ -162,6 +177,7 @@ class TestSummary:
             bytes_sent=200.0,
             seconds=3.75,
             start_score=0.0,
+            scores=[0.5, 0.7, 0.9],
         )
         write_json(run / "summary.json", [found])
         assert records.read_summary(run / "summary.json") == [found]
@@ -355,6 +371,10 @@ class TestTables:
 
     def test_one_setting_needs_no_table_of_settings(self) -> None:
         assert set(records.tables(ROWS[:2])) == {"table.md", "table.csv", "table.tex"}
+
+    def test_several_methods_have_a_table_of_differences(self) -> None:
+        texts = records.tables([row("a", 0), row("b", 0)])
+        assert {"differences.md", "differences.csv", "differences.tex"} < set(texts)
 
     def test_the_layout_of_papers(self) -> None:
         """Algorithms x (graph x partition), the columns graph by graph whatever the order of the rows."""

@@ -6,13 +6,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import yaml
 
 from decaf_lora import algorithms, records, report
+from decaf_lora.cli import main
 from decaf_lora.errors import UserError
 from decaf_lora.graphs import Graph, complete, ring
 from decaf_lora.records import Record, RecordWriter
@@ -174,7 +175,8 @@ class Page(HTMLParser):
             self.words[inner][-1] += data
 
     def row(self, name: str) -> list[str]:
-        return next(row for row in self.rows if row and row[0] == name)
+        """The row of an algorithm, or of another name, in the result table."""
+        return next(row for row in self.rows if row and row[0] == style.called(name))
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +225,11 @@ class TestComparison:
         assert all(page.words["figcaption"])
 
     def test_figures_follow_the_colours_of_the_page(self, page: Page) -> None:
-        assert not any(stand_in in page.source for stand_in in report.PAGE_COLOURS)
-        assert "currentColor" in page.source
+        drawings = "".join(re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL))
+        assert not any(stand_in in drawings for stand_in in report.PAGE_COLOURS)
+        assert {"currentColor", "var(--rule)", "var(--cd53d01)"} <= set(
+            re.findall(r"currentColor|var\(.*?\)", drawings)
+        )
 
     @pytest.mark.parametrize("algorithm", PROFILE)
     def test_the_table_equals_the_runs(self, comparison: Path, page: Page, algorithm: str) -> None:
@@ -240,35 +245,47 @@ class TestComparison:
         assert cells[6] == (f"{fmean(sent) / 1e6:.2f} MB" if any(sent) else "–")
 
     def test_algorithms_stand_in_the_order_of_the_summary(self, page: Page) -> None:
-        assert [row[0] for row in page.rows[1:7]] == list(PROFILE)
+        assert [row[0] for row in page.rows[1:7]] == [style.called(name) for name in PROFILE]
 
     def test_the_best_that_does_not_pool_the_data_is_highlighted(self, page: Page) -> None:
         fedavg = page.row("fedavg")
-        assert page.best == [fedavg[2], fedavg[3], fedavg[5]]
+        assert page.best == [fedavg[2], fedavg[5]]  # the worst agent's lead may be noise
         assert page.row("centralized")[2] > fedavg[2]
 
+    def test_within_noise_nothing_is_highlighted(self, tmp_path: Path) -> None:
+        make_comparison(tmp_path, ("decaf", "fedavg"), seeds=(0,), rounds=2)
+        page = page_of(tmp_path)
+        assert page.best == []
+        assert "No score is highlighted: no lead is more than the noise of the seeds." in page.source
+        assert "One seed: no difference can be told from noise" in page.source
+
     def test_of_a_loss_the_lowest_is_highlighted(self, tmp_path: Path) -> None:
-        make_comparison(tmp_path, ("decaf", "fedavg"), seeds=(0,), lower_is_better=True, rounds=10)
+        make_comparison(tmp_path, ("decaf", "fedavg"), lower_is_better=True, rounds=30)
         page = page_of(tmp_path)
         decaf, fedavg = page.row("decaf"), page.row("fedavg")
-        assert float(decaf[2]) < float(fedavg[2])
-        assert page.best == [decaf[2], decaf[3], decaf[5]]
+        assert float(decaf[2].split()[0]) < float(fedavg[2].split()[0])
+        assert decaf[2] in page.best
+        assert fedavg[2] not in page.best
+
+    def test_of_a_loss_the_worst_agent_has_the_highest(self, tmp_path: Path) -> None:
+        make_comparison(tmp_path, ("decaf",), seeds=(0,), lower_is_better=True, rounds=10)
+        decaf = page_of(tmp_path).row("decaf")
         agents = json.loads((tmp_path / "decaf-seed0" / "records.jsonl").read_text().splitlines()[-1])["scores"]
-        assert decaf[3] == f"{max(agents):.3f}", "the worst agent has the highest loss"
+        assert decaf[3] == f"{max(agents):.3f}"
 
     def test_says_that_nothing_was_learnt(self, tmp_path: Path) -> None:
         make_run(tmp_path / "run", rounds=10, majority=0.99)
         page = page_of(tmp_path / "run")
         assert page.row("majority class")[2] == "0.990"
         assert page.row("start")[2] < page.row("decaf")[2]
-        assert "Nothing useful was learnt by decaf" in page.source
+        assert "Nothing useful was learnt by DeCAF" in page.source
         assert "Nothing useful" not in page_of(make_run(tmp_path / "other", rounds=10, majority=0.1)).source
 
     def test_the_header_says_what_was_run(self, page: Page) -> None:
         assert page.words["h1"] == ["6 algorithms on digits"]
         facts = [
             "digits",
-            ", ".join(PROFILE),
+            "local, DLoRA, DLoRA-FA, DeCAF, FedAvg, centralized",
             "10",
             "30",
             "ring (σ₂ = 0.873)",
@@ -292,7 +309,7 @@ class TestComparison:
             "bytes sent by one agent",
             "zero",
             "nine",
-            *PROFILE,
+            *map(style.called, PROFILE),
         } <= labels
 
     def test_text_is_large_enough(self, page: Page) -> None:
@@ -314,10 +331,10 @@ def page_of(directory: Path) -> Page:
 class TestOneRun:
     def test_shows_agents_and_the_averaged_model(self, tmp_path: Path) -> None:
         page = page_of(make_run(tmp_path / "run"))
-        assert page.words["h1"] == ["decaf on digits"]
+        assert page.words["h1"] == ["DeCAF on digits"]
         assert page.words["h3"] == TITLES
-        assert {"mean over agents", "averaged model"} <= {text.strip() for text in page.words["text"]}
-        assert "lowest to highest agent" in page.words["figcaption"][0]
+        assert {"agents' mean", "averaged model"} <= {text.strip() for text in page.words["text"]}
+        assert "Band: ± standard deviation over agents" in page.words["figcaption"][0]
         assert page.best == []
 
     def test_the_same_run_gives_the_same_figures(self, tmp_path: Path) -> None:
@@ -402,7 +419,7 @@ class TestOneRun:
         (run / "config.yaml").unlink()
         (run / "environment.json").unlink()
         page = page_of(run)
-        assert page.words["h1"] == ["decaf"]
+        assert page.words["h1"] == ["DeCAF"]
         assert "Who holds what" not in page.words["h3"]
         assert not any("Graph" in title for title in page.words["h3"])
 
@@ -424,33 +441,41 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> Page:
 class TestSections:
     def test_one_for_every_graph_and_partition(self, sections: Page) -> None:
         titles = {"ring · iid", "complete · iid", "ring · by-class"}
-        assert set(sections.words["h2"]) == {"Result", *titles, "How to repeat it", "Environment"}
+        assert set(sections.words["h2"]) == {"Result", "All settings", *titles, "How to repeat it", "Environment"}
         assert sections.words["h3"].count("Score by round") == 3
 
     def test_baselines_without_a_graph_are_in_each(self, sections: Page) -> None:
-        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] in PROFILE]
-        assert sorted(algorithms[:3]) == ["centralized", "decaf", "fedavg"]
+        named = {style.called(name) for name in PROFILE}
+        algorithms = [row[0] for row in sections.rows if len(row) == 8 and row[0] in named]
+        assert sorted(algorithms[:3]) == ["DeCAF", "FedAvg", "centralized"]
         assert algorithms == algorithms[:3] * 3
 
     def test_scores_of_all_settings_in_one_table(self, sections: Page) -> None:
         rows = [row for row in sections.rows if len(row) == 4]
         assert [row[1:] for row in rows if row[0] == "algorithm"] == [["iid", "by-class", "iid"]] * 2
         decaf, fedavg, centralized = (
-            next(row for row in rows if row[0] == name) for name in ("decaf", "fedavg", "centralized")
+            next(row for row in rows if row[0] == name) for name in ("DeCAF", "FedAvg", "centralized")
         )
         assert fedavg[1] == fedavg[3]  # ran once for both graphs
         assert len(set(centralized[1:])) == 1
         assert all(re.fullmatch(r"0\.\d{3}", cell) for cell in decaf[1:])
 
     def test_of_a_loss_the_lowest_of_a_setting_is_highlighted(self, tmp_path: Path) -> None:
-        for name in ("decaf", "fedavg"):
-            for graph in (ring(4), complete(4)):
-                options = {"graph": graph, "agents": 4, "rounds": 2, "lower_is_better": True}
-                make_run(tmp_path / f"{name}-{graph.name}", name, **options)
+        for seed in (0, 1, 2):
+            for name in ("decaf", "fedavg"):
+                for graph in (ring(4), complete(4)):
+                    options = {"graph": graph, "agents": 4, "rounds": 30, "lower_is_better": True, "seed": seed}
+                    make_run(tmp_path / f"{name}-{graph.name}-{seed}", name, **options)
         page = page_of(tmp_path)
-        lines = [row for row in page.rows if len(row) == 3]
-        best = [min(column) for column in zip(*(row[1:] for row in lines[1:3]), strict=True)]
-        assert [cell for cell in page.best if cell in best][:2] == best
+        pivot = next(row for row in page.rows if len(row) == 3 and row[0] == "DeCAF")
+        assert page.best[:2] == pivot[1:]
+
+    def test_graphs_stand_side_by_side_and_scores_in_one_figure(self, sections: Page) -> None:
+        assert sections.words["h3"][:2] == ["Score across settings", "The graphs"]
+        assert not [title for title in sections.words["h3"] if title.startswith("Graph:")]
+        drawn = "".join(sections.figures)
+        assert "ring: σ₂ = 0.333, 4 links." in drawn
+        assert "complete: σ₂ = 0.000, 6 links." in drawn
 
     def test_a_baseline_that_ran_once_is_under_every_graph(self, tmp_path: Path) -> None:
         """As comparisons write them now: the graph is the first one, and a fact says that it is not used."""
@@ -462,18 +487,19 @@ class TestSections:
             records.write_json(run / "run.json", facts | {"uses_graph": False})
         page = page_of(tmp_path)
         titles = ["ring · dirichlet:0.1", "complete · dirichlet:0.1", "ring · iid"]
-        assert sorted(page.words["h2"]) == sorted(["Result", *titles, "How to repeat it", "Environment"])
+        assert sorted(page.words["h2"]) == sorted(
+            ["Result", "All settings", *titles, "How to repeat it", "Environment"]
+        )
         of_local = next(row for row in page.rows if row[0] == "local")
         assert of_local[1] == of_local[3]
-        assert page.words["h3"].count("Graph: complete") == 1
 
     def test_an_earlier_comparison_with_baselines_under_every_graph(self, tmp_path: Path) -> None:
         for graph in (ring(4), complete(4)):
             for seed, name in enumerate(("local", "decaf", "centralized")):
                 make_run(tmp_path / f"{name}-{graph.name}", name, graph=graph, agents=4, rounds=2, seed=seed)
         page = page_of(tmp_path)
-        assert len(page.words["h2"]) == 2 + 3
-        decaf = next(row for row in page.rows if row[0] == "decaf")
+        assert len(page.words["h2"]) == 3 + 3
+        decaf = page.row("decaf")
         assert len(decaf) == 3
 
     def test_ids_differ_between_sections(self, sections: Page) -> None:
@@ -488,6 +514,69 @@ def test_a_page_of_ones_own(tmp_path: Path) -> None:
     page = Page(tmp_path / "page.html")
     assert page.rows == [["what", "how much"], ["a", "<1"], ["torch", "2"]]
     assert page.words["h2"] == ["Result", "None", "How to repeat it", "Environment"]
+
+
+class TestWords:
+    """What the page says of a run that tells more of itself than earlier ones did."""
+
+    FACTS: ClassVar = {
+        "model": "all-MiniLM-L6-v2",
+        "parameters": 22_713_216,
+        "data": "messages.csv",
+        "num_train": 1200,
+        "num_test": 300,
+        "rank": 4,
+        "steps": 3,
+        "batch_size": 16,
+        "optimizer": "adamw",
+        "majority_score": 0.125,
+    }
+
+    def test_sizes_steps_and_own_learning_rates(self, tmp_path: Path) -> None:
+        for name, rate in (("decaf", 0.002), ("fedavg", 0.06)):
+            run = make_run(tmp_path / name, name, rounds=2)
+            facts = json.loads((run / "run.json").read_text()) | self.FACTS | {"learning_rate": rate}
+            records.write_json(run / "run.json", facts)
+        page = page_of(tmp_path)
+        assert {
+            "all-MiniLM-L6-v2 (22.7 million parameters)",
+            "messages.csv (1,200 to train, 300 to test)",
+            "4",
+            "3, batch 16, adamw",
+            "DeCAF 0.002, FedAvg 0.06",
+            "0.125 (majority class)",
+        } <= set(page.words["dd"])
+        assert "majority class" in {text.strip() for text in page.words["text"]}
+
+    def test_alternative_texts_say_the_result(self, comparison: Path, page: Page) -> None:
+        scores = next(text for text in page.figures if "by round. At the end" in text)
+        assert scores.startswith("Line chart of the accuracy by round. At the end: centralized 0.92, FedAvg 0.83")
+        assert all(re.search(r"\d", text) for text in page.figures)
+
+    def test_a_run_with_a_baseline_opens_with_who_gained(self, tmp_path: Path) -> None:
+        make_run(tmp_path / "run", "decaf")
+        make_run(tmp_path / "run" / "alone", "local")
+        page = page_of(tmp_path / "run")
+        assert page.words["h1"] == ["DeCAF on digits"]
+        assert page.words["h3"][0] == "Together and alone"
+        assert "10 of 10 agents are better off than alone" in page.source
+        assert page.source.index("better off than alone") < page.source.index("<table")
+
+
+class TestFigures:
+    @pytest.mark.parametrize(("suffix", "begins"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")])
+    def test_files_of_every_format(self, tmp_path: Path, suffix: str, begins: bytes) -> None:
+        run = make_run(tmp_path / "run", rounds=1)
+        paths = report.write_figures(run, tmp_path / "figures", suffix)
+        assert len(paths) >= 7
+        assert all(path.suffix == suffix and path.read_bytes().startswith(begins) for path in paths)
+
+    def test_the_command_takes_a_format(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = make_run(tmp_path / "run", rounds=1)
+        assert main(["report", str(run), "--figures", str(tmp_path / "f"), "--format", "svg"]) == 0
+        assert all(path.suffix == ".svg" for path in (tmp_path / "f").iterdir())
+        assert main(["report", str(run), "--format", "svg"]) == 2
+        assert "format: it is that of the files of --figures" in capsys.readouterr().err
 
 
 class TestMistakes:

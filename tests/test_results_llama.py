@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from decaf_lora.runs.build import build_run
@@ -25,22 +24,6 @@ def benchmark():
     return results_llama
 
 
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [
-        (0.02, [0.02, 0.04, 0.01]),
-        (0.04, [0.02, 0.04, 0.08]),
-        (0.16, [0.02, 0.04, 0.08, 0.16, 0.32]),
-        (0.0025, [0.02, 0.04, 0.01, 0.005, 0.0025, 0.00125]),
-    ],
-)
-def test_the_search_ends_with_the_best_rate_between_two_others(benchmark, best, tried):
-    found = {}
-    while (rate := benchmark.next_rate(found, 0.02)) is not None:
-        found[rate] = abs(np.log(rate / best))
-    assert list(found) == pytest.approx(tried)
-
-
 @needs_data
 def test_the_model_reads_text_and_scores_answers(benchmark, tmp_path):
     model = benchmark.story_teller(DATA, tmp_path / "model")
@@ -59,3 +42,24 @@ def test_the_model_reads_text_and_scores_answers(benchmark, tmp_path):
         assert (run.task.classes, run.task.score_name) == (["false", "true"], "F1 (true)")
         assert (len(run.task.labels), run.task.num_test) == (train, 80)
         run.close()
+
+
+@needs_data
+def test_the_search_is_on_held_out_questions(benchmark, tmp_path, monkeypatch):
+    """Every method at its own rates, scored by the perplexity of training questions; none of the test set's."""
+    model = benchmark.story_teller(DATA, tmp_path / "model")
+    text = benchmark.text
+    monkeypatch.setattr(benchmark, "text", lambda *args, **more: shorter(text(*args, **more)))
+    monkeypatch.setattr(benchmark, "ALGORITHMS", ("local", "dlora_fa"))
+    monkeypatch.setattr(benchmark, "RATES", (1e-6, 0.02))
+    found = benchmark.search(model, DATA, tmp_path, "iid")
+    assert {1e-6, 0.02} <= set(found["local"])
+    assert {4e-6, 0.08} <= set(found["dlora_fa"])
+    for scores in found.values():
+        assert 1 < min(scores.values()) < scores[min(scores)]  # it learns at a rate at which something can be learnt
+
+
+def shorter(config):
+    training = config.training.model_copy(update={"steps": 1})
+    task = config.task.model_copy(update={"max_train": 300})
+    return config.model_copy(update={"rounds": 1, "training": training, "task": task})

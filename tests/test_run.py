@@ -72,7 +72,7 @@ def test_a_graph_of_another_size_is_refused():
 
 def test_bytes_are_what_the_messages_hold():
     adapter_bytes = {}
-    for algorithm in ("dlora", "decaf", "dlora_fa", "fedavg", "local"):
+    for algorithm in algorithms.KINDS:
         run = make_run(algorithm, 4)
         *_, last = run.train()
         adapter_bytes[algorithm] = last.bytes_sent
@@ -82,7 +82,13 @@ def test_bytes_are_what_the_messages_hold():
     assert adapter_bytes["dlora"] == adapter_bytes["decaf"] == 2 * (a + b + head)  # two neighbours
     assert adapter_bytes["dlora_fa"] == 2 * (b + head)
     assert adapter_bytes["fedavg"] == a + b + head  # once, to the server
-    assert adapter_bytes["local"] == 0
+    assert adapter_bytes["local"] == adapter_bytes["centralized"] == 0
+    assert adapter_bytes["alternating"] == adapter_bytes["fedsa"] == 2 * (a + head)  # of round 4, A's turn
+    assert adapter_bytes["core"] == 2 * (4 * 2 * 2**2 + head)
+    assert adapter_bytes["decaf_tracked"] == 2 * adapter_bytes["decaf"]
+    assert adapter_bytes["scaffold"] == 2 * adapter_bytes["fedavg"]
+    for same in ("fedprox", "fedadam", "flexlora"):
+        assert adapter_bytes[same] == adapter_bytes["fedavg"]
 
 
 def test_the_recorded_learning_rate_is_that_of_the_rounds_first_step():

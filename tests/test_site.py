@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("mkdocs", reason="the site's extra is not installed: pip install 'decaf-lora[docs]'")
 
-ROOMS = ("algorithms", "graphs", "partition", "tasks", "engines", "integrations", "adapters", "records", "runs")
+ROOMS = ("algorithms", "graphs", "partition", "tasks", "engines", "integrations", "adapters", "records", "runs", "tune")
 
 
 @pytest.fixture(scope="module")

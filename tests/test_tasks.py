@@ -320,7 +320,7 @@ def test_a_checkpoint_of_another_family_is_refused(directories, texts, tmp_path)
 
 
 def test_too_long_texts_are_counted_in_one_warning(directories, texts):
-    with pytest.warns(UserWarning, match=r"task\.max_length: truncated to 6 tokens: \d+ train, \d+ test") as seen:
+    with pytest.warns(UserWarning, match=r"truncated to 6 tokens: \d+ of 24 train, \d+ of 10 test") as seen:
         task = classification(directories, texts, max_length=6)
     assert sum("truncated" in str(w.message) for w in seen) == 1
     lengths = [len(t.split()) + 2 for t in datasets.load_dataset(texts)["train"]["text"]]
@@ -490,6 +490,24 @@ def test_answers_are_scored_by_their_log_softmax(answers, normalized, directorie
             assert ours[i, c].item() == pytest.approx(-loss.item() / (count if normalized else 1), rel=1e-4)
 
 
+@pytest.mark.parametrize("answers", [("no", "yes"), ("no , not good", "yes")])
+def test_training_examples_are_scored_as_test_examples_are(answers, directories, texts):
+    """Against the log-softmax by hand, for a held-out share of the training examples."""
+    task = language(directories, texts, "gpt2", **{**ANSWERS, "answers": answers})
+    tok = transformers.AutoTokenizer.from_pretrained(directories("gpt2"))
+    table = datasets.load_dataset(texts)["train"]
+    rows = np.array([3, 0, 5])
+    batch = task.validation_batch(rows)
+    with torch.no_grad():
+        ours = task.class_scores(batch)
+    for place, row in enumerate(rows):
+        assert batch["labels"][place] == (table[int(row)]["label"] == "good")
+        prompt = tok(f"{table[int(row)]['text']} ? answer :")["input_ids"]
+        for c, answer in enumerate(answers):
+            loss, count = hand_loss(task.model, prompt + tok(answer)["input_ids"], len(prompt))
+            assert ours[place, c].item() == pytest.approx(-loss.item() / count, rel=1e-4)
+
+
 def test_training_of_scored_answers_is_on_the_right_one(directories, texts):
     task = language(directories, texts, **ANSWERS, metric="f1", positive="bad")
     assert (task.score_name, task.classes) == ("F1 (bad)", ["bad", "good"])
@@ -499,7 +517,7 @@ def test_training_of_scored_answers_is_on_the_right_one(directories, texts):
 
 
 def test_too_long_prompts_lose_their_beginning(directories, texts):
-    with pytest.warns(UserWarning, match="truncated to 6 tokens: 24 train, 10 test") as seen:
+    with pytest.warns(UserWarning, match="truncated to 6 tokens: 24 of 24 train, 10 of 10 test") as seen:
         task = language(directories, texts, **{**ANSWERS, "answers": ("no , not", "yes")}, max_length=6)
     assert sum("truncated" in str(w.message) for w in seen) == 1
     batch = task.test_batch(np.arange(10))
@@ -742,6 +760,49 @@ def test_an_own_task_may_read_the_configuration(tmp_path):
 
 
 # Real models
+
+
+# Examples for people
+
+
+def test_examples_are_shown_as_the_model_sees_them(directories, texts, images):
+    first, table = np.array([0]), reviews(24, 0)
+    text, other = table["text"][0], table["other"][0]
+    (shown,) = classification(directories, texts, text_pair_column="other").show_examples(first)
+    assert shown == f"'<s> {text} </s> {other} </s>' ({3 + len(f'{text} {other}'.split())} tokens), label 'good'"
+    (shown,) = language(directories, texts, **ANSWERS, classes=("bad", "good")).show_examples(first)
+    assert shown.startswith(f"'<s> {text} ? answer :', to go on with 'yes' (")
+    (shown,) = language(directories, texts, **INSTRUCTION).show_examples(first)
+    assert shown.startswith(f"'<s> {text} ? answer :', to go on with 'yes , very good </s>' (")
+    (shown,) = language(directories, texts).show_examples(first)
+    assert shown.startswith(f"'<s>', to go on with '{text}")
+    task = make(name="image-text", model=directories("clip"), data=images, templates=("a {}",))
+    (shown,) = task.show_examples(first)
+    assert shown.startswith("an image of 16 x 16 pixels, 3 channels, values from ")
+    assert shown.endswith(f"for 'a {task.classes[task.labels[0]].replace('_', ' ')}'")
+
+
+@pytest.mark.parametrize("options", [{}, {"text_pair_column": "other"}, ANSWERS, INSTRUCTION, "plain", "images"])
+def test_keys_are_equal_where_the_model_is_given_the_same(options, directories, texts, images, tmp_path):
+    """The test set is the training set with one row changed, in an order of its own."""
+    if options == "images":
+        for split in ("train", "test"):
+            shutil.copytree(Path(images) / "train", tmp_path / split)
+        Image.new("RGB", (20, 20)).save(tmp_path / "test" / "red_cat" / "0.png")
+        task = make(name="image-text", model=directories("clip"), data=str(tmp_path))
+    else:
+        rows = reviews(24, 0).to_dict()
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        rows["text"][5] = "tree tree tree"
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "test.parquet")
+        if options in ({}, {"text_pair_column": "other"}):
+            task = classification(directories, str(tmp_path), **options)
+        else:
+            task = language(directories, str(tmp_path), **({} if options == "plain" else options))
+    train, test = task.example_keys("train"), task.example_keys("test")
+    assert (len(train), len(test)) == (len(task.labels), task.num_test)
+    assert len(set(train)) == len(train)
+    assert len(set(train) & set(test)) == len(train) - 1
 
 
 @pytest.fixture(scope="session")

@@ -209,7 +209,9 @@ def test_what_it_refuses():
     for gamma in (0.0, -1.0, 1.5):
         with pytest.raises(UserError, match=r"algorithm\.tracking_gamma: .* not above 0 and at most 1"):
             tracked("dlora", tracking_gamma=gamma)
-    with pytest.raises(UserError, match="fedavg does not take this option; it belongs to decaf, dlora, dlora_fa"):
+    with pytest.raises(
+        UserError, match="fedavg does not take this option; it belongs to core, decaf, dlora, dlora_fa, fedsa"
+    ):
         algorithms.make("fedavg", tracking=True)
     assert algorithms.make("decaf-tracked").name == tracked("decaf").name == "decaf_tracked"
 

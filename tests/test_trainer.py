@@ -392,6 +392,7 @@ def test_trainers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     refused("graph: it joins 3 agents, here are 2", [fine, other], graph=graphs.ring(3))
     refused("agents: decaf needs at least 2, got 1; use local", [fine])
     refused("algorithm: fedavg does not gossip", [fine, other], algorithm="fedavg")
+    refused("algorithm: core trains what a PEFT model does not hold", [fine, other], algorithm="core")
     refused("trainer 0 has no checkpoint", [fine, other], resume_from_checkpoint=True)
     starts = [make_trainer(tmp_path, i, model=make_model(i)) for i in range(2)]
     refused("A, which stays as it starts", starts, algorithm="dlora_fa")
@@ -412,7 +413,10 @@ def test_trainers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "given"),
     [
-        ("federation: GossipCallback does not join", {"federation": "fed.yaml", "name": "alice"}),
+        ("name: missing; federation= and name= go together", {"federation": "fed.yaml"}),
+        ("federation: missing; federation= and name= go together", {"name": "alice"}),
+        ("federation: cannot read nowhere.yaml", {"federation": "nowhere.yaml", "name": "alice"}),
+        ("trust: it belongs to a federation", {"trust": "7c41"}),
         ("store: missing", {}),
         ("store: '10.0.0.1:29500' is no address", {"store": "10.0.0.1:29500", "agent": 0, "agents": 2}),
         ("store: 'tcp://here:70000' is no address", {"store": "tcp://here:70000", "agent": 0, "agents": 2}),

@@ -24,10 +24,10 @@ _LAZY = {
     "Task": "tasks.base",
     "UserError": "errors",
 }
-_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks")
+_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks", "tune")
 
 if TYPE_CHECKING:
-    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, runs, tasks
+    from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, runs, tasks, tune
     from decaf_lora.adapters.adapter import Adapter
     from decaf_lora.algorithms import Algorithm
     from decaf_lora.config import TrainingConfig
@@ -67,4 +67,5 @@ __all__ = [
     "partition",
     "runs",
     "tasks",
+    "tune",
 ]

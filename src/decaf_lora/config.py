@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
@@ -24,14 +23,16 @@ from pydantic import (
 )
 
 from decaf_lora import kinds
-from decaf_lora.errors import UserError, nearest
+from decaf_lora.errors import UserError
 from decaf_lora.frozen import Frozen
+from decaf_lora.validation import OWN as OWN
+from decaf_lora.validation import checked
+from decaf_lora.validation import explain as explain
+from decaf_lora.validation import fields as fields
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_EXCHANGES = 10_000
 """Exchanges that a round may have."""
-OWN = "own"
-"""The field of a section that holds the options of a kind which is not of this package."""
 
 
 class Section(Frozen):
@@ -232,43 +233,63 @@ class LoraOptions(Frozen):
 class AlgorithmConfig(Section):
     """What agents send and how they combine what they receive. Unset options take the algorithm's own default."""
 
-    described = frozenset({"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "fedavg", "centralized"})
+    described = frozenset(
+        {"local", "dlora", "dlora-fa", "decaf", "decaf-tracked", "alternating", "fedsa", "core", "fedavg", "fedprox"}
+        | {"fedadam", "scaffold", "flexlora", "centralized"}
+    )
 
     name: str = "decaf"
-    """local, dlora, dlora_fa, decaf, decaf_tracked, fedavg, centralized, or `file.py:function`."""
+    """On a graph: dlora, dlora_fa, decaf, decaf_tracked, alternating, fedsa, core. With a server: fedavg, fedprox,
+    fedadam, scaffold, flexlora. Without exchange: local, centralized. Or `file.py:function`. docs/methods.md has a
+    paragraph on each."""
     gauge: str | None = None
-    """decaf: the gauge, that is, how the singular values of a product BA are shared between B and A: balanced,
-    orthonormal, anchored, balanced-rotated, orthonormal-rotated, or rotated (the default rotated one)."""
+    """decaf, flexlora: the gauge, that is, how the singular values of a product BA are shared between B and A:
+    balanced, orthonormal, anchored, balanced-rotated, orthonormal-rotated, or rotated (the default rotated one)."""
     order: Literal["adapt-combine", "combine-adapt"] | None = None
-    """dlora, dlora_fa, decaf: take the local steps before the exchange (adapt-combine) or after it (combine-adapt)."""
+    """dlora, dlora_fa, decaf, fedsa, core: take the local steps before the exchange (adapt-combine) or after it
+    (combine-adapt)."""
     moments: Literal["keep", "reset", "transport"] | None = None
-    """What happens to Adam's moments after an exchange. dlora, dlora_fa, decaf: keep or reset. decaf: also transport,
-    which rotates the moments together with the factors."""
+    """What happens to Adam's moments after an exchange. dlora, dlora_fa, decaf, fedsa, core: keep or reset. decaf:
+    also transport, which rotates the moments together with the factors."""
     reference: Literal["average", "own"] | None = None
-    """decaf: the factors that rotated gauges rotate the new factors towards: the average of the neighbours' factors, or
-    the agent's own."""
+    """decaf: the factors that rotated gauges rotate the new factors towards: the average of the neighbours' factors,
+    or the agent's own."""
     relay_rank: int | None = Field(None, ge=1)
     """decaf: the rank to which stacked products are cut between the exchanges of one round (gossip_steps above 1).
     Unset: they are forwarded whole."""
     tracking: bool | None = None
-    """dlora, dlora_fa, decaf: gradient tracking, which corrects the drift of the local steps towards an agent's own
-    data. Twice the bytes. `decaf_tracked` is decaf with tracking."""
+    """dlora, dlora_fa, decaf, fedsa, core: gradient tracking, which corrects the drift of the local steps towards an
+    agent's own data. Twice the bytes. `decaf_tracked` is decaf with tracking."""
     tracking_gamma: float | None = Field(None, gt=0, le=1)
-    """Gradient tracking: the share of each update that a correction takes on. 1 is plain gradient tracking; less damps
-    it."""
+    """Gradient tracking: the share of each update that a correction takes on. 1 is plain gradient tracking; less
+    damps it."""
     truncation_feedback: float | None = Field(None, gt=0, le=1)
     """decaf: keep what a truncation cuts off, at rank r, and add it, times this factor, before the next truncation. 1
     forgets nothing. Unset: off."""
     quasi_global: float | None = Field(None, ge=0, lt=1)
-    """dlora, dlora_fa, decaf: quasi-global momentum. After each exchange, point the optimizer's momentum along the
-    change of the averaged model. The value is the decay over rounds: 0 uses the last round only, 0.9 a long average.
-    No extra bytes. Unset: off."""
+    """dlora, dlora_fa, decaf, fedsa, core: quasi-global momentum. After each exchange, point the optimizer's momentum
+    along the change of the averaged model. The value is the decay over rounds: 0 uses the last round only, 0.9 a long
+    average. No extra bytes. Unset: off."""
     messages: Literal["full", "int8"] | None = None
-    """dlora, dlora_fa, decaf: send numbers as they are (full), or as int8 with error feedback, which takes a quarter of
-    the bytes."""
+    """All on a graph: send numbers as they are (full), or as int8 with error feedback, which takes a quarter of the
+    bytes."""
+    interval: int | Literal["auto"] | None = None
+    """alternating: rounds until the other factor's turn; auto takes it from the graph, 1 / sqrt(1 - sigma_2)."""
+    mixes: Literal["trained", "both"] | None = None
+    """alternating: send the factor that is trained, or both factors."""
+    proximal: float | None = Field(None, ge=0)
+    """fedprox: the weight of the term that holds agents near the server's model."""
+    server_learning_rate: float | None = Field(None, gt=0)
+    """fedadam: the size of the server's step. Tune it together with training.learning_rate."""
+    server_momentum: float | None = Field(None, ge=0, lt=1)
+    """fedadam: the decay of the server's first moment, beta_1."""
+    server_beta_2: float | None = Field(None, ge=0, lt=1)
+    """fedadam: the decay of the server's second moment."""
+    server_epsilon: float | None = Field(None, gt=0)
+    """fedadam: the mean change below which the server's steps get shorter, tau."""
     transforms: tuple[str, ...] = ()
-    """Transforms to lay over the algorithm, of your own or of an installed package, such as
-    `mine.py:noise:scale=0.1`."""
+    """Transforms to lay over an algorithm on a graph: personal_head, outer_momentum:0.9, proximal:0.01, or your own
+    or an installed package's, such as `mine.py:noise:scale=0.1`."""
 
     def options(self) -> dict[str, Any]:
         """The options that were set, by name."""
@@ -287,8 +308,9 @@ class TrainingConfig(Frozen):
     """Number of examples of one agent in one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
-    learning_rate: float = Field(5e-3, gt=0)
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = 5e-3
+    """Peak learning rate. auto: `decaf run` and `decaf compare` first choose one on a held-out share of the training
+    examples (docs/tune.md)."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay: decoupled for AdamW, added to the gradient for SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -315,10 +337,24 @@ class TrainingConfig(Frozen):
     def _check(self) -> TrainingConfig:
         if isinstance(self.agents_per_pass, int) and self.agents_per_pass < 1:
             raise ValueError("agents_per_pass must be at least 1, or auto")
+        if self.learning_rate != "auto" and self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0, or auto")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas must lie in [0, 1)")
         return self
 
+    @property
+    def peak(self) -> float:
+        """`learning_rate` as a number; UserError while it is still to be chosen."""
+        if self.learning_rate == "auto":
+            raise UserError(
+                "training.learning_rate: auto is chosen by `decaf run` and `decaf compare`, in one process; here give "
+                "a number, which `decaf tune` finds."
+            )
+        return self.learning_rate
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _FILES = re.compile(r"(?:(?:shots|up[-_]to):\d+/)?files:(.+)")
 
@@ -352,9 +388,20 @@ class RunConfig(Frozen):
     """Number of rounds. A round is the local steps and the exchange."""
     seed: int = Field(0, ge=0)
     """Seed of the partition, the start, the batches and random graphs."""
-    test: Literal["all", "own", "both"] = "all"
+    test: Literal["all", "own", "both", "alike"] = "all"
     """Which test examples score an agent: all, those of its own site (own), or both. `own` and `both` need a partition
-    by column or files, and test examples that have this column."""
+    by column or files, and test examples that have this column. `alike`: all, and beside them test examples of the
+    classes that the agent holds, in the shares in which it holds them; for personal models (docs/methods.md)."""
+    validation_share: float | None = Field(None, gt=0, lt=1)
+    """Hold out this share of every agent's training examples, and score on these in place of the test set. `decaf tune`
+    does it by itself. Unset: no share."""
+    baseline: tuple[Literal["alone", "pooled"], ...] = ()
+    """What to train as well, to see whether training together has helped: `alone`, every agent on its own data with as
+    many steps from the same start; `pooled`, one model on everybody's data, in simulation only."""
+    baseline_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the baselines. Unset: `training.learning_rate`."""
+    setting: str | None = Field(None, min_length=1, max_length=100)
+    """Name of the run in tables and figures. Unset: the algorithm's."""
     evaluate_every: int = Field(5, ge=1)
     """Number of rounds from one evaluation on the test set to the next. The last round is always evaluated."""
     measure_every: int = Field(1, ge=1)
@@ -391,6 +438,14 @@ class RunConfig(Frozen):
             raise ValueError("give a name, or a mapping with the field `name` and options")
         return kinds.joined(value["name"], {k: v for k, v in value.items() if k != "name"}, str(info.field_name))
 
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _one_baseline(cls, value: Any) -> Any:
+        """Reads one name as a list of one, and drops repetitions."""
+        if isinstance(value, str):
+            return (value,)
+        return tuple(dict.fromkeys(map(str, value))) if isinstance(value, list | tuple) else value
+
     @field_validator("gossip_steps")
     @classmethod
     def _check_gossip(cls, value: int | Literal["period"]) -> int | Literal["period"]:
@@ -414,6 +469,9 @@ class CompareConfig(RunConfig):
     """Seeds to run. Tables show mean and standard deviation over them."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Learning rates of algorithms, by name, that differ from `training.learning_rate`."""
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further rows, by name: the fields in which each differs from the base run, such as
+    `{recommended: {algorithm.name: decaf_tracked, gossip_steps: 4}}`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -432,42 +490,9 @@ def load(kind: type[RunConfig], path: Path) -> RunConfig:
     return build(kind, values)
 
 
-def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
-    """A configuration of `kind` from plain values; UserError in one line that names the first field at fault."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(kind, error)) from error
-
-
-def explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first fault of a validation as `field: what is wrong, what to do`."""
-    fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "config"
-    if fault["type"] == "extra_forbidden":
-        close = nearest(where, fields(kind))
-        return f"{where}: unknown field." + (f" Did you mean {close[0]}?" if close else "")
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault.get("input")
-    shown = ""
-    if isinstance(given, str | int | float | bool | None) and abs(given if isinstance(given, int) else 0) < 10**30:
-        shown = f" (got {given!r})" if len(repr(given)) < 80 else f" (got {repr(given)[:80]} ...)"
-    if fault["type"] == "string_type" and isinstance(given, int | float):
-        shown += "; write it in quotes"
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}."
-
-
-def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a configuration, such as "training.steps"; `prefix` goes before each."""
-    names = []
-    for name, field in kind.model_fields.items():
-        if name == OWN:
-            continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += fields(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
+def build(kind: type[_Model], values: dict[str, Any]) -> _Model:
+    """A configuration of `kind` from plain values; UserError as `checked` raises it."""
+    return checked(kind, values)
 
 
 def dump(config: BaseModel) -> str:

@@ -8,7 +8,7 @@ import difflib
 import errno
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _WINDOWS = sys.platform == "win32"
 
@@ -35,6 +35,11 @@ class TrainingError(UserError):
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """At most `count` names of `known` that look most like `name`, best first, for "did you mean"."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+
+
+def listed(names: Sequence[object], most: int = 5) -> str:
+    """The first `most` names for a message, and how many more there are."""
+    return ", ".join(str(n) for n in names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 
 def unknown(field: str, name: str, known: Iterable[str]) -> UserError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
-from decaf_lora.algorithms.contract import Round, Setting
+from decaf_lora.algorithms.contract import Round, Rule, Setting
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.engines.base import Engine, Pending, Sizes
@@ -86,6 +87,33 @@ def refuse_alone(algorithm: Algorithm, schedule: Schedule, steps: int) -> None:
             f"algorithm.tracking: over the {rounds} rounds of {schedule.name} it needs agents that never miss one; use "
             "a graph that stays the same, or leave tracking out."
         )
+
+
+def refuse_start(
+    rule: Rule, uniform: bool, common_start: bool, adapters: Sequence[str | PathLike[str] | None] | None
+) -> None:
+    """Checks that a rule allows how the agents start.
+
+    Args:
+        rule: what the agents are to run.
+        uniform: whether they have one rank and scale.
+        common_start: whether they start with one random A.
+        adapters: where the adapters are that they start from instead, one for each; None: nowhere.
+
+    Raises:
+        UserError: the rule begins with factors of its own, or needs agents that are alike.
+    """
+    if rule.begin is not None and adapters is not None:
+        raise UserError(f"init_adapters: {rule.name} begins with factors of its own; leave them out, or use decaf.")
+    found = ""
+    if not uniform:
+        found = "lora.ranks: the agents differ in rank or scale"
+    elif adapters is not None and len(set(map(str, adapters))) > 1:
+        found = "init_adapters: the agents start from different adapters"
+    elif adapters is None and not common_start:
+        found = "start: the agents start apart"
+    if rule.alike and found:
+        raise UserError(f"{found}, but {rule.name} needs them alike; make them so, or use decaf.")
 
 
 def _neighbours(schedule: Schedule, agent: int) -> tuple[int, ...]:
@@ -166,7 +194,7 @@ class Exchange:
         ranks: Mapping[str, Sequence[int]] | None = None,
         phase: Phases = unwatched,
     ) -> None:
-        self.algorithm, self.schedule, self.engine = algorithm, schedule, engine
+        self.schedule, self.engine = schedule, engine
         self.gossip_steps, self.phase = gossip_steps, phase
         self._ranks = ranks or {}
         # The period of a random schedule takes long to find, and some never reach all agents. So it is computed only
@@ -181,13 +209,19 @@ class Exchange:
             () if len(engine.reports) == engine.num_agents else _neighbours(schedule, engine.agents[0]),
             lambda: schedule.sigma_2_per_round**gossip_steps,
         )
-        self.rounds, self.trained = rounds, algorithm.trained(rounds, period)
+        self.algorithm = algorithm.fitted(self.setting)
+        """The algorithm as it is in this run."""
+        self.rounds, self.trained = rounds, self.algorithm.trained(rounds, period)
         """The factors that the local steps may change in some round."""
         self._windows = functools.lru_cache(maxsize=64)(schedule.window)
 
     def round(self, number: int) -> Round:
         """Round `number`, from 1."""
         return Round(number, self.setting.period)
+
+    def begin(self, adapter: Adapter) -> Adapter:
+        """The adapter to begin with (`Rule.begin`)."""
+        return self.algorithm.begin(adapter, self.setting)
 
     def init(self, adapter: Adapter) -> State:
         """The algorithm's state before the first round."""
@@ -208,6 +242,24 @@ class Exchange:
             inbox = Inbox.from_weights(hops[-1][0], np.eye(self.setting.num_agents), everybody, everybody)
             hops.append((self.algorithm.relay(adapter, inbox, self.round(1))[0], {}))
         return Templates(hops, self._held(adapter))
+
+    def bytes_per_round(self, adapter: Adapter) -> float:
+        """Bytes that an agent will send in a round, mean over the rounds of a period and the agents reported.
+
+        No message is sent. Of a schedule that never repeats, the mean is over the first 8 rounds.
+        """
+        if self.algorithm.topology not in ("graph", "server"):
+            return 0.0
+        period, templates = self.schedule.period, self.templates(adapter)
+        rounds = 8 if period is None else math.lcm(period, self.gossip_steps) // self.gossip_steps
+        return (
+            sum(
+                self._bytes_of(message, graph, sizes)
+                for number in range(1, rounds + 1)
+                for (message, sizes), graph in zip(templates.hops, self._hops(number), strict=True)
+            )
+            / rounds
+        )
 
     def start(self, adapter: Adapter, state: State, number: int) -> Started:
         """Sends the message of round `number`. `adapter` and `state` must not change until `finish`."""
@@ -284,8 +336,8 @@ class Exchange:
         self.engine.hold(self._held(adapter))
 
     def _held(self, adapter: Adapter) -> Tensors:
-        """The tensors that the rule trains in some round, and so may combine."""
-        return adapter.message(self.trained)
+        """The tensors that the rule trains in some round and does not keep to the agent, and so may combine."""
+        return adapter.message(self.trained - self.algorithm.personal)
 
     def _make(self, adapter: Adapter, started: Started) -> tuple[Round, State, Inbox, Tensor | None, _Costs]:
         """Makes all exchanges of a round. If the neighbours have gone on meanwhile, starts again with their round."""

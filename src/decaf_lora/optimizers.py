@@ -95,9 +95,9 @@ def step(
 def learning_rate(config: TrainingConfig, progress: float) -> float:
     """The learning rate at `progress` of the whole run, in [0, 1]: linear warm-up, then the schedule."""
     if progress < config.warmup:
-        return config.learning_rate * progress / config.warmup
+        return config.peak * progress / config.warmup
     t = (progress - config.warmup) / (1 - config.warmup)
-    peak, final = config.learning_rate, config.final_learning_rate
+    peak, final = config.peak, config.final_learning_rate
     if config.schedule == "linear":
         return final + (peak - final) * (1 - t)
     if config.schedule == "cosine":

@@ -28,7 +28,7 @@ from decaf_lora.batches import local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Engine, Pending, Simulate
 from decaf_lora.errors import UserError
-from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round, refuse_alone
+from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round, refuse_alone, refuse_start
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Given, Own, Partition, named_alike
@@ -57,7 +57,8 @@ class Run:
         init_adapters: PEFT directories that agents start from, one for each (None: a fresh start), of any rank.
             Centralized training starts from their average, at the largest rank.
         gossip_steps: exchanges in a round, each on the next graph of the schedule; "period": a whole period.
-        test: which test examples score an agent's model: all, the agent's own (`Partition.tests`), or both.
+        test: which test examples score an agent's model: all, the agent's own (`Partition.tests`), both, or
+            all and those of the classes that the agent holds, in its shares (alike).
         evaluate_every: number of rounds from one evaluation of the agents' models and of the averaged model to the
             next. The last round is always evaluated.
         measure_every: the same for consensus distance, interference and truncation tail.
@@ -84,7 +85,7 @@ class Run:
         common_start: bool = True,
         init_adapters: Sequence[str | Path | None] | None = None,
         gossip_steps: int | Literal["period"] = 1,
-        test: Literal["all", "own", "both"] = "all",
+        test: Literal["all", "own", "both", "alike"] = "all",
         evaluate_every: int = 5,
         measure_every: int = 1,
         eval_batch_size: int = 256,
@@ -128,10 +129,10 @@ class Run:
             schedule = as_schedule(Graph.server([len(shards[i]) for i in range(agents)]))
         elif topology != "graph":
             schedule = as_schedule(complete(self.engine.num_agents))
-        self.task, self.algorithm, self.schedule, self.partition = task, algorithm, schedule, partition
-        self.training, self.rounds, self.seed = training, rounds, seed
-        self.evaluate_every, self.measure_every = evaluate_every, measure_every
-        self.test, self._tests = test, partition.own_tests() if test != "all" else ()
+        self.task, self.schedule, self.partition = task, schedule, partition
+        self.training, self.rounds, self.seed, self.measure_every = training, rounds, seed, measure_every
+        self.evaluate_every, self.test = evaluate_every, test
+        self._tests = partition.tests_of(test, task.test_labels, seed)
         self.attached = attach(task.model, lora or task.default_lora())
         ranks = [sum(s.rank for s in self.attached.sites_of(i).values()) for i in range(agents)]
         self._largest = int(np.argmax(ranks))
@@ -148,6 +149,7 @@ class Run:
             ranks=None if self.attached.uniform or topology == "pooled" else self._ranks(),
             phase=self.phase,
         )
+        self.algorithm = self.exchange.algorithm  # fitted to the graph
         self.trainer = Trainer(
             task,
             self.attached,
@@ -159,7 +161,7 @@ class Run:
             steps_in_round=int(local_steps(training, list(shards.values())).max()),
         )
         try:
-            self.adapter: Adapter = self._first_adapter(common_start, init_adapters)
+            self.adapter: Adapter = self.exchange.begin(self._first_adapter(common_start, init_adapters))
             self.state: State = self.exchange.init(self.adapter)
             self.trainer.prepare(self.adapter)
         except BaseException:
@@ -192,6 +194,7 @@ class Run:
     def _first_adapter(self, common_start: bool, directories: Sequence[str | Path | None] | None) -> Adapter:
         pooled = self.algorithm.topology == "pooled"
         agents = self.engine.agents
+        refuse_start(self.algorithm.rule, self.attached.uniform, common_start, directories)
         if pooled:  # one agent stands for all
             agents = [self._largest] if directories is None else list(range(len(directories)))
         adapter = self.attached.init(agents, self.seed, common_start)
@@ -356,14 +359,8 @@ class Run:
         with self.phase("combine"):
             self.trainer.moments_after(self.algorithm, self.state)
         if not self.sees_all:
-            self._note(exchanged.inbox)
+            self._noted |= exchanged.inbox.notes()
         return exchanged
-
-    def _note(self, inbox: Inbox) -> None:
-        """Notes what the record of an agent says that does not see all others."""
-        waited = {str(j): seconds for j, seconds in inbox.waited.items()}
-        rejected = list(inbox.rejected) or None
-        self._noted |= {"weights": inbox.weights_of_first(), "waited": waited or None, "rejected": rejected}
 
     def _measure(self, inbox: Inbox) -> None:
         """Measures interference and truncation tail of the messages that arrived."""
@@ -400,7 +397,7 @@ class Run:
                     scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
-                adapters = as_adapter(self._collected())
+                adapters = as_adapter(self._collected()).folded()
                 if measured:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
@@ -430,7 +427,7 @@ class Run:
         """The adapters of all N agents (in a mesh: of the own one) in the main process; None in other processes."""
         self._collect()
         gathered = self._collected()
-        return as_adapter(gathered) if gathered else None
+        return as_adapter(gathered).folded() if gathered else None
 
     def save_adapter(self, directory: str | Path, agent: int | str = consensus.AVERAGED) -> None:
         """Writes one agent's adapter, or the averaged model, as a PEFT directory, with its tokenizer and a card.
@@ -450,6 +447,8 @@ class Run:
         if adapters is not None:
             place = known.index(agent) if isinstance(agent, int) else agent
             made = {"algorithm": self.algorithm.name, "agents": self.partition.num_agents, "rounds": self.round}
+            if self.partition.names and isinstance(agent, int):
+                made["model"] = f"agent {agent}, {self.partition.names[agent]}"
             write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def _random(attached: Attached, adapter: Adapter) -> Adapter:
             # Of a size at which an adapter adds about a third of its input's size.
             scale = like.scale[layer][:, None, None].clamp_min(1e-6)
             tensors[name] = draw(name, t) * (0.3 / math.sqrt(t.shape[-1])) / scale
+        elif group == "core":
+            tensors[name] = draw(name, t)
         else:
             spread = attached.extras[layer].detach().float().square().mean().sqrt().to(t)
             tensors[name] = t + 0.3 * (spread + 0.1) * draw(name, t)

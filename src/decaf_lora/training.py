@@ -31,7 +31,7 @@ from decaf_lora.precision import work_device
 from decaf_lora.randomness import derive_seed
 from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
 
-GROUPS: tuple[Factor, ...] = ("A", "B", "extras")
+GROUPS: tuple[Factor, ...] = ("A", "B", "core", "extras")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Shape:
 
 
 class FlatGroup:
-    """The tensors of one kind (all A, all B, or all extras) of n agents as one matrix (n, P)."""
+    """The tensors of one kind (all A, all B, all cores, or all extras) of n agents as one matrix (n, P)."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.shapes = [Shape(name, tuple(t.shape[1:])) for name, t in tensors.items()]
@@ -183,7 +183,7 @@ class Trainer:
             gradients, step_losses = self._gradients(flats, adapter, trained, batches, active)
             self._check_finite("loss", step_losses, f"in round {round_.number}, step {step + 1}")
             losses = losses + step_losses
-            gradients, state = self._steer(algorithm, state, gradients, round_)
+            gradients, state = self._steer(algorithm, state, flats, gradients, round_)
             if self.config.clip_norm is not None:
                 optimizers.clip_([gradients[g] for g in trained], self.config.clip_norm)
             lr = self._learning_rate(round_.number, step, rounds)
@@ -196,8 +196,8 @@ class Trainer:
         for group in trained:  # A finite loss can still have a non-finite gradient.
             flat = flats[group].to(work_device(self.device))
             self._check_finite("adapter", flat.sum(-1, dtype=torch.float64), f"after round {round_.number}")
-        parts = {g: self._unpack(g, flats) for g in GROUPS}
-        return replace(adapter, A=parts["A"], B=parts["B"], extras=parts["extras"]), state, losses
+        parts: dict[str, Tensors] = {g: self._unpack(g, flats) for g in GROUPS}
+        return replace(adapter, **parts), state, losses
 
     def _learning_rate(self, number: int, step: int, rounds: int) -> float | Tensor:
         """The learning rate in a step of a round; (n, 1) where agents may take unequal numbers of steps.
@@ -293,7 +293,8 @@ class Trainer:
             with self.attached.bind(adapter.select([place if adapter.num_agents > 1 else 0])), self._autocast():
                 parts = [
                     self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
-                    for indices in np.split(own, range(self.eval_batch_size, len(own), self.eval_batch_size))
+                    # A copy: torch warns of indices that cannot be written to.
+                    for indices in np.split(own.copy(), range(self.eval_batch_size, len(own), self.eval_batch_size))
                 ]
             totals.append(torch.stack(parts).sum(0))
         return self.task.score(torch.cat(totals))
@@ -329,6 +330,7 @@ class Trainer:
                 self._unpack("B", leaves),
                 {name: s[index] for name, s in adapter.scale.items()},
                 self._unpack("extras", leaves),
+                core=self._unpack("core", leaves),
             )
             batch = self._to_device(self.task.train_batch(np.concatenate([batches[i] for i in rows])))
             with self.attached.bind(bound, self._masks(rows)):
@@ -347,10 +349,18 @@ class Trainer:
             yield rows[low : low + self.agents_per_pass]
 
     def _steer(
-        self, algorithm: Algorithm, state: State, gradients: dict[str, Tensor], round_: Round
+        self,
+        algorithm: Algorithm,
+        state: State,
+        flats: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        round_: Round,
     ) -> tuple[dict[str, Tensor], State]:
-        named = {f"{g}/{name}": t for g, flat in gradients.items() for name, t in self._layouts[g].unpack(flat).items()}
-        steered, state = algorithm.steer(state, named, round_)
+        named, values = (
+            {f"{g}/{k}": t for g in gradients for k, t in self._layouts[g].unpack(of[g]).items()}
+            for of in (gradients, flats)
+        )
+        steered, state = algorithm.steer(state, named, round_, values)
         if steered is named:
             return gradients, state
         return {

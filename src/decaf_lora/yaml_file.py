@@ -110,6 +110,14 @@ def read_yaml(path: Path, field: str, most_bytes: int = MOST_BYTES) -> Any:
         raise UserError(f"{field}: {path} is not YAML ({str(error)[:300]}).") from error
 
 
+def parse_scalar(text: str) -> Any:
+    """The value that `text` means where it stands in a YAML file: a number, a word, a list; itself if it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (UserError, RecursionError, yaml.YAMLError, ValueError, TypeError, AttributeError):
+        return text
+
+
 def _meant(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node means: what an alias stands for counts each time. 0 in `known` marks an open node."""
     if id(node) in known:

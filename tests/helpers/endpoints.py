@@ -113,7 +113,11 @@ class Proxy:
             if not self.open:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self.target))
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:  # nobody listens there yet
+                near.close()
+                continue
             for end in (near, far):  # a slow line holds little
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             self._sockets += [near, far]

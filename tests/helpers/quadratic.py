@@ -59,14 +59,14 @@ def train(problem, algorithm, graph, rounds, steps=5, learning_rate=0.05, each_r
     """`rounds` of `steps` SGD steps and an exchange; `learning_rate` may be a function of the round's number."""
     adapter = problem.start
     exchange = Exchange(algorithm, as_schedule(graph), Simulate(adapter.num_agents))
-    state = exchange.init(adapter)
+    algorithm, state = exchange.algorithm, exchange.init(adapter)
     for number in range(1, rounds + 1):
         round_ = exchange.round(number)
         lr = learning_rate(number) if callable(learning_rate) else learning_rate
         for _ in range(steps):
             gradients = problem.gradients(adapter, algorithm.trains(round_))
-            gradients, state = algorithm.steer(state, gradients, round_)
             values = adapter.tensors()
+            gradients, state = algorithm.steer(state, gradients, round_, values)
             adapter = adapter.with_tensors({k: values[k] - lr * g for k, g in gradients.items()})
         done = exchange.finish(adapter, exchange.start(adapter, state, number))
         adapter, state = done.adapter, done.state

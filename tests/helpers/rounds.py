@@ -1,5 +1,7 @@
 """One exchange of an algorithm without a run, and what its parts are given."""
 
+import torch
+
 from decaf_lora.algorithms import Round, Setting
 from decaf_lora.engines import Simulate
 from decaf_lora.exchange import Exchange
@@ -10,6 +12,14 @@ def setting(adapter, period=1):
     """Of all the agents of `adapter` in one process."""
     n = adapter.num_agents
     return Setting(tuple(range(n)), n, period=period)
+
+
+def begun(algorithm, adapter):
+    """`adapter` as the algorithm begins with it; cores, which begin as 0, hold random numbers."""
+    adapter = algorithm.begin(adapter, setting(adapter))
+    draw = torch.Generator().manual_seed(1)
+    cores = {f"core/{k}": torch.randn(t.shape, generator=draw, dtype=t.dtype) for k, t in adapter.core.items()}
+    return adapter.with_tensors(cores)
 
 
 def repeated(graph, period):

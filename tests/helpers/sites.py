@@ -1,7 +1,9 @@
 """Sites of a federation on this machine: each agent a process, forked from one that has imported everything.
 
 As a program it does what its standard input says, one line each: `start FOLDER NAME OPTION...`, `kill FOLDER NAME`,
-`term FOLDER NAME`, `wait FOLDER NAME`; it answers each line, a wait with the exit code.
+`term FOLDER NAME`, `stop FOLDER NAME` (SIGSTOP), `continue FOLDER NAME`, `alive FOLDER NAME`, `wait FOLDER NAME`. It
+answers each line, a start with the process's number, a wait with the exit code. An option @NAME=VALUE of a start sets
+an environment variable; @NAMESPACE is the network namespace to run in.
 """
 
 import multiprocessing
@@ -10,6 +12,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import network
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP, "continue": signal.SIGCONT}
 
 WAIT = 300.0
 """Seconds until a test stops to wait for a process."""
@@ -53,16 +59,25 @@ class Sites:
         part.rename(self.folder / f"{name}.brake")
 
     def held(self, name):
-        return (self.folder / f"{name}.held").exists()
+        """Whether it stands where `brake` has said."""
+        held, brake = self.folder / f"{name}.held", self.folder / f"{name}.brake"
+        return held.exists() and int(held.read_text()) >= int(brake.read_text())
 
     def release(self, name):
-        (self.folder / f"{name}.brake").unlink()
+        (self.folder / f"{name}.brake").unlink(missing_ok=True)
 
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
 
 
 def _child(folder, name, options):
+    for setting in [option[1:] for option in options if option.startswith("@")]:
+        variable, _, value = setting.partition("=")
+        if variable == "NAMESPACE":
+            network.enter(value)
+        else:
+            os.environ[variable] = value
+    options = [option for option in options if not option.startswith("@")]
     log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -88,10 +103,14 @@ def _serve():
             process = context.Process(target=_child, args=(Path(folder), name, options))
             process.start()
             running[folder, name] = process
-            print("started", flush=True)
-        elif what in ("kill", "term"):
-            os.kill(running[folder, name].pid, signal.SIGKILL if what == "kill" else signal.SIGTERM)
-            print("sent", flush=True)
+            print(process.pid, flush=True)
+        elif what in SIGNALS:
+            alive = running[folder, name].is_alive()
+            if alive:
+                os.kill(running[folder, name].pid, SIGNALS[what])
+            print("sent" if alive else "has ended", flush=True)
+        elif what == "alive":
+            print("yes" if running[folder, name].is_alive() else "no", flush=True)
         else:
             running[folder, name].join(WAIT)
             code = running[folder, name].exitcode

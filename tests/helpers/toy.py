@@ -63,3 +63,30 @@ class Toy(Task):
 def make_toy() -> Toy:
     """For `--task tests/helpers/toy.py:make_toy`."""
     return Toy()
+
+
+class Sealed(Toy):
+    """The toy whose test set must not be seen."""
+
+    def test_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        raise AssertionError("somebody has looked at the test set")
+
+
+def make_sealed() -> Sealed:
+    """For `--task tests/helpers/toy.py:make_sealed`."""
+    return Sealed()
+
+
+class Distance(Toy):
+    """A task whose score is a loss."""
+
+    score_name, lower_is_better = "cross-entropy", True
+
+    def statistics(self, batch: dict[str, torch.Tensor], agents: int) -> torch.Tensor:
+        losses = self.losses(batch, agents) * (len(batch["y"]) / agents)
+        return torch.stack([losses, torch.full_like(losses, len(batch["y"]) / agents)], 1)
+
+
+def make_distance() -> Distance:
+    """For `--task tests/helpers/toy.py:make_distance`."""
+    return Distance()

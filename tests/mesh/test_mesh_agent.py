@@ -73,7 +73,12 @@ def test_three_agents_end_bit_equal_to_the_simulation(tmp_path, sites):
     """carol can only dial out: her neighbours never call her."""
     config, options = federation(tmp_path, dial_only=["carol"])
     for name in NAMES:
+        sites.brake(name, 0)  # whoever is ready first waits a second for the others, which may need longer
         sites("start", name, *options[name])
+    until(lambda: all(sites.held(name) for name in NAMES))
+    until(lambda: all(edge.up for name in NAMES for edge in said(tmp_path, name).neighbours))
+    for name in NAMES:
+        sites.release(name)
     assert sites.wait(*NAMES) == dict.fromkeys(NAMES, 0), sites.log("alice")
     with build_run(config) as run:
         records = list(run.train())

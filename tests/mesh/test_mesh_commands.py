@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import tiny
 from decaf_lora.cli import federation, main
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.federation import checking, commands, file, keys, status
+from decaf_lora.federation.terms import GOOD
 from endpoints import PATIENCE, QUICK, Heard, until
 
 NAMES = ("alice", "bob", "carol")
@@ -90,12 +92,16 @@ def test_what_the_people_do(place, said):
     for name in NAMES:
         assert "PRIVATE" not in (place / f"{name}.request").read_text()
     out = said("check", fed, "--name", "alice", "--trust", told(place))
-    assert [line.split()[0] for line in out.splitlines()] == ["right"] * 7 + ["open", "right"]
-    assert "data: 800 examples to learn from, 10 labels among them; one batch gives the loss " in out
+    *lines, _, last = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["right"] * 15 + ["open", "right"]
+    assert "data: 800 examples to learn from of 10 classes, 397 to score on (accuracy)." in out
+    assert "right  one batch: goes through the model; its loss is " in out
+    assert "this agent sends 24.6 kB a round, 737 kB in all; the agent trains alone first" in out
+    assert last.startswith("Nothing is wrong. 1 thing is open: it can begin once the others are there.")
     assert "bob not reached: 127.0.0.1:1: Connection refused" in out
     assert "carol dials this agent" in out
     as_json = json.loads(said("check", fed, "--name", "alice", "--json"))  # the trust is kept
-    assert [finding["verdict"] for finding in as_json] == ["right"] * 7 + ["open", "right"]
+    assert [finding["verdict"] for finding in as_json] == ["right"] * 15 + ["open", "right"]
 
 
 def test_help_names_every_command(said):
@@ -150,6 +156,30 @@ def test_init_refuses_what_cannot_work(tmp_path, fails, arguments, what):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("row", "holds"),
+    [
+        ("--algorithm decaf_tracked --graph base:5 --gossip_steps period --algorithm.messages int8", False),
+        ("--algorithm decaf_tracked --graph base:5 --gossip_steps 2 --algorithm.messages int8", False),
+        ("--algorithm decaf_tracked --graph ring", True),
+        ("--algorithm decaf_tracked --graph ring --gossip_steps 4 --algorithm.relay_rank 2", True),
+        ("--algorithm decaf_tracked --graph ring --algorithm.messages int8", True),
+        ("--algorithm decaf_tracked --graph ring --algorithm.quasi_global 0", True),
+        ("--algorithm decaf_tracked --graph complete --algorithm.messages int8", True),
+        ("--algorithm fedavg", False),
+        ("--graph random-matching", False),
+    ],
+)
+def test_which_rows_of_the_readme_hold(tmp_path, said, fails, row, holds):
+    """`init` refuses the others, and names those that are recommended."""
+    names = ",".join("abcdefghij")
+    arguments = ("init", tmp_path / "fed.yaml", "--recipe", "digits", "--agents", names, *row.split())
+    if holds:
+        said(*arguments)
+    else:
+        assert fails(*arguments).endswith(f"use {GOOD}.")
+
+
 def test_init_overwrites_nothing(place, fails):
     before = (place / "fed.yaml").read_bytes()
     assert "exists already" in fails("init", place / "fed.yaml", "--recipe", "digits", "--agents", "a,b")
@@ -158,7 +188,11 @@ def test_init_overwrites_nothing(place, fails):
 
 def test_request_refuses(place, fails, tmp_path):
     fed = place / "fed.yaml"
-    assert "Did you mean 'alice'" in fails("request", fed, "--name", "alic", "--dial-only")
+    line = fails("request", fed, "--name", "alic", "--dial-only")
+    assert "Did you mean 'alice'" in line
+    assert line.endswith("Or, if alic is to be added, give --new.")
+    assert "is an agent of" in fails("request", fed, "--name", "alice", "--dial-only", "--new")
+    assert "'Dave' is not a name" in fails("request", fed, "--name", "Dave", "--dial-only", "--new")
     assert "listen: give" in fails("request", fed, "--name", "alice")
     assert "listen: give" in fails("request", fed, "--name", "alice", "--dial-only", "--listen", "a:1")
     assert "is not host:port" in fails("request", fed, "--name", "alice", "--listen", "alice")
@@ -188,11 +222,7 @@ def test_the_next_version_keeps_who_sends_nothing_new(place, said):
 
 def test_an_agent_is_added_and_one_removed(place, said, fails):
     fed = place / "fed.yaml"
-    keys.make_identity("dave", place / "dave.key")
-    member = file.Member(
-        name="dave", address="d:1", certificate=keys.load_identity(place / "dave.key").certificate.decode()
-    )
-    file.write({"request": member.model_dump()}, place / "dave.request")
+    said("request", fed, "--name", "dave", "--listen", "d:1", "--new")
     assert "is of dave, who is not an agent" in fails("seal", fed, place / "dave.request")
     assert "none of dave" in fails("seal", fed, "--agents", "alice,bob,dave")
     said("seal", fed, place / "dave.request", "--agents", "alice,bob,dave")
@@ -291,7 +321,10 @@ def test_check_reads_the_sites_own_data(tmp_path, said, capsys):
     good = tmp_path / "good.csv"
     good.write_text("text,label\n" + "the cat sat,good\nthe dog sat,bad\n" * 20)
     out = said("check", fed, *trusted, "--data", good)
-    assert "data: 32 examples to learn from, 2 labels among them" in out  # a fifth is held out
+    assert "data: 32 examples to learn from of 2 classes, 8 to score on" in out  # a fifth is held out
+    assert "right  example 1: '<s> the cat sat </s>' (5 tokens), label 'good'" in out
+    assert "right  labels: 'bad' 16, 'good' 16." in out
+    assert "odd    in both sets: 8 of 8 test examples are also to learn from" in out
     assert "secret" not in fed.read_text()
     for content, options, what in [
         ("text,label\n" + "the cat sat,good\nthe dog sat,awful\n" * 20, [], "awful"),
@@ -302,8 +335,10 @@ def test_check_reads_the_sites_own_data(tmp_path, said, capsys):
         other.write_text(content)
         capsys.readouterr()
         assert main(["federation", "check", str(fed), *trusted, "--data", str(other), *options]) == 2
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if "wrong" in line]
+        out = capsys.readouterr().out
+        (line,) = [line for line in out.splitlines() if line.startswith("wrong")]
         assert line.startswith("wrong  data: ")
+        assert out.splitlines()[-1].startswith("1 thing is wrong: mend what the lines say")
         assert what in line
 
 
@@ -386,12 +421,51 @@ def test_status(place, said, fails):
     assert json.loads(said("status", fed, "--name", "alice", "--json"))["neighbours"][0]["name"] == "bob"
     out = said("status", fed, "--name", "alice")
     assert "f, version 1: alice, done" in out
-    assert "round 4 of 30, loss 0.500, waits for bob" in out
+    assert "round 4 of 30, loss 0.500\n" in out
     assert "1.5 kB" in out
-    assert "lost" in out
+    assert "waits" not in out  # it has ended
     for content in ("{", "[]", '{"name": "alice"}', "{}"):
         path.write_text(content)
         assert "is not what an agent writes" in fails("status", fed, "--name", "alice")
+
+
+def test_the_screen_fits_a_terminal_and_says_all(capsys):
+    """Neighbours up or down, since when and why; round, whom it waits for, loss, scores, bytes, time left."""
+    now = time.time()
+    why = "bob not reached: bob.example.org:7447: Connection refused (is bob running, is the address right?)."
+    edges = [
+        status.EdgeStatus("bob", since=now - 7300, why=why, missed=12, waited=31.0, rejected=2, sent=10**9),
+        status.EdgeStatus("carol", up=True, since=now - 50, received=2_000_000, why="the connection broke"),
+    ]
+    what = status.AgentStatus("clinics", 3, "alice", 7, "waiting", 11, 200, ["bob"], 0.4, 0.8, 0.1, 0.6, 5000.0)
+    what.neighbours, what.written = edges, now
+    console = Console(width=80, highlight=False)
+
+    def screen():
+        capsys.readouterr()
+        console.print(status.shown(what))
+        lines = capsys.readouterr().out.splitlines()
+        assert all(len(line) <= 80 for line in lines)
+        return " ".join(" ".join(lines).split())
+
+    said = screen()
+    for part in (
+        "clinics, version 3: alice, waiting",
+        "round 11 of 200, loss 0.400, score 0.800, at the start 0.100, on its own data alone 0.600, about 83 min left",
+        "waits for bob",
+        "bob │ down 2 h 1 min │ 12 │ 31 s │ 2 │ 1.0 GB │ 0 B",
+        "carol │ up 50 s │ 0 │ 0 s │ 0 │ 0 B │ 2.0 MB",
+        why,
+    ):
+        assert part in said
+    assert "broke" not in said  # carol is up again
+    what.written = now - 60
+    assert "waiting 60 s ago; it has not been heard of since" in screen()
+    what.state, what.written = "serving", now
+    assert "alice, finished, and here until its neighbours are done too" in screen()
+    what.state, what.said = "gave up", "nobody answered for 60 s: bob"
+    assert "nobody answered for 60 s: bob" in screen()
+    assert why not in screen()
 
 
 def test_unknown_commands_and_options(place, fails):

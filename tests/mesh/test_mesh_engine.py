@@ -50,6 +50,11 @@ CASES = [
     ("decaf", {"relay_rank": 4}, "hypercube", "period"),
     ("decaf_tracked", {"relay_rank": 4}, "ring", 2),
     ("decaf_tracked", {"relay_rank": 4}, "hypercube", "period"),
+    ("alternating", {"mixes": "both"}, "ring", 1),
+    ("core", {"tracking": True}, "ring", 1),
+    ("fedsa", {"transforms": ["personal_head", "outer_momentum"]}, "ring", 1),
+    ("decaf", {"transforms": ["clipped"], "messages": "int8"}, "ring", 1),
+    ("dlora", {"transforms": ["trimmed"]}, "complete", 1),
 ]
 
 
@@ -120,6 +125,9 @@ def test_an_edge_that_never_comes_up_is_as_if_it_were_not_there():
     simulated = make_run(case, Simulate, graph=Graph(weights))
     list(simulated.train())
     equals_simulation(agents, simulated)
+    for number, other in ((0, "1"), (1, "0"), (2, None), (3, None)):
+        missed = [record.missed for record in agents[number].records]
+        assert missed == [None, *({str(e): {other: "silent"}} if other else None for e in (1, 2, 3))]
 
 
 def held_from(round_, agents, event):

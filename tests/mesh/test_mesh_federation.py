@@ -418,11 +418,15 @@ def test_the_options_of_ones_own_task_are_shared():
     assert config.task.data == "mine.csv"
 
 
-def test_a_site_without_a_test_set_holds_one_out():
-    made = terms.terms_of(digits(task={"name": "causal-lm", "model": "m"}))
-    assert made.config(3, "ring", {"data": "x.csv"}).task.test_share == 0.2
-    assert made.config(3, "ring", {"data": "x", "test_split": "test"}).task.test_share is None
-    assert made.config(3, "ring", {"data": "x", "test_share": 0.5}).task.test_share == 0.5
+def test_a_site_without_a_test_set_holds_one_out(tmp_path):
+    """One file has no test set. A folder may have one, which must not be passed over without a word."""
+    made, data = terms.terms_of(digits(task={"name": "causal-lm", "model": "m"})), tmp_path / "x.csv"
+    data.touch()
+    assert made.config(3, "ring", {"data": str(data)}).task.test_share == 0.2
+    assert made.config(3, "ring", {"data": str(data), "test_split": "test"}).task.test_share is None
+    assert made.config(3, "ring", {"data": str(data), "test_share": 0.5}).task.test_share == 0.5
+    assert made.config(3, "ring", {"data": str(tmp_path)}).task.test_share is None
+    assert made.config(3, "ring", {"data": "org/data"}).task.test_share is None
 
 
 @pytest.mark.parametrize(
@@ -430,6 +434,7 @@ def test_a_site_without_a_test_set_holds_one_out():
     [
         ({"algorithm": {"name": "fedavg"}}, "fedavg needs a server.*use decaf"),
         ({"algorithm": {"name": "centralized"}}, "centralized needs a server"),
+        ({"algorithm": {"name": "scaffold"}}, "scaffold needs a server"),
         ({"gossip_steps": "period"}, "gossip_steps: write the number"),
         ({"init_adapters": ("x",)}, "init_adapters"),
         ({"task": {"name": "sequence-classification", "data": "x.csv", "model": "m"}}, "task.classes: list the"),

@@ -406,6 +406,29 @@ def test_an_agent_that_is_alone_says_so(again):
     assert (bench.peers[0].failure.alone, bench.peers[0].failure.missing) == (True, [1, 2])
 
 
+@pytest.mark.parametrize("up", [True, False])
+def test_an_agent_that_stood_still_gives_its_neighbours_time_to_be_heard_again(up):
+    """SIGSTOP for longer than it would wait: it does not take its own silence for theirs."""
+    bench = Bench([(0, 1), (0, 2)])
+    bench.open(0)
+    bench.settle()
+    if not up:
+        bench.break_(0, 1), bench.break_(0, 2)
+    bench.now += 2 * LIMITS.give_up
+    bench.peers[0].tick()
+    assert bench.peers[0].failure is None
+    bench.wait(LIMITS.patience - 1)
+    assert bench.peers[0].failure is None
+    if not up:
+        bench.connect(0, 1)
+    bench.open(1)
+    bench.settle()
+    assert bench.take(0).verdicts[1] is Verdict.USED
+    bench.open(0)
+    bench.break_(0, 1), bench.wait(LIMITS.give_up + 1)
+    assert bench.peers[0].phase is Phase.GAVE_UP
+
+
 # Bad input
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor
 
+from command import TOY
 from decaf_lora import TrainingConfig, algorithms, graphs, partition
 from decaf_lora.records import mean_score
 from decaf_lora.run import Run
@@ -39,25 +39,12 @@ def test_a_class_that_only_the_test_set_has(digits_task: object) -> None:
     assert found == pytest.approx(float((labels == counts.argmax()).double().mean()))
 
 
-class Distance(Toy):
-    """A task whose score is a loss."""
-
-    score_name, lower_is_better = "cross-entropy", True
-
-    def statistics(self, batch: dict[str, Tensor], agents: int) -> Tensor:
-        losses = self.losses(batch, agents) * (len(batch["y"]) / agents)
-        return torch.stack([losses, torch.full_like(losses, len(batch["y"]) / agents)], 1)
-
-
-def make_distance() -> Distance:
-    return Distance()
-
-
 def test_a_score_that_is_a_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the task to the table: the worst agent is the highest, and what got lower was learnt."""
     from decaf_lora.cli import main
 
-    run = ["run", "digits", "--task", f"{__file__}:make_distance", "--agents", "3", "--rounds", "3", "--lr", "0.1"]
+    task = TOY.replace("make_toy", "make_distance")
+    run = ["run", "digits", "--task", task, "--agents", "3", "--rounds", "3", "--lr", "0.1"]
     more = ["--partition", "dirichlet:0.3", "--algorithm", "local", "--training.agents_per_pass", "3"]
     assert main([*run, *more, "--out", str(tmp_path / "r")]) == 0
     last = json.loads((tmp_path / "r" / "records.jsonl").read_text().splitlines()[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from decaf_lora.adapters.names import Tensors, parted
 
-Factor = Literal["A", "B", "extras"]
-ALL_FACTORS: frozenset[Factor] = frozenset({"A", "B", "extras"})
+Factor = Literal["A", "B", "core", "extras"]
+ALL_FACTORS: frozenset[Factor] = frozenset({"A", "B", "core", "extras"})
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Adapter:
     ranks: layer -> (n,) int64, each agent's own rank. Empty where all agents have rank r and one scale. Where agents
     differ, r is the largest rank, and the rows of A and columns of B beyond an agent's own rank are 0. Training keeps
     them 0: the gradient of such a row of A is a product with the zero column of B, and the reverse.
+
+    core: layer -> (n, r, r), a trained matrix R between the factors, W0 + s B R A. Empty for plain LoRA.
     """
 
     A: Tensors
@@ -32,6 +34,7 @@ class Adapter:
     scale: Tensors
     extras: Tensors
     ranks: Tensors = field(default_factory=dict)
+    core: Tensors = field(default_factory=dict)
 
     @property
     def num_agents(self) -> int:
@@ -44,8 +47,9 @@ class Adapter:
         return list(self.A)
 
     def tensors(self, factors: frozenset[Factor] = ALL_FACTORS) -> Tensors:
-        """The trained tensors by name: `A/layer` (n, r, d_in), `B/layer` (n, d_out, r), `extras/name` (n, ...)."""
-        groups: dict[Factor, Tensors] = {"A": self.A, "B": self.B, "extras": self.extras}
+        """The trained tensors by name: `A/layer` (n, r, d_in), `B/layer` (n, d_out, r), `core/layer` (n, r, r) where
+        there are cores, `extras/name` (n, ...)."""
+        groups: dict[Factor, Tensors] = {"A": self.A, "B": self.B, "core": self.core, "extras": self.extras}
         return {f"{key}/{name}": t for key in groups if key in factors for name, t in groups[key].items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -57,13 +61,19 @@ class Adapter:
         Raises:
             KeyError: the adapter has no tensor of that name.
         """
-        groups: dict[str, Tensors] = {"A": dict(self.A), "B": dict(self.B), "extras": dict(self.extras)}
+        groups: dict[str, Tensors] = {name: dict(getattr(self, name)) for name in ("A", "B", "core", "extras")}
         for key, tensor in tensors.items():
             group, name = key.split("/", 1)
             if name not in groups[group]:
                 raise KeyError(f"adapter has no tensor {key!r}")
             groups[group][name] = tensor
-        return replace(self, A=groups["A"], B=groups["B"], extras=groups["extras"])
+        return replace(self, **groups)
+
+    def folded(self) -> Adapter:
+        """The plain LoRA adapter of the same updates: B R in place of B and R. Itself where there are no cores."""
+        if not self.core:
+            return self
+        return replace(self, B={k: b @ self.core[k] for k, b in self.B.items()}, core={})
 
     def select(self, agents: Sequence[int] | slice | Tensor) -> Adapter:
         """The adapters of some agents (indices into the leading axis), in that order."""
@@ -72,7 +82,7 @@ class Adapter:
         def take(tensors: Tensors) -> Tensors:
             return {k: t[index if isinstance(index, slice) else index.to(t.device)] for k, t in tensors.items()}
 
-        return Adapter(take(self.A), take(self.B), take(self.scale), take(self.extras), take(self.ranks))
+        return Adapter(*(take(getattr(self, one.name)) for one in fields(self)))
 
     def shape_groups(self) -> list[list[str]]:
         """Layers grouped by equal (r, d_in, d_out) and ranks: every group goes through one batched call."""
@@ -94,7 +104,7 @@ class Adapter:
 
     def _trim(self, key: str, tensor: Tensor) -> Tensor:
         group, name = key.split("/", 1)
-        if group == "extras":
+        if group not in ("A", "B"):
             return tensor
         axis = 1 if group == "A" else 2
         kept = torch.arange(tensor.shape[axis], device=tensor.device) < self.ranks[name].to(tensor.device)[:, None]
@@ -110,12 +120,12 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter that holds the agents of all of `adapters`, in order."""
     first = adapters[0]
 
-    def join(field: str) -> Tensors:
-        return {k: torch.cat([getattr(a, field)[k] for a in adapters]) for k in getattr(first, field)}
+    def join(group: str) -> Tensors:
+        return {k: torch.cat([getattr(a, group)[k] for a in adapters]) for k in getattr(first, group)}
 
-    return Adapter(join("A"), join("B"), join("scale"), join("extras"), join("ranks"))
+    return Adapter(*(join(one.name) for one in fields(first)))
 
 
 def as_adapter(tensors: Tensors) -> Adapter:
-    """The adapter whose tensors are named `A/layer`, `B/layer`, `scale/layer`, `extras/name` and `ranks/layer`."""
-    return Adapter(**parted(tensors, dict.fromkeys(("A", "B", "scale", "extras", "ranks"))))
+    """The adapter whose tensors are named as in `tensors()`, or `scale/layer` and `ranks/layer`."""
+    return Adapter(**parted(tensors, dict.fromkeys(one.name for one in fields(Adapter))))

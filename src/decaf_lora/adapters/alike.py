@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decaf_lora.adapters.saved import Saved, layers_of
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 
 
 def check_alike(found: Sequence[Saved], compare_bases: bool = True) -> None:
@@ -132,7 +132,7 @@ def _check_labels(found: Sequence[Saved]) -> None:
         if labels != known[0][1]:
             raise UserError(
                 f"merge: the heads of {known[0][0].directory} and {saved.directory} have their classes in different "
-                f"orders: {_listed(known[0][1])} and {_listed(labels)}. Train them with the same task.classes."
+                f"orders: {listed(known[0][1])} and {listed(labels)}. Train them with the same task.classes."
             )
     if len(known) < len(orders):
         silent = next(saved for saved, labels in orders if not labels)
@@ -149,9 +149,4 @@ def _sizes(saved: Saved, layer: str) -> str:
 
 
 def _some(names: set[str], saved: Saved) -> str:
-    return f"only {saved.directory} adapts {_listed(sorted(names))}." if names else ""
-
-
-def _listed(names: Sequence[str] | None, most: int = 6) -> str:
-    shown = list(names or [])
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return f"only {saved.directory} adapts {listed(sorted(names))}." if names else ""

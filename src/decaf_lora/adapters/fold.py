@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from decaf_lora.adapters.portable import preprocessing
+from decaf_lora.adapters.quiet import transformers_quiet
 from decaf_lora.errors import UserError
 
 AUTO = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
@@ -41,7 +41,7 @@ def fold(task: Mapping[str, Any], adapter: Path, directory: Path, otherwise: str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of shared weights, which `take_apart` has separated
         untied = take_apart(model, trained_modules(adapter))
-        with _quiet():
+        with transformers_quiet():
             adapted = PeftModel.from_pretrained(model, str(adapter))
         try:
             merged: Any = adapted.merge_and_unload(safe_merge=True)
@@ -90,7 +90,7 @@ def base_model(task: Mapping[str, Any], otherwise: str = ALONE) -> tuple[Any, to
         options["ignore_mismatched_sizes"] = True
     try:
         config = transformers.AutoConfig.from_pretrained(task["model"], trust_remote_code=False, **where)
-        with _quiet():
+        with transformers_quiet():
             model: Any = cast(Any, kind).from_pretrained(task["model"], **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -141,7 +141,7 @@ def take_apart(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, str]
 
 def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, otherwise: str) -> None:
     """UserError if the written model, loaded again, shares the weights that `take_apart` has separated."""
-    with _quiet():
+    with transformers_quiet():
         again = dict(type(merged).from_pretrained(directory).named_parameters(remove_duplicate=False))
     now = dict(merged.named_parameters(remove_duplicate=False))
     for names in untied:
@@ -150,16 +150,3 @@ def _check_apart(merged: Any, untied: list[tuple[str, str]], directory: Path, ot
                 f"merge: {type(merged).__name__} always shares {' and '.join(names)}, of which the adapter changes one "
                 f"only; {otherwise}."
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers, which would report a freshly drawn head; the adapter's head is about to replace it."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -1,6 +1,6 @@
 """How are tensors named? As a path with `/` between its parts: first the owner, last the layer or parameter.
 
-    A/LAYER  B/LAYER  extras/PARAMETER      the trained tensors of an adapter
+    A/LAYER  B/LAYER  extras/PARAMETER      the trained tensors of an adapter, and core/LAYER where there are cores
     scale/LAYER                             an agent's LoRA scaling, where agents differ
     tracking/A/LAYER  int8/code/A/LAYER     what a transform adds to a message: the transform's name comes first
     rule/a_scale/LAYER                      the state of an algorithm in a checkpoint: the part's name comes first

@@ -15,7 +15,7 @@ from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.saved import PREFIX, Saved, read_adapter
 from decaf_lora.adapters.stacked import Attached
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 
 
 def save_peft(adapter: Adapter, agent: int, config: LoraConfig, directory: Path, base_model: str | None = None) -> None:
@@ -113,7 +113,7 @@ def _fitting(attached: Attached, directory: Path) -> Saved:
     if wrong:
         raise UserError(
             f"init_adapters: {directory} does not fit the model and LoRA config; {len(wrong)} tensors differ (missing, "
-            f"unexpected or of another shape): {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
+            f"unexpected or of another shape): {listed(wrong, 4)}."
         )
     return saved
 

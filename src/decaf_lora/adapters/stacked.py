@@ -271,6 +271,7 @@ class Attached:
             adapter: of the k agents; inputs of the model then hold k b examples, agent after agent.
             masks: draws the masks of LoRA dropout; None: no dropout.
         """
+        adapter = adapter.folded()
         try:
             for name, layer in self._lora_layers.items():
                 layer.A, layer.B, layer.scale = adapter.A[name], adapter.B[name], adapter.scale[name]

@@ -82,6 +82,9 @@ class Combined(NamedTuple):
     `Inbox.carried`. Empty unless something was carried."""
 
 
+NO_FACTORS: frozenset[Factor] = frozenset()
+
+
 def _no_state(adapter: Adapter, setting: Setting) -> Tensors:
     return {}
 
@@ -147,6 +150,15 @@ class Rule(NamedTuple):
     """Whether the rule depends on `Round.period`."""
     truncates: bool = False
     """Whether `combine` truncates: then it adds `Inbox.carried` to the products, and returns in `rest` what it cuts."""
+    personal: frozenset[Factor] = NO_FACTORS
+    """Trained factors that stay with their agent: never sent, not even to a neighbour that catches up."""
+    alike: bool = False
+    """Whether the agents must have one rank, one scale and one start, as where they share one model."""
+    begin: Callable[[Adapter, Setting], Adapter] | None = None
+    """(adapter, setting) -> the adapter to begin with, for rules that train in coordinates of their own. None: as it
+    is."""
+    fitted: Callable[[Setting], Rule] | None = None
+    """setting -> this rule for one run, for rules whose `trains` depends on the graph. None: the same in all runs."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +213,11 @@ class Transform(NamedTuple):
     """(state, change, round) -> state. Called after the rule has combined."""
     moments: Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]] | None = None
     """(state, first, second) -> (first, second), the optimizer's moments. Called after `Rule.moments`."""
+    penalty: Callable[[Tensors, Tensors, Round], Tensors] | None = None
+    """(state, values, round) -> the gradient of a penalty on the trained tensors, by name. Called before every
+    optimizer step, with the tensors' values; it is added to the gradients."""
+    personal: frozenset[Factor] = NO_FACTORS
+    """As `Rule.personal`."""
     check: Callable[[Rule], None] = _any_rule
     """Raises UserError for a rule that the transform cannot lie over."""
     same_factors: bool = False

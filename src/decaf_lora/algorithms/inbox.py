@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,6 +111,9 @@ class Inbox:
     weight 1, in units of the receiver's own LoRA scale."""
     waited: Mapping[int, float] = field(default_factory=dict)
     """Neighbour -> seconds until it was certain whether the neighbour takes part. Empty where agents keep step."""
+    missed: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
+    """Exchange, from 0 -> neighbour that was not heard in it -> why. Besides the exchange that took place, those that
+    were started and left for it."""
     rejected: tuple[str, ...] = ()
     """One line for each message that was refused: whose message, and why."""
 
@@ -142,6 +145,16 @@ class Inbox:
         own = tuple(position[agent] for agent in receivers) if position.keys() >= set(receivers) else ()
         return Inbox(tensors, groups, len(receivers), tuple(senders), own, exchange)
 
+    def notes(self) -> dict[str, Any]:
+        """What the record says of the round of an agent that does not see all others, in JSON's types."""
+        missed = {str(e + 1): {str(j): why for j, why in those.items()} for e, those in self.missed.items()}
+        return {
+            "weights": self.weights_of_first(),
+            "waited": {str(j): seconds for j, seconds in self.waited.items()} or None,
+            "missed": missed or None,
+            "rejected": list(self.rejected) or None,
+        }
+
     def weights_of_first(self) -> dict[str, float]:
         """Neighbour that the first receiver heard, by number -> weight of the neighbour's message."""
         if not self.groups:
@@ -151,6 +164,31 @@ class Inbox:
         heard = [self.senders[k] for k in group.senders[row].tolist()]
         own = self.senders[self.own[0]] if self.own else None
         return {str(j): w for j, w in zip(heard, group.weights[row].tolist(), strict=True) if j != own}
+
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """For every receiver the positions (m,) of its senders on the sender axis, and their weights (m,), float64."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for group in self.groups:
+            for receiver, row in zip(group.receivers.tolist(), group.expand.tolist(), strict=True):
+                found[receiver] = group.senders[row], group.weights[row]
+        return [found[receiver] for receiver in range(self.num_receivers)]
+
+    def reweighted(self, rows: Sequence[tuple[Tensor, Tensor]]) -> Inbox:
+        """The same messages with other weights.
+
+        Args:
+            rows: as `rows` gives them, for every receiver; senders in any order.
+        """
+        by_size: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        for receiver, (senders, weights) in enumerate(rows):
+            order = senders.argsort()
+            by_size.setdefault(len(senders), []).append((receiver, senders[order], weights[order]))
+        groups = []
+        for same in by_size.values():
+            receivers, heard, given = zip(*same, strict=True)
+            everyone = torch.arange(len(same))
+            groups.append(Group(torch.tensor(receivers), torch.stack(heard), torch.stack(given), everyone))
+        return replace(self, groups=tuple(groups))
 
     def average(self, name: str) -> Tensor:
         """(n, ...) weighted sum of the senders' tensor `name` for every receiver."""

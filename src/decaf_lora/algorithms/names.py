@@ -21,7 +21,7 @@ from decaf_lora.kinds import Found, Function, Kind, Option, Table, call, options
 
 
 def _own(function: Function, name: str) -> Kind:
-    return Kind(function, "an algorithm of your own", "mine.py:alternating")
+    return Kind(function, "an algorithm of your own", "mine.py:in_turn")
 
 
 KINDS: Table[Kind] = Table("algorithm", "decaf_lora.algorithms", discovered(rules), _own, hyphen="_")
@@ -32,7 +32,7 @@ def make(name: str, transforms: Sequence[str] = (), **given: Any) -> Algorithm:
     """The algorithm called `name`.
 
     Args:
-        name: one of `KINDS`, or a function of the user's own, "mine.py:alternating".
+        name: one of `KINDS`, or a function of the user's own, "mine.py:in_turn".
         transforms: names of further transforms to lay over the algorithm, "mine.py:noise:scale=0.1".
         given: options of the algorithm. One from outside this package also takes every option that asks for a
             transform, such as `messages`.

@@ -14,6 +14,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from decaf_lora.cli.agent import demo_command, with_local
+from decaf_lora.cli.checking import show
 from decaf_lora.cli.options import Shortening, check_options, checked, configured, parsed
 from decaf_lora.config import RunConfig
 from decaf_lora.errors import UserError, unix_only, unknown
@@ -96,6 +97,7 @@ def _request(args: list[str]) -> int:
         dial_only: bool = False,
         key: Path | None = None,
         days: Annotated[float, DAYS] = 365.0,
+        new: bool = False,
     ) -> tuple[Any, ...]:
         """Makes this site's key, which stays here, and its request, which goes to the organiser.
 
@@ -106,16 +108,17 @@ def _request(args: list[str]) -> int:
             dial_only: no other agent can reach this one; it dials them.
             key: file of the key; one that exists is used again. Unset: NAME.key beside the federation file.
             days: how long a new certificate is valid.
+            new: the file does not name this site yet; the organiser will add it with `seal --agents`.
         """
-        return file, name, listen, dial_only, key, days
+        return file, name, listen, dial_only, key, days, new
 
-    check_options(args, ["name", "listen", "dial-only", "key", "days", "help"])
-    path, name, listen, dial_only, key, days = parsed(request, "decaf federation request", args)
+    check_options(args, ["name", "listen", "dial-only", "key", "days", "new", "help"])
+    path, name, listen, dial_only, key, days, new = parsed(request, "decaf federation request", args)
     if (listen is None) is not dial_only:
         raise UserError("listen: give --listen HOST:PORT, where the others reach this agent, or --dial-only.")
     from decaf_lora.federation import commands
 
-    out, key = commands.request(path, name, listen, key=key, days=days)
+    out, key = commands.request(path, name, listen, key=key, days=days, new=new)
     _say(f"key: {key} (never leaves this machine)")
     _say(f"request: {out} (send it to the organiser)")
     return 0
@@ -163,39 +166,36 @@ def _check(args: list[str]) -> int:
         name: str,
         trust: str | None = None,
         key: Path | None = None,
+        share: bool = False,
         wait: Annotated[float, WAIT] = 0.0,
         bind: str | None = None,
         timeout: Annotated[float, SECONDS] = 5.0,
         json: bool = False,
         local: Any = None,
     ) -> tuple[Any, ...]:
-        """Looks whether this site is ready: signature, key, clock, base model, data and one batch, neighbours. Exit
-        code 2 if something is wrong.
+        """Looks whether this site is ready: signature, key, clock, base model, data, labels, one batch, cost, and
+        neighbours. Exit code 2 if something is wrong.
 
         Args:
             file: the sealed federation file.
             name: this site's agent.
             trust: fingerprint of the organiser's key, told by telephone; needed the first time.
             key: file of this agent's key; NAME.key beside the federation file if unset.
+            share: check only this agent's share of the data under --partition, as `decaf agent --share` holds it.
             wait: seconds to connect to the neighbours as an agent does, while they do the same; 0 dials them once.
             bind: HOST:PORT to listen on while waiting; the port of the file on all addresses if unset.
             timeout: seconds to wait for a neighbour's answer.
             json: print JSON.
         """
-        return file, name, trust, key, wait, bind, timeout, json, local
+        return file, name, trust, key, share, wait, bind, timeout, json, local
 
-    own = ("name", "trust", "key", "wait", "bind", "timeout", "json", "help")
+    own = ("name", "trust", "key", "share", "wait", "bind", "timeout", "json", "help")
     values = with_local(check, "decaf federation check", args, own, Local)
-    path, name, told, key, wait, bind, timeout, as_json, local = values
-    findings = []
-    looked = checking.check(path, name, told=told, key=key, local=local, bind=bind, wait=wait, timeout=timeout)
-    for found in looked:
-        findings.append(found)
-        if not as_json:
-            _say(f"{found.verdict:6} {found.what}: {found.said}")
-    if as_json:
-        print(json_.dumps([vars(found) for found in findings], indent=2))
-    return 2 if any(found.verdict == "wrong" for found in findings) else 0
+    path, name, told, key, share, wait, bind, timeout, as_json, local = values
+    found = checking.check(
+        path, name, told=told, key=key, local=local, share=share, bind=bind, wait=wait, timeout=timeout
+    )
+    return show(found, as_json, f"Next: `decaf agent {path} --name {name} --out runs/{name} ...`.")
 
 
 def _status(args: list[str]) -> int:

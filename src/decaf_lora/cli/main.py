@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from decaf_lora.cli.agent import agent_command
+from decaf_lora.cli.checking import check_command
 from decaf_lora.cli.federation import federation_command
 from decaf_lora.cli.graph import graph_command
 from decaf_lora.cli.planning import plan_command
+from decaf_lora.cli.predicting import predict_command
 from decaf_lora.cli.runs import (
     compare_command,
     export_command,
@@ -30,6 +32,8 @@ from decaf_lora.cli.runs import (
     report_command,
     run_command,
 )
+from decaf_lora.cli.starting import init_command
+from decaf_lora.cli.tuning import tune_command
 from decaf_lora.errors import UserError, nearest, out_of_memory
 
 
@@ -129,10 +133,14 @@ def _overview() -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare_command, "several algorithms side by side: table and report"),
     "run": (run_command, "one run of one algorithm"),
+    "tune": (tune_command, "find a learning rate, a rank, ... on held-out training examples"),
+    "init": (init_command, "a commented configuration for a file of your own"),
+    "check": (check_command, "is all ready for a run? data, labels, one batch, cost; what is odd"),
     "plan": (plan_command, "what a run would cost: memory, bytes, arithmetic"),
     "recipes": (recipes_command, "what is ready to use"),
     "graph": (graph_command, "show a graph and its mixing matrix"),
     "export": (export_command, "write an agent's adapter as a PEFT directory"),
+    "predict": (predict_command, "what a trained model says of new examples, and how well"),
     "merge": (merge_command, "average several PEFT adapters, of any ranks, without data"),
     "report": (report_command, "write the report of a run again"),
     "agent": (agent_command, "a site's agent of a federation"),

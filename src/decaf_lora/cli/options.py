@@ -13,7 +13,18 @@ from decaf_lora.cli.parsing import check_options, checked, parse, parsed
 from decaf_lora.config import CompareConfig, RunConfig, load
 from decaf_lora.errors import UserError
 
-__all__ = ["Output", "Planning", "check_options", "checked", "configured", "parsed"]
+__all__ = [
+    "Checking",
+    "Output",
+    "Planning",
+    "Tuning",
+    "check_options",
+    "checked",
+    "configured",
+    "parsed",
+    "refuse_unnamed_code",
+    "resumed",
+]
 
 _options = dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False))
 
@@ -35,6 +46,12 @@ class Output:
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
     jobs: int = Field(0, ge=0, le=10_000)
     """compare: number of runs at a time, each in its own process. 0: one on a GPU, otherwise one for each core."""
+    log: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    """Tell trackers on this machine of every round: tensorboard, trackio."""
+    live: bool = False
+    """Serve the report's page while the run goes on, on this machine alone; it is updated every round."""
+    port: int = 0
+    """Port of --live. 0: a free one."""
     engine: Literal["simulate", "torchrun"] = "simulate"
     """run: where the agents live: all in this process, or split over the processes that torchrun has started."""
     backend: str = "auto"
@@ -71,6 +88,46 @@ class Planning:
 
 
 @_options
+class Tuning:
+    """What to search, and where results go."""
+
+    over: tuple[str, ...] = ()
+    """A field and the values to try, as in `--over training.learning_rate 1e-3 3e-3 1e-2`. Several --over: all
+    combinations."""
+    out: Path | None = None
+    """Folder of the search. Unset: runs/RECIPE-tune-TIME."""
+    resume: bool = False
+    """Go on with the search in --out. `--resume DIR` alone is enough, since all that was asked for is there."""
+    take_over: bool = False
+    """Take over the folder of a search on another machine, if you know that this search has ended."""
+    json: bool = False
+    """Print the trials as JSON instead of a table."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+    jobs: int = Field(0, ge=0, le=10_000)
+    """Number of runs at a time, each in its own process. 0: one on a GPU, otherwise one for each core."""
+    seeds: tuple[int, ...] = ()
+    """Train every trial with each of these seeds; its score is the mean. Unset: with the run's own."""
+    keep: int = 3
+    """One of so many trials goes on at a rung."""
+    rungs: int | None = None
+    """Number of rungs, the rounds at which trials are compared. 1 trains all to the end. Unset: as many as leave one
+    trial in the last."""
+    extensions: int = 3
+    """How many values may be added to an axis whose best value is the lowest or the highest that was tried."""
+
+
+@_options
+class Checking:
+    """How to show what is found."""
+
+    json: bool = False
+    """Print the findings as JSON instead of lines."""
+    scale: float = 1.0
+    """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
+
+
+@_options
 class Shortening:
     """How much of a recipe is meant."""
 
@@ -78,7 +135,7 @@ class Shortening:
     """Shorten the run: this share of the rounds (at least 2) and of the test examples; 1 is the whole run."""
 
 
-Options = TypeVar("Options", Output, Planning, Shortening)
+Options = TypeVar("Options", Output, Planning, Tuning, Checking, Shortening)
 
 _USED = {
     "jobs": "`decaf compare` uses it, for several runs at a time; leave it out",
@@ -115,11 +172,11 @@ def configured(
         return sys.exit(0)
     folder = None
     if options is Output:
-        args, folder = _resumed(args)
+        args, folder = resumed(args)
     if args and not args[0].startswith("-"):
         source, rest = args[0], args[1:]
     elif folder is not None:
-        source, rest = str(folder / "config.yaml"), args
+        source, rest = str(saved_config(folder)), args
         _refuse_other_kind(kind, folder)
     else:
         raise UserError(f"recipe: name a recipe or a YAML file first, as in `decaf {command} digits {args[0]} ...`.")
@@ -130,13 +187,13 @@ def configured(
         base, name = recipes.get(source), source
         if kind is RunConfig:
             base = RunConfig.model_validate({k: getattr(base, k) for k in RunConfig.model_fields})
-    if folder is not None and Path(source).parent.resolve() == folder.resolve():
-        _refuse_unnamed_code(base, rest)
+    if folder is not None and Path(source).resolve() == saved_config(folder).resolve():
+        refuse_unnamed_code(base, rest)
     config, output = parse(kind, base, f"decaf {command} {source}", rest, options)
     return recipes.shortened(config, output.scale), output, name
 
 
-def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
+def resumed(args: list[str]) -> tuple[list[str], Path | None]:
     """`--resume DIR` as `--out DIR --resume`; and the folder to go on in, if there is one."""
     left, folder, resume = [], None, False
     for place, argument in enumerate(args):
@@ -163,9 +220,15 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
     return [*left, "--resume"], None if where is None else Path(where)
 
 
+def saved_config(folder: Path) -> Path:
+    """The configuration in the folder of a run; before its first round, that in its search for a learning rate."""
+    before = folder / "learning_rate" / "config.yaml"
+    return before if before.exists() and not (folder / "config.yaml").exists() else folder / "config.yaml"
+
+
 def _refuse_other_kind(kind: type[RunConfig], folder: Path) -> None:
     """Raises UserError if the folder holds a comparison and `decaf run` is to go on with it, or the other way round."""
-    if not (folder / "config.yaml").exists():
+    if not saved_config(folder).exists():
         raise UserError(f"resume: {folder} holds no run (no config.yaml); name the recipe to start one there.")
     single = (folder / "run.json").exists() or (folder / "records.jsonl").exists()
     if single and kind is CompareConfig:
@@ -176,7 +239,7 @@ def _refuse_other_kind(kind: type[RunConfig], folder: Path) -> None:
 
 def _is_comparison(folder: Path) -> bool:
     try:
-        return isinstance(load(CompareConfig, folder / "config.yaml"), CompareConfig) and not _loads(folder)
+        return isinstance(load(CompareConfig, saved_config(folder)), CompareConfig) and not _loads(folder)
     except UserError:
         return False
 
@@ -184,13 +247,13 @@ def _is_comparison(folder: Path) -> bool:
 def _loads(folder: Path) -> bool:
     """Whether the configuration is that of one run."""
     try:
-        load(RunConfig, folder / "config.yaml")
+        load(RunConfig, saved_config(folder))
     except UserError:
         return False
     return True
 
 
-def _refuse_unnamed_code(config: RunConfig, args: list[str]) -> None:
+def refuse_unnamed_code(config: RunConfig, args: list[str]) -> None:
     """Raises UserError if the folder's configuration names Python that the command line does not name.
 
     The folder may be somebody else's, so its Python runs only if the user names it.

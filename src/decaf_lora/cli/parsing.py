@@ -42,6 +42,7 @@ def parse(
 ) -> tuple[RunConfig, Options]:
     """`base` with the fields that `args` set, and the command's own options. Shows help and exits if asked to."""
     args = [_ALIASES.get(a, a) if "=" not in a else _alias_with_value(a) for a in args]
+    args = _default_baseline(args)
     args, options_of_own = own.apart(kind, base, args)
     check_options(args, [*fields(kind), *_fields_of(options), "help"])
     if "--help" in args or "-h" in args:
@@ -178,6 +179,14 @@ def _metavar(annotation: Any) -> str:
 def _alias_with_value(argument: str) -> str:
     key, _, value = argument.partition("=")
     return f"{_ALIASES.get(key, key)}={value}"
+
+
+def _default_baseline(args: list[str]) -> list[str]:
+    """`--baseline` without a value means the usual one, alone."""
+    out = []
+    for argument, following in zip(args, [*args[1:], "--"], strict=True):
+        out += [argument, "alone"] if argument == "--baseline" and following.startswith("--") else [argument]
+    return out
 
 
 def check_options(args: list[str], known: list[str]) -> None:

@@ -100,7 +100,8 @@ class _Bar(_Watcher):
 
     def __init__(self, name: str, live: _Live) -> None:
         super().__init__(name)
-        self._live, self._task = live, TaskID(0)
+        self._live = live
+        self._task: TaskID | None = None
         self._loss: float | None = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -108,7 +109,8 @@ class _Bar(_Watcher):
         # Not before: a live display swallows the bars of reading and preprocessing, which come first.
         with contextlib.suppress(OSError):
             self._live.bars.start()
-        self._task = self._live.bars.add_task(self.name, total=self.rounds, facts="")
+        if self._task is None:  # a run that goes on keeps its bar
+            self._task = self._live.bars.add_task(self.name, total=self.rounds, facts="")
 
     def step(self, progress: events.Progress) -> None:
         self._loss = progress.loss
@@ -122,7 +124,8 @@ class _Bar(_Watcher):
         live = self._live
         if self.ended(error) and live.overall is not None:
             live.bars.update(live.overall, advance=1)
-            live.bars.remove_task(self._task)
+            if self._task is not None:
+                live.bars.remove_task(self._task)
             with contextlib.suppress(OSError):
                 live.bars.console.print(self.done(error), highlight=False, markup=False)
 
@@ -130,5 +133,7 @@ class _Bar(_Watcher):
         loss = "" if self._loss is None else f"loss {self._loss:.3f}"
         score = "" if self.score is None else f"score {self.score:.3f}"
         facts = "  ".join(part for part in (loss, score) if part)
+        if self._task is None:
+            return
         with contextlib.suppress(OSError):
             self._live.bars.update(self._task, completed=completed, facts=facts)

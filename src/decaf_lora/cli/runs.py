@@ -7,9 +7,10 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,9 @@ from decaf_lora.cli.options import Output, check_options, configured, parsed, re
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError, unix_only
-from decaf_lora.runs.events import Interrupted, nobody
+from decaf_lora.runs.events import Interrupted, Watch, all_of, nobody
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def run_command(args: list[str]) -> int:
@@ -31,11 +34,13 @@ def run_command(args: list[str]) -> int:
         return _run_split(config, output, name)
     refuse_launcher(output.out is not None)
     err = Console(stderr=True, highlight=False)
+    where = _where(output, name)
     try:
-        with display(1, err) as watch:
-            row, out = run(config, **_where(output, name), watch=watch)
+        with _watching(1 + len(config.baseline), err, output, where["out"]) as watch:
+            config, where = _settled(config, output, where, err)
+            row, out = run(config, **where, watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, config, "decaf run")
+        return stopped(err, stop, config, "decaf run")
     _results([row], out, output.json)
     return 0
 
@@ -46,6 +51,49 @@ def _where(output: Output, name: str) -> dict[str, Any]:
         raise UserError("resume: name the folder of the run, as in `--resume runs/mine`.")
     out = output.out or Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return {"out": out, "resume": output.resume, "take_over": output.take_over, "unique": output.out is None}
+
+
+@contextlib.contextmanager
+def _watching(total: int, err: Console, output: Output, out: Path) -> Iterator[Watch]:
+    """A context in which `total` runs are shown on the terminal, and told to trackers and the live page if asked to."""
+    from decaf_lora.runs import trackers
+    from decaf_lora.runs.live import serving
+
+    if output.port and not output.live:
+        raise UserError("port: it is that of the live page; give --live too.")
+    with contextlib.ExitStack() as stack:
+        watches = [trackers.watch(output.log, out, resume=output.resume)]
+        if output.live:
+            watch, address = stack.enter_context(serving(output.port))
+            err.print(f"live: {address}", markup=False, soft_wrap=True)
+            watches.append(watch)
+        watches.append(stack.enter_context(display(total, err)))
+        yield all_of(*watches)
+    for line in trackers.places(output.log, out):
+        err.print(line, markup=False, soft_wrap=True)
+
+
+def _settled(config: Config, output: Output, where: dict[str, Any], err: Console) -> tuple[Config, dict[str, Any]]:
+    """The configuration with a learning rate in place of `auto`, and `where` with what the search has changed."""
+    if config.training.learning_rate != "auto":
+        return config, where
+    from decaf_lora.runs.compare import default_jobs
+    from decaf_lora.runs.folder import new_folder
+    from decaf_lora.tune.auto import with_learning_rate
+
+    if where["unique"]:
+        where |= {"out": new_folder(where["out"]), "unique": False}
+    with display(1, err) if err.is_terminal else contextlib.nullcontext(nobody) as watch:
+        config, resume = with_learning_rate(
+            config,
+            where["out"],
+            resume=output.resume,
+            take_over=output.take_over,
+            jobs=output.jobs or default_jobs(config.device),
+            watch=watch,
+            tell=lambda line: err.print(line, markup=False, soft_wrap=True),
+        )
+    return config, {**where, "resume": resume}
 
 
 def _run_split(config: RunConfig, output: Output, name: str) -> int:
@@ -62,12 +110,14 @@ def _run_split(config: RunConfig, output: Output, name: str) -> int:
         where = _where(output, name)
         where["out"] = Path(processes.share("out", str(where["out"]))[0])
         try:
-            with display(1, err) if processes.is_main else contextlib.nullcontext(nobody) as watch:
+            with (
+                display(1 + len(config.baseline), err) if processes.is_main else contextlib.nullcontext(nobody) as watch
+            ):
                 finished = run_split(config, processes=processes, wire=output.wire, **where, watch=watch)
         except Interrupted as stop:
             if not processes.is_main:
                 return 130
-            return _stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
+            return stopped(err, stop, config, "torchrun ... -m decaf_lora run --engine torchrun")
     if finished is not None:
         row, out = finished
         _results([row], out, output.json)
@@ -117,11 +167,13 @@ def compare_command(args: list[str]) -> int:
     with warnings.catch_warnings():  # `compare` shows these warnings
         warnings.simplefilter("ignore")
         count = len(cells(config))
+    where = _where(output, name)
     try:
-        with display(count, err) as watch:
-            rows, out = compare(config, **_where(output, name), jobs=jobs, watch=watch)
+        with _watching(count, err, output, where["out"]) as watch:
+            settled, where = _settled(config, output, where, err)
+            rows, out = compare(settled, **where, jobs=jobs, watch=watch)
     except Interrupted as stop:
-        return _stopped(err, stop, config, "decaf compare")
+        return stopped(err, stop, config, "decaf compare")
     _results(rows, out, output.json)
     _refuse_diverged(rows)
     return 0
@@ -131,11 +183,11 @@ def _results(rows: list[Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    from decaf_lora.records import nothing_learnt, table
+    from decaf_lora.records import answers, nothing_learnt, table, verdicts
 
     console = Console(highlight=False)
     console.print(table(rows))
-    for line in nothing_learnt(rows):
+    for line in [*nothing_learnt(rows), *verdicts(rows), *(answer.sentence() for answer in answers(rows))]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
 
@@ -149,7 +201,7 @@ def _refuse_diverged(rows: list[Any]) -> None:
         raise UserError(f"{count} {row.algorithm}, {row.graph}, {row.partition}, seed {row.seed}: {row.diverged}")
 
 
-def _stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
+def stopped(err: Console, stop: Interrupted, config: RunConfig, command: str) -> int:
     """Says how to go on with a run that was stopped; returns the exit code."""
     from decaf_lora.runs.identity import own_code
 
@@ -239,18 +291,23 @@ def merge_command(args: list[str]) -> int:
 def report_command(args: list[str]) -> int:
     from decaf_lora.report import write_figures, write_report
 
-    def report(run: Positional[Path], figures: Path | None = None) -> tuple[Path, Path | None]:
+    def report(
+        run: Positional[Path], figures: Path | None = None, format: Literal["png", "pdf", "svg"] | None = None
+    ) -> tuple[Path, Path | None, str | None]:
         """Writes report.html of a run or a comparison again.
 
         Args:
             run: folder of the run or comparison.
-            figures: folder to write every figure to, as a PNG file of its own.
+            figures: folder to write every figure to, as a file of its own.
+            format: of these files: png, or pdf and svg, which can be enlarged. Unset: png.
         """
-        return run, figures
+        return run, figures, format
 
-    check_options(args, ["figures", "help"])
-    run, figures = parsed(report, "decaf report", args)
+    check_options(args, ["figures", "format", "help"])
+    run, figures, kind = parsed(report, "decaf report", args)
+    if kind is not None and figures is None:
+        raise UserError("format: it is that of the files of --figures; name their folder, as in --figures DIR.")
     print(write_report(run))
     if figures is not None:
-        print(*write_figures(run, figures), sep="\n")
+        print(*write_figures(run, figures, f".{kind or 'png'}"), sep="\n")
     return 0

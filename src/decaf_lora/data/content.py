@@ -73,6 +73,12 @@ def of_rows(rows: Dataset, columns: Iterable[str], folder: str = "") -> str:
     return found.hexdigest()
 
 
+def of_each_image(rows: Dataset, column: str, folder: str = "") -> list[bytes]:
+    """SHA-256 of the bytes of each image in a column; `folder` as for `of_rows`."""
+    tables = rows.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+    return [found for table in tables for found in _parts(table[column], folder)]
+
+
 def _parts(column: pa.ChunkedArray, folder: str) -> Iterator[bytes]:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         values = column.to_pylist()

@@ -8,10 +8,12 @@ on disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +23,10 @@ from numpy.typing import NDArray
 from decaf_lora.config import TaskConfig
 from decaf_lora.data.content import of_rows
 from decaf_lora.data.images import holds_images, image_folder, readable_images
-from decaf_lora.data.labels import Labels, listed, numbered
+from decaf_lora.data.labels import Labels, numbered
 from decaf_lora.data.places import PLACE, place
 from decaf_lora.data.reading import read
-from decaf_lora.errors import UserError, unknown
+from decaf_lora.errors import UserError, listed, unknown
 from decaf_lora.randomness import numpy_generator
 
 
@@ -43,6 +45,19 @@ class Examples(NamedTuple):
     """Whether the data or the user gave the names; false if the names are just numbers."""
     content: str = ""
     """A hash of all examples in their order, by which a resumed run checks that they are the same."""
+
+
+_given: ContextVar[Examples | None] = ContextVar("examples", default=None)
+
+
+@contextlib.contextmanager
+def given(examples: Examples) -> Iterator[None]:
+    """A context in which `load` returns `examples`, whatever it is asked for: for a task made to predict."""
+    token = _given.set(examples)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def load(
@@ -68,20 +83,14 @@ def load(
         UserError: data that cannot be read, a split or column that does not exist, an empty split, missing values,
             labels that are no classes or unseen in training, or images that do not decode.
     """
+    if (given := _given.get()) is not None:
+        return given
     wanted = list(columns)
     wanted += [("label_column", label)] if label is not None else []
     wanted += [("image_column", image)] if image is not None else []
     _refuse_two_roles(wanted, label_is_learnt)
     splits = read(config, [column for _, column in wanted])
-    for name, rows in splits.items():
-        if len(rows) == 0:
-            split = getattr(config, f"{name}_split") or name
-            raise UserError(f"task.{name}_split: the split {split!r} holds no example; choose or make another.")
-        for field, column in wanted:
-            if column not in rows.column_names:
-                raise unknown(f"task.{field}", column, set(rows.column_names) - {PLACE})
-            if column != label:
-                _refuse_missing(field, column, name, rows)
+    check_columns(config, splits, wanted, label)
     if image is not None:
         for rows in splits.values():
             holds_images(rows, image)
@@ -106,6 +115,28 @@ def load(
     hashes = [of_rows(splits[name], used, folder) for name in ("train", "test")]
     content = hashlib.sha256(repr([*hashes, classes]).encode()).hexdigest()
     return Examples(splits["train"], splits["test"], numbers["train"], numbers["test"], classes, named, content)
+
+
+def check_columns(
+    config: TaskConfig, splits: Mapping[str, Dataset], wanted: Sequence[tuple[str, str]], label: str | None
+) -> None:
+    """UserError for an empty split, a column that does not exist, or one besides `label` with missing values.
+
+    Args:
+        config: names the splits.
+        splits: "train" or "test" -> rows.
+        wanted: (field of the configuration, column) for each column.
+        label: the column of labels.
+    """
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            split = getattr(config, f"{name}_split") or name
+            raise UserError(f"task.{name}_split: the split {split!r} holds no example; choose or make another.")
+        for field, column in wanted:
+            if column not in rows.column_names:
+                raise unknown(f"task.{field}", column, set(rows.column_names) - {PLACE})
+            if column != label:
+                _refuse_missing(field, column, name, rows)
 
 
 def _refuse_two_roles(wanted: Sequence[tuple[str, str]], label_is_learnt: bool) -> None:

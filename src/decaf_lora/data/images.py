@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decaf_lora.config import TaskConfig
+from decaf_lora.data.content import of_each_image
 from decaf_lora.data.mapping import preprocess
 from decaf_lora.data.places import place
 from decaf_lora.errors import UserError
@@ -72,6 +73,10 @@ class Pixels:
             parts.append(self._kept[torch.from_numpy(place[~new])])
         order = np.argsort(np.concatenate([np.flatnonzero(new), np.flatnonzero(~new)]))
         return torch.cat(parts)[torch.from_numpy(order[where])]
+
+    def contents(self) -> list[bytes]:
+        """A hash of the bytes of each image."""
+        return of_each_image(self._rows, self._column, self._folder)
 
     def _keep(self, indices: NDArray[np.int64], pixels: Tensor) -> None:
         """Keeps as many of these m images (m, channels, h, w) as there is room for."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from decaf_lora.config import TaskConfig
 from decaf_lora.data.places import place
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 
 Labels = NDArray[np.int64]
 
@@ -78,11 +78,6 @@ def needs_classes(labels: Labels, classes: Sequence[str]) -> None:
 def alike(name: str) -> str:
     """A form of `name` that is equal for names which differ only in blanks, case or the coding of accents."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-
-
-def listed(names: Sequence[Any], most: int = 5) -> str:
-    """The first `most` names for a message, and how many more there are."""
-    return ", ".join(str(n) for n in names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 
 def _values(config: TaskConfig, splits: Mapping[str, Dataset], column: str, feature: Any) -> dict[str, list[Any]]:

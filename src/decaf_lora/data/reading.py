@@ -17,11 +17,12 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
+from decaf_lora.adapters.files import refuse_pointer
 from decaf_lora.config import TaskConfig
 from decaf_lora.data import content
 from decaf_lora.data.folders import IMAGES, METADATA, check_image_folder
 from decaf_lora.data.places import stem_of, suffix_of
-from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, refuse_pointer, writable_cache
+from decaf_lora.data.tables import SUFFIXES, cache_folder, read_table, writable_cache
 from decaf_lora.errors import UserError, unknown
 
 READERS = (*SUFFIXES, ".parquet")
@@ -62,6 +63,26 @@ def read(config: TaskConfig, wanted: Sequence[str] = ()) -> dict[str, Dataset]:
             remedy = " Or hold out a part of the training split: task.test_share 0.2." * (name == "test")
             raise UserError(str(unknown(f"task.{name}_split", split, found)) + remedy)
     return splits
+
+
+def read_split(config: TaskConfig, wanted: Sequence[str], split: str | None = None) -> Dataset:
+    """The rows of one split, whatever it is called.
+
+    Args:
+        config: names the data, and how to read them.
+        wanted: columns that are needed.
+        split: None: `test` if there are several, else the only one.
+
+    Raises:
+        UserError: the data cannot be read or fetched, or the split does not exist.
+    """
+    found = _open(config, wanted)
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    name = split or "test"
+    if name not in found:
+        raise unknown("split", name, found)
+    return found[name]
 
 
 def _sliced(found: DatasetDict, split: str) -> Dataset:
@@ -121,7 +142,7 @@ def _file(path: Path, config: TaskConfig, wanted: Sequence[str]) -> DatasetDict:
 
 def _parquet(path: Path, config: TaskConfig, files: dict[str, list[Path]]) -> DatasetDict:
     for file in (file for of_split in files.values() for file in of_split):
-        refuse_pointer(file)
+        refuse_pointer(file, "task.data")
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:

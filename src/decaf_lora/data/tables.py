@@ -26,6 +26,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
+from decaf_lora.adapters.files import refuse_pointer
 from decaf_lora.config import TaskConfig
 from decaf_lora.data import content
 from decaf_lora.data.delimited import read_delimited
@@ -39,8 +40,6 @@ VERSION = 1
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx", ".txt")
 """Suffixes of the files that are read here. Case does not matter, and .gz, .bz2, .xz or .zip may follow."""
-
-_POINTER = b"version https://git-lfs"
 
 
 def read_table(path: Path, config: TaskConfig, wanted: Sequence[str]) -> Dataset:
@@ -110,17 +109,8 @@ def readable(path: Path) -> Iterator[None]:
         raise UserError(f"task.data: {path} cannot be read ({error.strerror or error}).") from error
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raises UserError if `path` is a Git LFS pointer, the small file that stands for one not yet fetched."""
-    with readable(path), path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise UserError(
-                f"task.data: {path} is a pointer of Git LFS and not the file itself; fetch it with `git lfs pull`."
-            )
-
-
 def _parsed(path: Path, config: TaskConfig, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
-    refuse_pointer(path)
+    refuse_pointer(path, "task.data")
     suffix = suffix_of(path)
     with readable(path):
         raw = _unpacked(path.read_bytes(), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def warn_truncated(counts: dict[str, int], limit: int) -> None:
-    """Warns, once for all splits, of sequences that were cut. counts: split -> sequences longer than `limit` tokens."""
+def warn_truncated(counts: dict[str, int], limit: int, sizes: dict[str, int]) -> None:
+    """Warns, once for all splits, of sequences that were cut.
+
+    Args:
+        counts: split -> number of sequences longer than `limit`.
+        limit: in tokens.
+        sizes: split -> number of all sequences.
+    """
     if any(counts.values()):
-        each = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        each = ", ".join(f"{n} of {sizes[name]} {name}" for name, n in counts.items() if n)
         warnings.warn(f"task.max_length: truncated to {limit} tokens: {each} examples.", stacklevel=3)
 
 
@@ -36,6 +43,9 @@ class Ragged:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int | np.integer[Any]) -> NDArray[Any]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]

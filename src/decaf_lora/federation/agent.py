@@ -10,6 +10,7 @@ import os
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -18,6 +19,7 @@ from decaf_lora.config import RunConfig
 from decaf_lora.engines.links import Links
 from decaf_lora.engines.links.links import check_free
 from decaf_lora.engines.links.tls import Own
+from decaf_lora.engines.mesh.edge import Verdict
 from decaf_lora.engines.mesh.engine import Mesh, StoppedError, WaitedOutError
 from decaf_lora.errors import UserError
 from decaf_lora.federation import checking, file, status
@@ -87,7 +89,7 @@ class _Agent(Subscriber):
         self._before: dict[str, tuple[int, int]] = {}
         self.links: Links | None = None
         self.engine: Mesh
-        self._times: list[float] = []
+        self._times = deque[float](maxlen=20)
         self._since = time.monotonic()
         self._resumed = False
 
@@ -112,8 +114,8 @@ class _Agent(Subscriber):
                 version=self.signed.version,
                 listen=checking.listening(self.signed, self.site.name, self.site.bind),
             )
-            facts = bytes.fromhex(self.signed.digest())
-            engine.connect(*run.exchange.templates(run.adapter), links, facts)
+            templates = run.exchange.templates(run.adapter)
+            engine.connect(*templates, links, self.signed.facts(), self.signed.differs)
             links.start(engine)  # after the model is built, which takes long and holds the interpreter
             leave.callback(links.stop)
             self.engine, self.links = engine, links
@@ -181,7 +183,8 @@ class _Agent(Subscriber):
         for edge in self.said.neighbours:
             if edge.name in old:
                 was = old[edge.name]
-                edge.missed, edge.waited, edge.rejected = was.missed, was.waited, was.rejected
+                edge.missed, edge.cut_off = was.missed, was.cut_off
+                edge.waited, edge.rejected = was.waited, was.rejected
                 self._before[edge.name] = (was.sent, was.received)
 
     def step(self, progress: Progress) -> None:
@@ -204,10 +207,12 @@ class _Agent(Subscriber):
             for edge in said.neighbours:
                 number = str(self._number_of(edge.name))
                 edge.missed += passed - (number in (record.weights or {}))
+                whys = [those.get(number) for those in (record.missed or {}).values()]
+                edge.cut_off += whys.count(Verdict.CUT_OFF.value)
                 edge.waited += (record.waited or {}).get(number, 0.0)
                 edge.rejected += sum(line.startswith(f"{edge.name}: ") for line in record.rejected or ())
             self._times.append((now - since) / max(1, passed))
-            said.seconds_left = statistics.median(self._times[-20:]) * (said.rounds - said.round)
+            said.seconds_left = statistics.median(self._times) * (said.rounds - said.round)
         self.watch(said)
 
     def _number_of(self, name: str) -> int:
@@ -243,9 +248,10 @@ class _Agent(Subscriber):
         ):
             if score is not None:
                 lines.append(f"| {what} | {score:.3f} |")
-        lines += ["", "| neighbour | rounds missed | seconds waited | messages refused | bytes sent | bytes received |"]
-        lines += ["|---|---:|---:|---:|---:|---:|"]
+        titles = ("neighbour", "rounds missed", "cut off", "seconds waited", "messages refused", "bytes sent")
+        lines += ["", f"| {' | '.join(titles)} | bytes received |", "|---|---:|---:|---:|---:|---:|---:|"]
         for edge in said.neighbours:
-            counts = f"{edge.missed} | {edge.waited:.0f} | {edge.rejected} | {edge.sent:,} | {edge.received:,}"
-            lines.append(f"| {edge.name} | {counts} |")
+            numbers = (edge.missed, edge.cut_off, f"{edge.waited:.0f}", edge.rejected)
+            traffic = (f"{edge.sent:,}", f"{edge.received:,}")
+            lines.append("| " + " | ".join(map(str, (edge.name, *numbers, *traffic))) + " |")
         return "\n".join(lines) + "\n"

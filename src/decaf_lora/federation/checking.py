@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from decaf_lora.config import AlgorithmConfig
+from decaf_lora.check import Finding, Verdict, look, rehearse
 from decaf_lora.engines.links import Links, Neighbour, tls
 from decaf_lora.engines.mesh.frames import Frame
 from decaf_lora.engines.mesh.link import dialler
 from decaf_lora.errors import UserError
 from decaf_lora.federation import base_model, commands, file, keys, status, trust
-from decaf_lora.runs.build import build_run
-
-Verdict = Literal["right", "wrong", "open"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    what: str
-    verdict: Verdict
-    """`open`: nothing is wrong at this site, but training cannot begin yet."""
-    said: str
-    """What was found, and what to do if it is not right."""
+from decaf_lora.federation.site import make_engine, make_run
 
 
 def neighbours(signed: file.Signed, name: str) -> list[Neighbour]:
@@ -42,15 +28,21 @@ def neighbours(signed: file.Signed, name: str) -> list[Neighbour]:
     return found
 
 
-def site(path: Path, name: str, *, told: str | None = None, key: Path | None = None) -> tuple[file.Signed, tls.Own]:
+def site(
+    path: Path, name: str, *, told: str | None = None, key: Path | None = None, base: bool = True
+) -> tuple[file.Signed, tls.Own]:
     """What an agent needs before it may connect: the file, accepted, and its own identity.
+
+    `base`: whether to check the base model that the file names, too. The other arguments are those of `check`.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     steps = _Steps(path, name, told, key)
-    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key, steps.base):
+    for check in (steps.signature, steps.version_and_trust, steps.clock, steps.software, steps.key):
         check()
+    if base:
+        steps.base()
     return steps.signed, steps.own
 
 
@@ -61,6 +53,7 @@ def check(
     told: str | None = None,
     key: Path | None = None,
     local: Mapping[str, Any] | None = None,
+    share: bool = False,
     bind: str | None = None,
     wait: float = 0.0,
     timeout: float = 5.0,
@@ -72,28 +65,29 @@ def check(
         name: of this site's agent.
         told: fingerprint of the organiser's key; needed the first time.
         key: file of this agent's key; NAME.key beside the federation file if unset.
-        local: the site's own fields (`terms.Local`); if given, the data and one batch are checked too.
+        local: the site's own fields (`terms.Local`); if given, data, labels, one batch and cost are checked too.
+        share: as of `site.Site`.
         bind: HOST:PORT to listen on while it waits; the port of the file on all addresses if unset.
         wait: seconds to listen and dial until all neighbours, who do the same, are up; 0: dial once, do not listen.
         timeout: seconds to wait for a neighbour's answer.
     """
     steps = _Steps(path, name, told, key)
     right = True
-    for what, look in (
+    for what, step in (
         ("signature", steps.signature),
         ("organiser", steps.version_and_trust),
         ("clock", steps.clock),
         ("software", steps.software),
         ("key", steps.key),
     ):
-        found = _look(what, look)
+        found = look(what, step)
         yield found
         right &= found.verdict == "right"
         if what == "signature" and not right:
             return  # nothing else in the file can be trusted
-    yield _look("base model", steps.base)
+    yield look("base model", steps.base)
     if local is not None:
-        yield _look("data", lambda: rehearse(steps.signed, steps.number, local))
+        yield from _trains(steps.signed, steps.number, local, share)
     if not right:
         yield Finding("neighbours", "open", "not dialled before the rest is right.")
         return
@@ -156,44 +150,20 @@ class _Nobody:
     def on_frame(self, peer: int, connection: int, frame: Frame) -> None: ...
 
 
-def rehearse(signed: file.Signed, number: int, local: Mapping[str, Any]) -> str:
-    """Reads the site's data and takes one training step with one batch, alone; returns what it found, in words.
-
-    Raises:
-        UserError: the data do not fit the terms (a label outside the classes, a missing column, ...), or the loss of
-            the batch is not finite.
-    """
-    config = signed.terms.config(len(signed.agents), "ring", local)
-    own = {
-        field: values[number : number + 1]
-        for field, values in (("ranks", config.lora.ranks), ("alphas", config.lora.alphas))
-    }
-    changes: dict[str, Any] = {
-        "agents": 1,
-        "partition": "iid",
-        "rounds": 1,
-        "gossip_steps": 1,
-        "lora": config.lora.model_copy(update=own),
-        "algorithm": AlgorithmConfig(name="local"),
-        "training": config.training.model_copy(update={"steps": 1, "agents_per_pass": 1}),
-    }
-    if config.task.data is not None:  # one batch is scored, not the whole test set
-        changes["task"] = config.task.model_copy(update={"max_test": config.training.batch_size})
-    with build_run(config.model_copy(update=changes)) as run:
-        *_, last = run.train()
-    assert last.losses is not None  # round 0 alone has none
-    classes = len(set(run.task.labels.tolist()))
-    return (
-        f"{len(run.task.labels)} examples to learn from, {classes} labels among them; one batch gives the loss "
-        f"{last.losses[0]:.4g}."
-    )
-
-
-def _look(what: str, look: Callable[[], str]) -> Finding:
+def _trains(signed: file.Signed, number: int, local: Mapping[str, Any], share: bool) -> Iterator[Finding]:
+    """Builds what the agent will run, and takes one batch through it; nothing is sent."""
     try:
-        return Finding(what, "right", look())
+        config = signed.terms.config(len(signed.agents), signed.graph, local)
     except UserError as error:
-        return Finding(what, "wrong", str(error))
+        yield Finding("data", "wrong", str(error))
+        return
+    yield from rehearse(
+        lambda: make_run(signed, number, config, share, make_engine(signed, number, config)),
+        config.model_copy(update={"graph": "ring", "partition": "iid"}),  # only for the memory of one agent
+        "data",
+        processes=len(signed.agents),
+        more="the agent trains alone first, which takes as long again (--no-alone leaves it out)",
+    )
 
 
 class _Steps:
@@ -215,7 +185,8 @@ class _Steps:
         return f"{self.signed.name}, version {self.signed.version}; {self._name} is agent {number} of {of}."
 
     def version_and_trust(self) -> str:
-        trust.accept(self.signed, self._key.with_suffix(".trust"), self._told)
+        # By the name of the agent, not of the key: a new key must not bring trust in older files back.
+        trust.accept(self.signed, self._key.with_name(f"{self._name}.trust"), self._told)
         return f"{keys.fingerprint(self.signed.organiser)}, as told."
 
     def clock(self) -> str:

@@ -72,7 +72,13 @@ def init(
 
 
 def request(
-    path: Path, name: str, address: str | None, *, key: Path | None = None, days: float = keys.DAYS
+    path: Path,
+    name: str,
+    address: str | None,
+    *,
+    key: Path | None = None,
+    days: float = keys.DAYS,
+    new: bool = False,
 ) -> tuple[Path, Path]:
     """Makes a site's key, if it has none yet, and writes its request.
 
@@ -82,13 +88,17 @@ def request(
         address: host:port where the others reach it; None where it can only dial.
         key: file of the key; NAME.key beside the federation file if unset. One that exists is used again.
         days: days that a new certificate is valid.
+        new: whether the agent is to be added: the file does not name it yet.
 
     Returns:
         The file of the request, and the file of the key.
     """
     known = agents_of(path)
-    if name not in known:
-        raise unknown("name", name, known)
+    if new and name in known:
+        raise UserError(f"new: {name} is an agent of {path} already; leave --new out.")
+    if not new and name not in known:
+        raise UserError(f"{unknown('name', name, known)} Or, if {name} is to be added, give --new.")
+    keys.check_name(name)
     if address is not None:
         file.host_port(address)
     key = key or path.with_name(f"{name}.key")
@@ -216,6 +226,15 @@ def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Sch
         schedule = graphs.as_schedule(graphs.from_networkx(drawn, graph))
     else:
         schedule = graphs.as_schedule(graphs.parse(graph, len(names), config.seed))
+    try:
+        _refuse_schedule(schedule, graph, config)
+    except UserError as error:
+        raise UserError(f"{error} In a federation use {terms.GOOD}.") from error
+    return schedule
+
+
+def _refuse_schedule(schedule: graphs.Schedule, graph: str, config: RunConfig) -> None:
+    """Raises UserError for what agents that talk to their neighbours alone cannot do."""
     steps = config.gossip_steps
     assert isinstance(steps, int)
     refuse_alone(algorithms.make(config.algorithm.name, **config.algorithm.options()), schedule, steps)
@@ -224,7 +243,6 @@ def _schedule(graph: str, names: Sequence[str], config: RunConfig) -> graphs.Sch
     for k in range(schedule.period):
         if not np.array_equal(schedule.at(k).weights, schedule.at(k).weights.T):
             raise UserError(f"graph: {graph} has edges in one direction; a connection has two ends that both send.")
-    return schedule
 
 
 def _software() -> tuple[str, str]:

@@ -155,11 +155,13 @@ def _row(name: str, one: status.AgentStatus | None) -> tuple[str, ...]:
 def _report(said: dict[str, status.AgentStatus | None], story: Sequence[Happened], codes: dict[str, int | None]) -> str:
     lines = ["# A federation of five on one machine", ""]
     lines += [f"- {event.at:.0f} s: {event.what}" for event in story]
-    lines += ["", "| agent | exit code | state | round | score | at the start | missed | links up |"]
+    lines += ["", "| agent | exit code | state | round | score | at the start | rounds missed | bytes sent |"]
     lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
     for name, one in said.items():
-        cells = _row(name, one)
-        lines.append("| " + " | ".join([cells[0], str(codes[name]), *cells[1:]]) + " |")
+        *cells, _ = _row(name, one)
+        sent = "" if one is None else f"{sum(edge.sent for edge in one.neighbours):,}"
+        lines.append("| " + " | ".join([cells[0], str(codes[name]), *cells[1:], sent]) + " |")
+    lines += ["", "An agent misses a round once for each neighbour whose message was not there."]
     lines += ["", "Each agent's folder holds its adapter, records and report; NAME.log is what it printed."]
     return "\n".join(lines) + "\n"
 

@@ -26,6 +26,9 @@ from decaf_lora.yaml_file import read_yaml, write_yaml
 MOST_BYTES = 16 * 2**20
 """Largest size of a federation file, in bytes."""
 
+_VERSION = 8
+"""Bytes of a version in `Signed.facts`."""
+
 MOST_AGENTS = 1000
 """Largest number of agents of a federation."""
 
@@ -110,7 +113,7 @@ class Signed(_Frozen):
     format: Literal[1] = 1
     name: str
     """Name of the federation."""
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, lt=2**63)
     """Number of this sealed file, from 1. An agent accepts no file older than the newest that it has seen."""
     expires: datetime
     """When the file stops being valid, UTC."""
@@ -179,6 +182,21 @@ class Signed(_Frozen):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, as hexadecimal digits: equal if two agents follow the same file."""
         return hashlib.sha256(canonical(self.values())).hexdigest()
+
+    def facts(self) -> bytes:
+        """What two agents must agree on, for their hello: the version and the digest."""
+        return self.version.to_bytes(_VERSION, "big") + bytes.fromhex(self.digest())
+
+    def differs(self, facts: bytes) -> str:
+        """What is different in a neighbour's `facts`, in words."""
+        theirs = int.from_bytes(facts[:_VERSION], "big")
+        if theirs == self.version:
+            return f"it follows another version {theirs} of the federation file: one of the two is not the organiser's"
+        older = "it" if theirs < self.version else "this agent"
+        return (
+            f"it follows version {theirs} of the federation file, this agent version {self.version}: start {older} "
+            f"again with version {max(theirs, self.version)}"
+        )
 
 
 def _distinct(names: list[str]) -> None:

@@ -33,6 +33,9 @@ class EdgeStatus:
     """Why the edge is down, or was down last."""
     missed: int = 0
     """Number of exchanges without this neighbour."""
+    cut_off: int = 0
+    """Number of exchanges without this neighbour in which it may have used this agent's message all the same, since the
+    link broke between message and answer."""
     waited: float = 0.0
     """Seconds in all."""
     rejected: int = 0
@@ -78,6 +81,13 @@ class AgentStatus:
 
 ENDED = ("done", "stopped", "gave up", "failed")
 """States after which nothing changes any more."""
+
+
+_SAID = {
+    "alone": "training alone first, to compare",
+    "serving": "finished, and here until its neighbours are done too",
+}
+"""What the screen says of a state that its name does not explain."""
 
 
 def file_of(federation: Path, name: str) -> Path:
@@ -149,7 +159,8 @@ class Teller:
 
 def shown(status: AgentStatus) -> RenderableType:
     """The agent's screen."""
-    head = Text(f"{status.federation}, version {status.version}: {status.name}, {status.state}")
+    state = _SAID.get(status.state, status.state)
+    head = Text(f"{status.federation}, version {status.version}: {status.name}, {state}")
     silent = time.time() - status.written
     if status.state not in ENDED and silent > 10:
         head.append(f" {_span(silent)} ago; it has not been heard of since", style="bold")
@@ -162,16 +173,16 @@ def shown(status: AgentStatus) -> RenderableType:
         facts.append(f"at the start {status.score_at_start:.3f}")
     if status.score_alone is not None:
         facts.append(f"on its own data alone {status.score_alone:.3f}")
-    if status.seconds_left is not None and status.state not in ENDED:
+    if status.seconds_left is not None and status.state in ("training", "waiting"):
         facts.append(f"about {_span(status.seconds_left)} left")
-    if status.waits_for:
-        facts.append(f"waits for {', '.join(status.waits_for)}")
     lines: list[RenderableType] = [head, Text(", ".join(facts))]
+    if status.waits_for and status.state not in ENDED:
+        lines.append(Text(f"waits for {', '.join(status.waits_for)}"))
     if status.said:
         lines.append(Text(status.said))
     table = Table(show_edge=False, pad_edge=False)
-    for title in ("neighbour", "link", "missed", "waited", "rejected", "sent", "received", ""):
-        table.add_column(title, justify="left" if title in ("neighbour", "link", "") else "right")
+    for title in ("neighbour", "link", "missed", "waited", "rejected", "sent", "received"):
+        table.add_column(title, justify="left" if title in ("neighbour", "link") else "right", no_wrap=True)
     for edge in status.neighbours:
         since = f" {_span(time.time() - edge.since)}" if edge.since else ""
         table.add_row(
@@ -182,9 +193,10 @@ def shown(status: AgentStatus) -> RenderableType:
             str(edge.rejected),
             _bytes(edge.sent),
             _bytes(edge.received),
-            "" if edge.up else edge.why,
         )
-    return Group(*lines, table)
+    down = [edge for edge in status.neighbours if edge.why and not edge.up and status.state not in ENDED]
+    reasons = [Text(edge.why if edge.why.startswith(edge.name) else f"{edge.name}: {edge.why}") for edge in down]
+    return Group(*lines, table, *reasons)
 
 
 def _span(seconds: float) -> str:

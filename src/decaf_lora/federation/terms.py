@@ -6,10 +6,12 @@ The other fields (data, splits, columns, device, workers, folders) belong to a s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
+from decaf_lora import algorithms
 from decaf_lora.config import (
     MOST_EXCHANGES,
     OWN,
@@ -91,7 +93,7 @@ class Terms(BaseModel):
     def config(self, agents: int, graph: str, local: Mapping[str, Any] | None = None) -> RunConfig:
         """The configuration of a site's run: these terms, and the site's own fields.
 
-        A site with data of its own and no test set holds out a fifth of them.
+        A site whose data are one file, which has no test set, holds out a fifth of them.
 
         Raises:
             UserError: a value is wrong, or `local` holds a field that is shared.
@@ -100,7 +102,8 @@ class Terms(BaseModel):
         shared = [name for name in own if name not in Local.model_fields]
         if shared:
             raise UserError(f"{shared[0]}: the federation file says it, for all agents; leave it out.")
-        if own.get("data") is not None and own.get("test_split") is None and own.get("test_share") is None:
+        one_file = own.get("data") is not None and Path(own["data"]).expanduser().is_file()
+        if one_file and own.get("test_split") is None and own.get("test_share") is None:
             own["test_share"] = 0.2
         values = {
             **{name: own[name] for name in LOCAL_RUN if name in own},
@@ -137,12 +140,22 @@ GOOD = (
 def refuse(config: RunConfig) -> None:
     """Raises UserError for what needs a server, or everybody's data: no agent of a federation has either."""
     algorithm = config.algorithm
-    if algorithm.name in ("fedavg", "centralized"):
+    kind = algorithms.KINDS.get(algorithms.spelled(algorithm.name))
+    if kind is not None and kind.build().topology in ("server", "pooled"):
         raise UserError(f"algorithm.name: {algorithm.name} needs a server, and a federation has none; use {GOOD}.")
     if config.gossip_steps == "period":
-        raise UserError("gossip_steps: write the number of exchanges in a round instead of period.")
+        raise UserError(f"gossip_steps: write the number of exchanges in a round instead of period; use {GOOD}.")
+    if "pooled" in config.baseline:
+        raise UserError("baseline: pooled needs everybody's data; each agent trains the baseline alone by itself.")
     if config.init_adapters:
         raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
+    if config.validation_share is not None:
+        raise UserError("validation_share: a federation scores on each site's own test set; leave it out.")
+    if config.training.learning_rate == "auto":
+        raise UserError(
+            "training.learning_rate: auto needs all agents in one process; find a rate with `decaf tune` on examples "
+            "that you may use, and give the number."
+        )
     task = config.task
     if task.name in ("image-text", "sequence-classification") and not task.classes:
         raise UserError(

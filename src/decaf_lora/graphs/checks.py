@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 
 TOLERANCE = 1e-9  # error allowed in row sums, column sums and symmetry
 EXACT = 1e-12  # a product of mixing matrices whose entries are this near to 1/N counts as the exact average
@@ -50,11 +50,6 @@ def check_names(names: Sequence[str], n: int) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"graph: two agents are called {twice!r}; give every agent a name of its own.")
-
-
-def listed(names: Sequence[str]) -> str:
-    """The names for an error, at most ten of them."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def check_columns(weights: NDArray[np.float64]) -> None:
@@ -108,7 +103,7 @@ def check_consensus(heard: NDArray[np.bool_], field: str, remedy: str, names: Se
     distances = steps_from_agent_0(heard)
     if (lost := np.flatnonzero(distances < 0)).size:
         called = names or [str(agent) for agent in range(len(heard))]
-        agents = ", ".join(called[agent] for agent in lost[:10]) + (", ..." if lost.size > 10 else "")
+        agents = listed([called[agent] for agent in lost.tolist()], 10)
         agents = f"agent {agents}" if lost.size == 1 else f"agents {agents}"
         raise UserError(f"{field}: {agents} cannot be reached from agent {called[0]}; link them{remedy}.")
     # If all cycles share a divisor above 1, models circulate and never blend, as with two agents that swap.

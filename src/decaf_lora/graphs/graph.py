@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 
 from .checks import (
     check_columns,
@@ -16,7 +16,6 @@ from .checks import (
     check_names,
     check_rows,
     check_symmetric,
-    listed,
     second_singular_value,
 )
 
@@ -102,8 +101,8 @@ class Graph:
         if sorted(names) != sorted(self.names):
             strange = sorted(set(self.names) ^ set(names))
             raise UserError(
-                f"graph: the agents of {self.name} are {listed(self.names)} but those of the run {listed(names)}; "
-                f"{listed(strange)} are not in both. Name them alike."
+                f"graph: the agents of {self.name} are {listed(self.names, 10)} but those of the run "
+                f"{listed(names, 10)}; {listed(strange, 10)} are not in both. Name them alike."
             )
         order = [self.names.index(name) for name in names]
         return replace(self, weights=self.weights[np.ix_(order, order)], names=tuple(names))

@@ -189,6 +189,11 @@ def parse(spec: str, num_agents: int, seed: int) -> Graph | Schedule:
     spec = spec.strip()
     if KINDS.written(spec.partition(":")[0].strip()) != "failing" and spec.lower().endswith(FILES):
         return _fit(read(Path(spec)), num_agents)
+    if spec.lower() == "server":
+        raise UserError(
+            "graph: a server is no graph but a kind of algorithm (fedavg, fedprox, fedadam, scaffold, flexlora); for "
+            "the others use star, whose centre trains too, or complete."
+        )
     _, kind, argument = KINDS.find(spec, f" Or give a file: {', '.join(FILES)}.")
     made = kind.build(num_agents, argument, seed)
     if isinstance(made, Schedule) and made.period is None:

@@ -164,7 +164,7 @@ def _short(value: object) -> str:
 def _fingerprint(root: nn.Module, without: set[int]) -> str:
     """Hash over shapes and some values of what is frozen: reading all of a large model would take long."""
     made = hashlib.sha256()
-    for name, tensor in _frozen(root, without):
+    for name, tensor in frozen(root, without):
         made.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, len(flat) - 1), min(_SAMPLED, len(flat)), dtype=torch.float64).long()
@@ -172,7 +172,7 @@ def _fingerprint(root: nn.Module, without: set[int]) -> str:
     return made.hexdigest()[:16]
 
 
-def _frozen(root: nn.Module, without: set[int]) -> Iterator[tuple[str, Tensor]]:
+def frozen(root: nn.Module, without: set[int]) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters; not what other adapters hold, nor the first state of modules trained in full."""
     skipped = ("lora_", "modules_to_save.", "original_module.")
     for name, parameter in root.named_parameters():

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.engines import Engine, Simulate
 from decaf_lora.engines.launch import Launch, Processes, connect
 from decaf_lora.engines.torchrun import Torchrun
 from decaf_lora.errors import UserError
+from decaf_lora.exchange import Exchange
+from decaf_lora.integrations.live import LiveAdapter
 from decaf_lora.integrations.turns import Turns
 
 Facts = Mapping[str, str | int]
 """What must be equal for all agents, by the name that people know it by."""
+STAYS = ", which stays as it starts (call set_seed alike before get_peft_model)"
+"""Ends the names of facts about factors that the algorithm never trains."""
 Work = Callable[[list[Any]], list[Any]]
 """Values of the agents of this process -> results for them."""
 
 
-class Place(Protocol):
+class Place(ABC):
     """Where one agent meets the others."""
 
     agent: int
     agents: int
+    rounds: int | None = None
+    """The number of exchanges that all have agreed on; None: as many as the Trainer's steps make."""
 
+    def check(self, model: Any, live: LiveAdapter, max_steps: int, every: int) -> None:  # noqa: B027 - optional
+        """Raises UserError if model, adapter or number of exchanges are not what this agent has agreed to."""
+
+    @abstractmethod
     def arrive(self, facts: Facts) -> Engine:
         """Waits for all agents; the engine that moves their messages.
 
@@ -34,18 +46,31 @@ class Place(Protocol):
             UserError: somebody does not come, or has other facts.
         """
 
+    def connect(self, exchange: Exchange, adapter: Adapter) -> None:  # noqa: B027 - optional
+        """Called once the agent is as its checkpoint says, before the first exchange."""
+
+    @abstractmethod
     def together(self, step: int, value: Any, work: Work) -> Any:
         """`work` on the values of all agents of this process, after the step `step` of all; the own result.
 
         Raises:
             UserError: another agent has come after another number of steps, or has failed.
+            WaitedOutError: in a federation: no neighbour has answered for as long as its file says.
         """
 
+    def finish(self, save: Callable[[], object]) -> None:  # noqa: B027 - optional
+        """After the last exchange. A place that others may come back to calls `save`, and serves them."""
+
+    def gave_up(self, error: Exception, saved: str) -> Exception:
+        """What the script sees of a WaitedOutError; `saved` says what lies where."""
+        return error
+
+    @abstractmethod
     def leave(self, error: BaseException | None = None) -> None:
         """Ends it; `error` is told to the others."""
 
 
-class OneProcess:
+class OneProcess(Place):
     """An agent of a simulation; `turns` and `engine` are shared by all of them."""
 
     def __init__(self, turns: Turns, engine: Simulate, agent: int) -> None:
@@ -74,7 +99,7 @@ class OneProcess:
         """Whoever runs the turns learns of it by itself."""
 
 
-class ByStore:
+class ByStore(Place):
     """An agent that meets the others at "tcp://HOST:PORT"; agent 0 listens there. Messages travel by gloo.
 
     Args:

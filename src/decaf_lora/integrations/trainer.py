@@ -12,6 +12,9 @@ Gradients. What steers them (tracking) acts in `on_pre_optimizer_step`: they are
 the clipped gradient; and the correction is added after clipping, which does not bound it. (`decaf run` adds it before
 clipping.) The corrections of all agents add up to 0 either way. The norm that the Trainer logs is without them.
 
+Federation. With `federation=` the agent is one of a sealed federation file: links and protocol are those of `decaf
+agent`. Neighbours may then be ahead; the agent joins them at their round, and stops training when the last is over.
+
 Order. An exchange follows its steps whatever `order` the algorithm has, since the last one must precede the save.
 """
 
@@ -19,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,48 +31,57 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.training_args import ParallelMode
 
-from decaf_lora import algorithms, graphs
 from decaf_lora.adapters.adapter import Adapter, concatenate
 from decaf_lora.adapters.names import flattened, owner, parted, put, take
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
-from decaf_lora.engines import Simulate
+from decaf_lora.engines import Engine, Simulate
+from decaf_lora.engines.mesh.engine import WaitedOutError
 from decaf_lora.errors import TrainingError, UserError
-from decaf_lora.exchange import Exchange, exchanges_of_round
-from decaf_lora.graphs import Graph, Schedule, as_schedule
+from decaf_lora.exchange import Exchange
+from decaf_lora.graphs import Graph, Schedule
 from decaf_lora.integrations import moments, saved_state
 from decaf_lora.integrations.live import LiveAdapter
-from decaf_lora.integrations.places import ByStore, OneProcess, Place, refuse_launcher
+from decaf_lora.integrations.places import STAYS, ByStore, OneProcess, Place, refuse_launcher
+from decaf_lora.integrations.planned import Plan
 from decaf_lora.integrations.turns import Turns
+from decaf_lora.runs.folder import disk
 
 
 class GossipCallback(TrainerCallback):
     """Exchanges the LoRA adapter of a Trainer, or a TRL trainer such as SFTTrainer, with the other agents'.
 
-    Every agent runs its own script, on its own data. All take equally many steps (`max_steps`), with the same base
-    model, targets, rank and scaling; what is in `modules_to_save` is exchanged, too. Adapters that start alike mix
-    best: make each after the same `transformers.set_seed`.
+    Every agent runs its own script, on its own data. The agents meet by `federation` and `name` (a mesh of
+    organisations, over TLS), by `store` (gloo, in a network that they trust), or in one process (`simulate`). All take
+    equally many steps (`max_steps`), with the same base model, targets, rank and scaling; what is in `modules_to_save`
+    is exchanged, too. Adapters that start alike mix best: make each after the same `transformers.set_seed`.
 
     The state is saved in the Trainer's checkpoints, as `gossip.safetensors`; `resume_from_checkpoint` goes on from
-    there, in all agents from the same step, bit for bit.
+    there, in all agents from the same step, bit for bit. In a federation each agent resumes by itself.
 
     Args:
+        federation: the sealed federation file. It says algorithm, graph, gossip_steps, seed, and `every` (the steps of
+            a round); `max_steps` must make as many rounds as it says. The base model's hashes and the fields of the
+            adapter are compared with it.
+        name: of this agent, in the federation file.
+        trust: fingerprint of the organiser's key, told by telephone; needed the first time.
+        key: file of this agent's key. None: NAME.key beside the federation file.
+        bind: HOST:PORT to listen on. None: the port that the federation file names, on all addresses.
         store: "tcp://HOST:PORT" of agent 0, where all agents meet; messages travel by gloo, in the clear.
         agent: number of this agent, from 0.
         agents: how many there are.
         graph: who listens to whom: a name or file (`graphs.parse`), a Graph, or a Schedule.
         algorithm: a name ("decaf", "decaf_tracked", "dlora", "dlora_fa", "local"), or one with options and transforms:
-            `algorithms.decaf() | algorithms.tracking() | algorithms.int8()`.
+            `algorithms.decaf() | algorithms.tracking() | algorithms.int8()`. None: "decaf".
         every: optimizer steps from one exchange to the next.
-        seed: of random graphs, and of what an algorithm draws.
-        gossip_steps: exchanges in a row, each on the next graph of the schedule, or "period".
+        seed: of random graphs, and of what an algorithm draws. None: 0.
+        gossip_steps: exchanges in a row, each on the next graph of the schedule, or "period". None: 1.
         timeout: seconds to wait for an agent that does not come, or falls silent.
         resume: the checkpoint that the Trainer resumes from, where it is not in the Trainer's `output_dir`.
-        federation: not available; see Raises.
-        name: with `federation`.
 
     Raises:
-        UserError: something does not fit together, at once or when training starts; names the field. Also for
-            `federation`, which `decaf agent` runs.
+        UserError: something does not fit together, at once or when training starts; names the field. In a federation
+            also from `Trainer.train` (`exit_code` 3) if no neighbour answers for as long as the file's `give_up`: the
+            adapter is then in OUTPUT_DIR/adapter, and a checkpoint goes on from there.
     """
 
     def __init__(
@@ -80,26 +91,44 @@ class GossipCallback(TrainerCallback):
         agent: int | None = None,
         agents: int | None = None,
         graph: str | Graph | Schedule | None = None,
-        algorithm: str | Algorithm = "decaf",
-        every: int,
-        seed: int = 0,
-        gossip_steps: int | Literal["period"] = 1,
+        algorithm: str | Algorithm | None = None,
+        every: int | None = None,
+        seed: int | None = None,
+        gossip_steps: int | Literal["period"] | None = None,
         timeout: float = 600.0,
         resume: str | Path | None = None,
         federation: str | Path | None = None,
         name: str | None = None,
+        trust: str | None = None,
+        key: str | Path | None = None,
+        bind: str | None = None,
     ) -> None:
-        if federation is not None or name is not None:
-            raise UserError(
-                "federation: GossipCallback does not join a federation; give store= and agent=, or run the site with "
-                "`decaf agent`."
-            )
-        if store is None:
-            raise UserError("store: missing; give tcp://HOST:PORT, or use GossipCallback.simulate in one process.")
         refuse_launcher()
+        if federation is not None or name is not None:
+            if federation is None or name is None:
+                missing = "federation" if federation is None else "name"
+                raise UserError(f"{missing}: missing; federation= and name= go together.")
+            from decaf_lora.integrations.federated import InFederation  # needs the extra `mesh`
+
+            given = {"store": store, "agent": agent, "agents": agents, "graph": graph, "algorithm": algorithm}
+            given |= {"seed": seed, "gossip_steps": gossip_steps}
+            member = InFederation(Path(federation), name, trust, None if key is None else Path(key), bind)
+            self._begin(member, member.plan(given, every), resume)
+            return
+        for field, value in {"trust": trust, "key": key, "bind": bind}.items():
+            if value is not None:
+                raise UserError(f"{field}: it belongs to a federation; give federation= and name=, or leave it out.")
+        if store is None:
+            raise UserError(
+                "store: missing; give tcp://HOST:PORT, or federation= and name=, or use GossipCallback.simulate in one "
+                "process."
+            )
+        if every is None:
+            raise UserError("every: missing; say every how many optimizer steps the agents exchange.")
         place = ByStore(store, agent, agents, timeout)
-        plan = _Plan(algorithm, graph, place.agents, every, seed, gossip_steps)
-        self._begin(place, plan, resume)
+        chosen = "decaf" if algorithm is None else algorithm
+        exchanges = 1 if gossip_steps is None else gossip_steps
+        self._begin(place, Plan(chosen, graph, place.agents, every, seed or 0, exchanges), resume)
 
     @classmethod
     def simulate(
@@ -140,7 +169,7 @@ class GossipCallback(TrainerCallback):
         outputs = [str(Path(str(trainer.args.output_dir)).resolve()) for trainer in trainers]
         if len(set(outputs)) < count and any(trainer.args.save_strategy != "no" for trainer in trainers):
             raise UserError("output_dir: two trainers write to one folder; give each its own, or save_strategy='no'.")
-        plan = _Plan(algorithm, graph, count, every, seed, gossip_steps)
+        plan = Plan(algorithm, graph, count, every, seed, gossip_steps)
         paths = _paths(trainers, resume_from_checkpoint)
         turns, engine = Turns(count), Simulate(count)
         callbacks = []
@@ -161,7 +190,7 @@ class GossipCallback(TrainerCallback):
 
         return turns.run([functools.partial(job, agent) for agent in range(count)], [t.args.seed for t in trainers])
 
-    def _begin(self, place: Place, plan: _Plan, resume: str | Path | None) -> None:
+    def _begin(self, place: Place, plan: Plan, resume: str | Path | None) -> None:
         self._place, self._plan, self._resume = place, plan, resume
         self.round = 0
         """Exchanges made."""
@@ -169,7 +198,10 @@ class GossipCallback(TrainerCallback):
         """In them, by an agent (mean over all)."""
         self._since = 0
         """Optimizer steps since the last exchange."""
+        self._gave_up: Exception | None = None
+        """Why no neighbour is waited for any more, in a federation."""
         self._live: LiveAdapter
+        self._engine: Engine
         self._exchange: Exchange
         self._state: State
 
@@ -186,10 +218,12 @@ class GossipCallback(TrainerCallback):
             raise UserError(f"fp16: its scaled gradients cannot be steered by {algorithm.name}; use bf16 or neither.")
         self._live = LiveAdapter(model)
         moments.check(algorithm, kwargs["optimizer"])
-        self.round, self.bytes_sent, self._since = 0, 0.0, 0
+        self.round, self.bytes_sent, self._since, self._gave_up = 0, 0.0, 0, None
         try:
-            engine = self._place.arrive(self._facts(state))
-            self._exchange = plan.exchange(engine, state.max_steps)
+            self._place.check(model, self._live, state.max_steps, plan.every)
+            self._engine = self._place.arrive(self._facts(state))
+            self._exchange = plan.exchange(self._engine, state.max_steps)
+            plan.algorithm = self._exchange.algorithm
             adapter = self._live.read()
             if plan.mixes:
                 self._state = self._place.together(state.global_step, adapter, self._first_states)
@@ -197,18 +231,25 @@ class GossipCallback(TrainerCallback):
                 self._state = self._exchange.init(adapter)
             if state.global_step:
                 self._restore(Path(self._resume or Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+            self._place.connect(self._exchange, adapter)
         except BaseException as error:
             self._give_up(error)
             raise
         self._allow()
+        if self._since >= plan.every:  # the exchange for which nobody came before the checkpoint was made
+            self._mix(state.global_step, kwargs["optimizer"])
+            if self._gave_up is not None:
+                self._raise_given_up(Path(args.output_dir), model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Steers the gradients, after accumulation and clipping."""
-        if not any(transform.steer is not None for transform in self._plan.algorithm.transforms):
+        transforms = self._plan.algorithm.transforms
+        if not any(transform.steer or transform.penalty for transform in transforms):
             return
         round_ = self._exchange.round(self.round + 1)
         gradients = self._live.gradients(self._plan.algorithm.trains(round_))
-        steered, self._state = self._plan.algorithm.steer(self._state, gradients, round_)
+        values = {key: self._live.parameters[key].detach()[None] for key in gradients}
+        steered, self._state = self._plan.algorithm.steer(self._state, gradients, round_, values)
         if steered is not gradients:
             self._live.set_gradients(steered)
 
@@ -217,28 +258,46 @@ class GossipCallback(TrainerCallback):
         self._since += 1
         if self._since >= self._plan.every or state.global_step >= state.max_steps:
             self._mix(state.global_step, kwargs["optimizer"])
+            if self._gave_up is not None:
+                control.should_save = control.should_training_stop = True
+            elif self._is_over() and state.global_step < state.max_steps:
+                warnings.warn(
+                    f"gossip: the last of {self._place.rounds} rounds is over after step {state.global_step} of "
+                    f"{state.max_steps} of this agent, which was away; training ends.",
+                    stacklevel=2,
+                )
+                control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes what the exchanges go on from into the checkpoint that the Trainer has just written."""
         values = self._identity() | {"round": self.round, "since": self._since, "bytes_sent": self.bytes_sent}
+        values["engine"] = self._engine.snapshot()
         tensors = put("state/", flattened(self._state))
         saved_state.write(Path(args.output_dir) / f"checkpoint-{state.global_step}", tensors, values)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Makes the last exchange, if training has ended between two, and leaves."""
-        if self._since:
+        if self._since and self._gave_up is None and not self._is_over():
             if args.load_best_model_at_end:
                 warnings.warn("gossip: the best model was loaded; the last steps are not exchanged.", stacklevel=2)
             else:
                 self._mix(state.global_step, kwargs["optimizer"])
         self._live.release()
+        folder = Path(args.output_dir)
+        if self._gave_up is not None:
+            self._raise_given_up(folder, model)
+        try:
+            self._place.finish(lambda: self._save(folder, model))
+        except BaseException as error:
+            self._place.leave(error)
+            raise
         self._place.leave()
 
     # What they do
 
     def _mix(self, step: int, optimizer: Any) -> None:
-        self._since = 0
         if not self._plan.mixes:
+            self._since = 0
             return
         adapter = self._live.read()
         try:
@@ -248,26 +307,55 @@ class GossipCallback(TrainerCallback):
                     "learning rate or max_grad_norm. Nothing was sent."
                 )
             mine = (adapter, self._state)
-            new, self._state, sent = self._place.together(step, mine, self._exchanged)
+            new, self._state, sent, self.round = self._place.together(step, mine, self._exchanged)
+        except WaitedOutError as error:  # all stays as before the exchange, which is due again after a resume
+            self._gave_up = error
+            self._place.leave(error)
+            return
         except BaseException as error:
             self._give_up(error)
             raise
-        self.round, self.bytes_sent = self.round + 1, self.bytes_sent + sent
+        self._since, self.bytes_sent = 0, self.bytes_sent + sent
         self._live.write(new)
         moments.carry(self._plan.algorithm, self._state, self._live, optimizer)
         self._allow()
+
+    def _is_over(self) -> bool:
+        """Whether the last exchange that all have agreed on is made, by this agent or without it."""
+        return self._place.rounds is not None and self.round >= self._place.rounds
+
+    def _raise_given_up(self, folder: Path, model: Any) -> None:
+        """Saves the adapter, and raises what tells the script that nobody has answered."""
+        assert self._gave_up is not None
+        where = f"The adapter is in {self._save(folder, model)}; train again with resume_from_checkpoint=True to go on."
+        raise self._place.gave_up(self._gave_up, where) from self._gave_up
+
+    def _save(self, folder: Path, model: Any) -> Path:
+        adapter = folder / "adapter"
+        with disk(folder):
+            model.save_pretrained(adapter)
+        return adapter
 
     def _give_up(self, error: BaseException) -> None:
         self._live.release()
         self._place.leave(error)
 
-    def _exchanged(self, everybody: list[tuple[Adapter, State]]) -> list[tuple[Adapter, State, float]]:
-        """The round's exchange for the agents of this process: adapters, states, and bytes sent."""
-        adapter = concatenate([adapter for adapter, _ in everybody])
-        started = self._exchange.start(adapter, _stacked([state for _, state in everybody]), self.round + 1)
-        done = self._exchange.finish(adapter, started)
-        states = _apart(done.state, len(everybody))
-        return [(done.adapter.select([i]), states[i], done.bytes_sent) for i in range(len(everybody))]
+    def _exchanged(self, everybody: list[tuple[Adapter, State]]) -> list[tuple[Adapter, State, float, int]]:
+        """The round's exchange for the agents of this process: adapters, states, bytes sent, and the round made.
+
+        In a federation that is a later round where the neighbours are ahead.
+        """
+        count, last = len(everybody), self._place.rounds
+        adapter, state = concatenate([adapter for adapter, _ in everybody]), _stacked([own for _, own in everybody])
+        number, adapter, state = self._exchange.meet(adapter, state, self.round + 1)
+        sent = 0.0
+        if last is not None and number > last:
+            number = last  # made by the others
+        else:
+            done = self._exchange.finish(adapter, self._exchange.start(adapter, state, number))
+            adapter, state, sent, number = done.adapter, done.state, done.bytes_sent, done.round.number
+        states = _apart(state, count)
+        return [(adapter.select([i]), states[i], sent, number) for i in range(count)]
 
     def _first_states(self, adapters: list[Adapter]) -> list[State]:
         return _apart(self._exchange.init(concatenate(adapters)), len(adapters))
@@ -282,6 +370,7 @@ class GossipCallback(TrainerCallback):
 
     def _restore(self, checkpoint: Path) -> None:
         tensors, values = saved_state.read(checkpoint, self._identity(), self._live.device)
+        self._engine.restore(values.get("engine", {}))
         self.round, self._since, self.bytes_sent = values["round"], values["since"], values["bytes_sent"]
         self._state = parted(take("state/", tensors), self._state)
 
@@ -297,62 +386,8 @@ class GossipCallback(TrainerCallback):
         for factor in sorted({"A", "B"} - trained):
             values = [p.detach().cpu() for k, p in self._live.parameters.items() if owner(k) == factor]
             made = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in values)).hexdigest()[:8]
-            facts[f"{factor}, which stays as it starts (call set_seed alike before get_peft_model)"] = made
+            facts[factor + STAYS] = made
         return facts
-
-
-class _Plan:
-    """What is exchanged with whom, and when."""
-
-    def __init__(
-        self,
-        algorithm: str | Algorithm,
-        graph: str | Graph | Schedule | None,
-        agents: int,
-        every: int,
-        seed: int,
-        gossip_steps: int | Literal["period"],
-    ) -> None:
-        self.algorithm = algorithms.make(algorithm) if isinstance(algorithm, str) else algorithm
-        self.every, self.seed = every, seed
-        self.mixes = self.algorithm.topology != "none"
-        if self.algorithm.topology in ("server", "pooled"):
-            raise UserError(f"algorithm: {self.algorithm.name} does not gossip; use decaf on the complete graph.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise UserError(f"every: {every!r} steps never come; give a whole number of at least 1.")
-        if not self.mixes:
-            graph = graphs.complete(agents)
-        elif agents < 2:
-            raise UserError(f"agents: {self.algorithm.name} needs at least 2, got {agents}; use local for one.")
-        elif graph is None:
-            raise UserError("graph: missing; say who listens to whom, for instance graph='ring'.")
-        elif isinstance(graph, str):
-            graph = graphs.parse(graph, agents, seed)
-        self.schedule = as_schedule(graph)
-        if self.schedule.num_agents != agents:
-            raise UserError(f"graph: it joins {self.schedule.num_agents} agents, here are {agents}; make them equal.")
-        self.gossip_steps = exchanges_of_round(self.schedule, gossip_steps)
-        made = hashlib.sha256()
-        for number in range(self.schedule.period or 16):
-            made.update(self.schedule.at(number).weights.tobytes())
-        self.shown = f"{self.schedule.name} ({made.hexdigest()[:8]})"
-        parts = [self.algorithm.rule.name, *(transform.name for transform in self.algorithm.transforms)]
-        self.described = " | ".join(parts)
-
-    def exchange(self, engine: Any, steps: int) -> Exchange:
-        """What makes the exchanges of a training of so many steps."""
-        return Exchange(
-            self.algorithm,
-            self.schedule,
-            engine,
-            rounds=self.rounds(steps),
-            gossip_steps=self.gossip_steps,
-            seed=self.seed,
-        )
-
-    def rounds(self, steps: int) -> int:
-        """Exchanges in a training of so many steps; the last one may come after fewer than `every`."""
-        return math.ceil(steps / self.every)
 
 
 def _stacked(states: Sequence[State]) -> State:

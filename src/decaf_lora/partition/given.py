@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import ArrayLike
 
-from decaf_lora.errors import UserError
+from decaf_lora.errors import UserError, listed
 from decaf_lora.graphs import Schedule
 
 from .own import Own
@@ -138,7 +138,7 @@ def _indices(given: Any) -> Indices:
 
 def _check_count(name: str, found: int, num_agents: int, names: Sequence[str] = ()) -> None:
     if found != num_agents:
-        called = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
+        called = f" ({listed(names, 10)})" if names else ""
         raise UserError(
             f"partition: {name} has {found} agents{called} but the run has {num_agents}; use {found} agents."
         )

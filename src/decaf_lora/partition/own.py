@@ -72,3 +72,7 @@ class Own:
     def own_tests(self) -> tuple[Indices, ...]:
         """Raises UserError: all test examples on this machine are the agent's own, none are others'."""
         raise UserError("test: an agent alone has no other test set than its own; leave it at all.")
+
+    def tests_of(self, test: str, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
+        """() for "all"; raises UserError for another `test`, as `own_tests` does."""
+        return self.own_tests() if test != "all" else ()

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from decaf_lora.errors import UserError
+from decaf_lora.randomness import numpy_generator
 
 Indices = NDArray[np.int64]
 """Row numbers of examples, of shape (m,)."""
@@ -66,13 +67,58 @@ class Partition:
         if not self.tests:
             raise UserError(
                 "test: nobody knows whose the test examples are; split by a column (column:hospital) that the test "
-                "examples have, too, or score on all."
+                "examples have, too, or score on all, or on test examples of the classes that each holds (alike)."
             )
         for agent, own in enumerate(self.tests):
             if not own.size:
                 name = self.names[agent] if self.names else agent
                 raise UserError(f"test: agent {name} has no test example of its own; give it some, or score on all.")
         return self.tests
+
+    def tests_of(self, test: str, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
+        """The test examples that are each agent's own where a run scores by `test` ("all", "own", "both" or "alike").
+
+        () for "all". Raises UserError as `own_tests` and `alike_tests` do, whose arguments these are.
+        """
+        if test == "alike":
+            return self.alike_tests(test_labels, seed)
+        return self.own_tests() if test != "all" else ()
+
+    def alike_tests(self, test_labels: ArrayLike | None, seed: int) -> tuple[Indices, ...]:
+        """Test examples of the classes that each agent holds, in the same shares as its training examples.
+
+        An agent gets the most examples of the common test set that keep the shares of its classes, to the nearest whole
+        number; which ones of a class is drawn by name. The sets of two agents may overlap.
+
+        Args:
+            test_labels: (T,) the labels of the test examples; None if they are not known.
+            seed: of the draw.
+
+        Returns:
+            For every agent the indices (m_i,), ascending.
+
+        Raises:
+            UserError: the test examples have no labels, or none of a class that an agent holds.
+        """
+        if test_labels is None:
+            raise UserError("test: the classes of this task's test examples are not known (Task.test_labels); use all.")
+        held, available = np.asarray(self.labels), check_labels(test_labels)
+        found = []
+        for agent, shard in enumerate(self.shards):
+            classes, counts = np.unique(held[shard], return_counts=True)
+            there = np.array([np.count_nonzero(available == name) for name in classes])
+            if not there.all():
+                called, lacks = self.names[agent] if self.names else agent, classes[there == 0][0]
+                raise UserError(f"test: no test example has class {lacks}, which agent {called} holds; use test = all.")
+            # The class that runs out first sets the size; rounded down, as no class has more than `there`.
+            wanted = np.maximum(np.floor((there / counts).min() * counts + 1e-9).astype(np.int64), 1)
+            draw = numpy_generator(seed, "partition", "alike", agent)
+            parts = [
+                draw.permutation(np.flatnonzero(available == name))[:number]
+                for name, number in zip(classes, wanted, strict=True)
+            ]
+            found.append(frozen(np.concatenate(parts)))
+        return tuple(found)
 
     @property
     def sizes(self) -> Indices:

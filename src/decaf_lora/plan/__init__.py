@@ -8,7 +8,7 @@ own context take comes on top.
 
 from decaf_lora.plan.assumed import DATASETS, NAME_TOKENS, planned_task
 from decaf_lora.plan.costs import DataSizes, Part, Plan
-from decaf_lora.plan.planner import estimate, measured
+from decaf_lora.plan.planner import estimate, measured, timed_step, with_a_rate
 from decaf_lora.plan.shapes import ARCHITECTURES, FourBit, shapes_of
 from decaf_lora.plan.shown import shown
 
@@ -25,4 +25,6 @@ __all__ = [
     "planned_task",
     "shapes_of",
     "shown",
+    "timed_step",
+    "with_a_rate",
 ]

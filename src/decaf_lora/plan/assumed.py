@@ -82,7 +82,7 @@ def _largest_batches(task: Task) -> list[str]:
     count = task.num_test
 
     def longest_and_one_shortest(indices: np.ndarray) -> Batch:
-        chosen = order[: len(indices)].copy()
+        chosen = np.resize(order, len(indices))  # again from the longest where a batch asks for more than there are
         chosen[1:][-1:] = order[-1]  # so that there is padding, and a mask, where lengths differ
         return train_batch(chosen)
 

@@ -61,21 +61,46 @@ def estimate(
 
 def measured(plan: Plan, config: RunConfig) -> Plan:
     """`plan` with the throughput that a real step of `config` has on this machine; loads the model and the data."""
-    run = build_run(config)
-    run.trainer.steps_in_round, run.trainer.local_steps = 1, np.ones_like(run.trainer.local_steps)
-    for _ in range(2):  # the first one warms up
-        run.timer.seconds = {}
-        with run.timer("train"):
-            run.trainer.train_round(run.adapter, run.algorithm, run.state, run.exchange.round(1), run.rounds)
-    seconds = run.timer.seconds["train"]
-    kind = torch.cuda.get_device_name(run.trainer.device) if run.trainer.device.type == "cuda" else "the CPU"
-    note = (
-        f"measured: a step of {len(run.engine.agents)} agents, {run.trainer.agents_per_pass} in a pass, takes "
-        f"{seconds:.3g} s on {kind}"
-    )
-    run.close()
+    with build_run(with_a_rate(config)) as run:
+        seconds, _ = timed_step(run)
+        device, agents, per_pass = run.trainer.device, len(run.engine.agents), run.trainer.agents_per_pass
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    note = f"measured: a step of {agents} agents, {per_pass} in a pass, takes {seconds:.3g} s on {kind}"
     tflops = plan.flops_per_step / seconds / 1e12
     return replace(plan, tflops=tflops, assumptions=(*plan.assumptions, note))
+
+
+def with_a_rate(config: RunConfig) -> RunConfig:
+    """`config` with some learning rate in place of auto: costs do not depend on it."""
+    if config.training.learning_rate != "auto":
+        return config
+    rate = TrainingConfig().learning_rate
+    return config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": rate})})
+
+
+def timed_step(run: Run) -> tuple[float, Tensor]:
+    """Takes a local step of all agents of `run` twice, and times the second: the first one warms up.
+
+    The adapters of the run stay as they are; its optimizer state and its place in the data do not.
+
+    Returns:
+        Seconds, and the agents' losses (n,).
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    for _ in range(2):
+        run.timer.seconds = {}
+        with run.timer("train"):
+            _, _, losses = run.trainer.train_round(
+                run.adapter,
+                run.algorithm,
+                run.state,
+                run.exchange.round(1),
+                run.rounds,
+                on_step=lambda done, losses: True,
+            )
+    return run.timer.seconds["train"], losses
 
 
 class _Share(Simulate):
@@ -121,8 +146,12 @@ class _Planner:
         for name, value in asdict(sizes).items():
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value} is below 1.")
-        self.config, self.sizes, self.processes = config, sizes, processes
+        self.config, self.sizes, self.processes = with_a_rate(config), sizes, processes
         self.assumptions: list[str] = []
+        if config.training.learning_rate == "auto":
+            self.assumptions.append("training.learning_rate: to choose one by itself takes about one more run")
+        if config.validation_share is not None:
+            self.assumptions.append("validation_share: counted as a run on all examples, scored on the test set")
         self.dry = DryRun()
 
     def plan(self, tflops: float | None) -> Plan:
@@ -256,6 +285,7 @@ class _Planner:
             start = torch.randn(1 if self.config.start == "common" else n, 1, 3, generator=draw).expand(n, 1, 3)
             before = Adapter({"x": start}, {"x": torch.zeros(n, 3, 1)}, {"x": one}, {"y": torch.zeros(n, 2)})
             mixing = Exchange(algorithm, graphs.as_schedule(graph), Simulate(n))
+            before = mixing.begin(before)
             state, trained = mixing.init(before), before.tensors(algorithm.trains(Round(1)))
             moved = {k: t + torch.randn(t.shape, generator=draw) for k, t in trained.items()}
             adapter = before.with_tensors(moved)

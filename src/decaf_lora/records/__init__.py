@@ -1,8 +1,10 @@
 """What happened in a run, and how is it told?"""
 
+from decaf_lora.records.answer import Answer, answers
 from decaf_lora.records.formats import (
     COLUMNS,
     cells,
+    columns,
     human_bytes,
     lines,
     references,
@@ -13,7 +15,7 @@ from decaf_lora.records.formats import (
 )
 from decaf_lora.records.learnt import nothing_learnt
 from decaf_lora.records.machine import environment
-from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, tables
+from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, shown, tables
 from decaf_lora.records.record import (
     Record,
     RecordWriter,
@@ -23,7 +25,17 @@ from decaf_lora.records.record import (
     whole_rounds,
     write_json,
 )
+from decaf_lora.records.standings import (
+    DIFFERENCES,
+    RANKED,
+    differences,
+    standing,
+    standings,
+    verdicts,
+    winners,
+)
 from decaf_lora.records.summary import (
+    BASELINES,
     METRICS,
     Aggregate,
     Spread,
@@ -31,22 +43,31 @@ from decaf_lora.records.summary import (
     aggregate,
     mean_score,
     read_summary,
+    row_name,
     summarise,
     summary_row,
+    with_baselines,
 )
 
 __all__ = [
+    "BASELINES",
     "COLUMNS",
+    "DIFFERENCES",
     "METRICS",
+    "RANKED",
     "SHOWN",
     "Aggregate",
+    "Answer",
     "Pivot",
     "Record",
     "RecordWriter",
     "Spread",
     "SummaryRow",
     "aggregate",
+    "answers",
     "cells",
+    "columns",
+    "differences",
     "environment",
     "human_bytes",
     "lines",
@@ -58,6 +79,10 @@ __all__ = [
     "read_summary",
     "references",
     "replace_text",
+    "row_name",
+    "shown",
+    "standing",
+    "standings",
     "summarise",
     "summary_row",
     "table",
@@ -65,6 +90,9 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "verdicts",
     "whole_rounds",
+    "winners",
+    "with_baselines",
     "write_json",
 ]

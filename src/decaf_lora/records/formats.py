@@ -10,7 +10,8 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from decaf_lora.records.summary import METRICS, REFERENCES, Aggregate, Spread, SummaryRow, aggregate
+from decaf_lora.records.standings import RANKED, winners
+from decaf_lora.records.summary import METRICS, OWN, REFERENCES, Aggregate, Spread, SummaryRow, aggregate
 
 COLUMNS = (
     "algorithm",
@@ -27,30 +28,40 @@ COLUMNS = (
 """The headings of a table of results."""
 
 
-def cells(row: Aggregate) -> list[str]:
-    """`row` as text for people, one cell for each column of `COLUMNS`."""
-    scores = [number(getattr(row, metric), ".3f") for metric in METRICS[:4]]
+def columns(rows: Iterable[Aggregate]) -> tuple[str, ...]:
+    """The titles of the columns for `rows`: `COLUMNS`, and where agents were scored on data like their own, that."""
+    return (*COLUMNS[:8], "on own data", *COLUMNS[8:]) if _have_own(rows) else COLUMNS
+
+
+def _have_own(rows: Iterable[Aggregate]) -> bool:
+    return any(row.own_score.mean is not None for row in rows)
+
+
+def cells(row: Aggregate, own: bool = False) -> list[str]:
+    """`row` as text for people, one cell for each column of `COLUMNS`; with `own` also for that of own data."""
+    scores = [number(getattr(row, metric), ".3f") for metric in (*METRICS[:4], *([OWN] if own else []))]
     sent = human_bytes(row.bytes_sent) if row.bytes_sent.mean else "–"
     seconds = number(row.seconds, ".0f" if (row.seconds.mean or 0) >= 100 else ".1f")
     return [row.algorithm, row.graph, row.partition, str(row.seeds), *scores, sent, seconds]
 
 
 def lines(rows: Iterable[Aggregate]) -> list[list[str]]:
-    """The rows as text, one cell for each column of `COLUMNS`. References follow the rows of each graph and partition.
+    """The rows as text, one cell for each of `columns`. References follow the rows of each graph and partition.
 
     A reference is a score to compare with: that of the start of training, and that of always giving the most frequent
     class of the training data.
     """
-    found = []
+    rows, found = list(rows), []
+    own = _have_own(rows)
     for _, group in itertools.groupby(rows, key=lambda row: (row.graph, row.partition)):
         members = list(group)
-        found += [cells(row) for row in members] + references(members)
+        found += [cells(row, own) for row in members] + references(members, own)
     return found
 
 
-def references(rows: Sequence[Aggregate]) -> list[list[str]]:
-    """The references of `rows`, which are all of one graph and partition, as lines of text."""
-    found = []
+def references(rows: Sequence[Aggregate], own: bool = False) -> list[list[str]]:
+    """The references of `rows`, which are all of one graph and partition, as lines of text; `own` as for `cells`."""
+    found, empty = [], len(COLUMNS) - 5 + own
     for metric, title in REFERENCES.items():
         known = [row for row in rows if getattr(row, metric).mean is not None]
         # Agents that pool their data may start from another model than those that do not.
@@ -58,7 +69,7 @@ def references(rows: Sequence[Aggregate]) -> list[list[str]]:
         by_value = {number(getattr(row, metric), ".3f"): row for row in reversed(known)}
         for value, row in reversed(by_value.items()):
             name = title if len(by_value) == 1 else f"{title} of {row.algorithm}"
-            found.append([name, row.graph, row.partition, str(row.seeds), value, *["–"] * (len(COLUMNS) - 5)])
+            found.append([name, row.graph, row.partition, str(row.seeds), value, *["–"] * empty])
     return found
 
 
@@ -81,7 +92,8 @@ def human_bytes(spread: Spread) -> str:
 
 def table(rows: Iterable[SummaryRow]) -> Table:
     """The aggregated rows as a table of at most 80 columns of text; what all runs share goes to its title."""
-    texts = lines(aggregate(rows))
+    members = aggregate(rows)
+    texts = lines(members)
     shared = [k for k in (1, 2, 3) if texts and len({line[k] for line in texts}) == 1]
     facts = [_literal(texts[0][k]) for k in shared if k != 3]
     if 3 in shared:
@@ -94,7 +106,7 @@ def table(rows: Iterable[SummaryRow]) -> Table:
         padding=(0, 1),
         collapse_padding=True,
     )
-    for k, column in enumerate(COLUMNS):
+    for k, column in enumerate(columns(members)):
         if k not in shared:
             justify: Literal["left", "right"] = "left" if k < 3 else "right"
             result.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=k > 0)  # only names may wrap
@@ -111,7 +123,8 @@ def _literal(text: str) -> str:
 
 def to_markdown(rows: Iterable[SummaryRow]) -> str:
     """The aggregated rows as a GitHub table."""
-    return markdown([COLUMNS, *lines(aggregate(rows))], texts=3)
+    members = aggregate(rows)
+    return markdown([columns(members), *lines(members)], texts=3)
 
 
 def markdown(lines: Iterable[Sequence[str]], texts: int) -> str:
@@ -125,10 +138,11 @@ def to_csv(rows: Iterable[SummaryRow]) -> str:
     """The aggregated rows as CSV: full precision, and a column `<metric>_std` after each metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    metrics = [*METRICS, *REFERENCES]
+    members = aggregate(rows)
+    metrics = [*METRICS, *REFERENCES, *([OWN] if _have_own(members) else [])]
     names = [name for metric in metrics for name in (metric, f"{metric}_std")]
     writer.writerow(["algorithm", "graph", "partition", "seeds", *names])
-    for row in aggregate(rows):
+    for row in members:
         spreads: list[Spread] = [getattr(row, metric) for metric in metrics]
         numbers = [number for spread in spreads for number in (spread.mean, spread.std)]
         writer.writerow([row.algorithm, row.graph, row.partition, row.seeds, *numbers])
@@ -148,9 +162,28 @@ LATEX = str.maketrans(
 
 
 def to_latex(rows: Iterable[SummaryRow]) -> str:
-    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}."""
-    body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in lines(aggregate(rows))]
-    head = " & ".join(COLUMNS) + r" \\"
-    columns = "lll" + "r" * (len(COLUMNS) - 3)
-    text = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    r"""The aggregated rows as a tabular; it needs \usepackage{booktabs}.
+
+    A score is bold if it is better than all others by more than the noise of the seeds.
+    """
+    rows = list(rows)
+    bold, members = winners(rows), aggregate(rows)
+    titles = columns(members)
+    places = {title: titles.index(name) for title, name in RANKED.items() if name in titles}
+    body = []
+    for line in lines(members):
+        cells = [cell.translate(LATEX) for cell in line]
+        for metric, column in places.items():
+            if (line[0], line[1], line[2], metric) in bold:
+                cells[column] = rf"\textbf{{{cells[column]}}}"
+        body.append(" & ".join(cells) + r" \\")
+    head = " & ".join(titles) + r" \\"
+    text = [
+        rf"\begin{{tabular}}{{lll{'r' * (len(titles) - 3)}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+    ]
     return "\n".join([*text, r"\end{tabular}", ""])

@@ -3,13 +3,18 @@
 import csv
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from decaf_lora.records.formats import LATEX, markdown, number, to_csv, to_latex, to_markdown
-from decaf_lora.records.summary import Spread, SummaryRow, aggregate
+from decaf_lora.records.standings import DIFFERENCES, differences, winners
+from decaf_lora.records.summary import OWN, Spread, SummaryRow, aggregate
 
-SHOWN = {"mean_score": "mean score over agents", "averaged_score": "score of the averaged model"}
+SHOWN = {
+    "mean_score": "mean score over agents",
+    "averaged_score": "score of the averaged model",
+    OWN: "mean score of the agents on data of their own",
+}
 """Metrics that are shown by setting -> title of their table."""
 
 
@@ -40,14 +45,39 @@ def pivot(rows: Iterable[SummaryRow], metric: str = "mean_score") -> Pivot:
     return Pivot(metric, settings, {name: [found.get((name, *setting)) for setting in settings] for name in algorithms})
 
 
+def shown(rows: Iterable[SummaryRow]) -> list[str]:
+    """The metrics of `SHOWN` that `rows` have."""
+    own = any(row.own_score is not None for row in rows)
+    return [metric for metric in SHOWN if own or metric != OWN]
+
+
 def tables(rows: Sequence[SummaryRow]) -> dict[str, str]:
-    """File name -> text: the table of all metrics and, if there are several settings, the scores by setting."""
+    """File name -> text: the table of all metrics; the scores by setting if there are several; the differences to the
+    best if there are several methods."""
     texts = {"table.md": to_markdown(rows), "table.csv": to_csv(rows), "table.tex": to_latex(rows)}
-    pivots = [pivot(rows, metric) for metric in SHOWN]
+    pivots = [pivot(rows, metric) for metric in shown(rows)]
     if len(pivots[0].settings) > 1:
         texts |= {"scores.md": _pivots_to_markdown(pivots), "scores.csv": _pivots_to_csv(pivots)}
-        texts["scores.tex"] = "\n".join(map(_pivot_to_latex, pivots))
+        bold = winners(rows)
+        texts["scores.tex"] = "\n".join(_pivot_to_latex(table, bold) for table in pivots)
+    if lines := differences(rows):
+        texts |= {"differences.md": markdown([DIFFERENCES, *lines], texts=5), "differences.csv": _csv(lines)}
+        texts["differences.tex"] = _differences_to_latex(lines)
     return texts
+
+
+def _csv(lines: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([DIFFERENCES, *lines])
+    return text.getvalue()
+
+
+def _differences_to_latex(lines: Sequence[Sequence[str]]) -> str:
+    r"""The differences to the leaders as a tabular; it needs \usepackage{booktabs}."""
+    head, *body = [[cell.translate(LATEX) for cell in line] for line in (DIFFERENCES, *lines)]
+    columns = rf"\begin{{tabular}}{{{'l' * 5}{'r' * 5}l}}"
+    rows = [" & ".join(line).replace("<", "$<$") + r" \\" for line in (head, *body)]
+    return "\n".join([columns, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
 def _pivots_to_markdown(pivots: Iterable[Pivot]) -> str:
@@ -72,15 +102,20 @@ def _pivots_to_csv(pivots: Iterable[Pivot]) -> str:
     return text.getvalue()
 
 
-def _pivot_to_latex(table: Pivot) -> str:
-    """A tabular with a line of graphs over a line of partitions."""
+def _pivot_to_latex(table: Pivot, bold: Collection[tuple[str, str, str, str]]) -> str:
+    """A tabular with a line of graphs over a line of partitions; the scores in `bold` (`winners`) are bold."""
     groups, rules, column = [], [], 2
     for graph, width in table.graphs:
         groups.append(rf"\multicolumn{{{width}}}{{c}}{{{graph.translate(LATEX)}}}")
         rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
         column += width
     partitions = ["", *(partition.translate(LATEX) for _, partition in table.settings)]
-    body = [[name, *table.cells(name)] for name in table.lines]
+    body = []
+    for name in table.lines:
+        cells = [cell.translate(LATEX) for cell in table.cells(name)]
+        marks = [(name, *setting, table.metric) in bold for setting in table.settings]
+        shown = [rf"\textbf{{{cell}}}" if marked else cell for cell, marked in zip(cells, marks, strict=True)]
+        body.append([name.translate(LATEX), *shown])
     lines = [
         f"% {SHOWN[table.metric]}",
         rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
@@ -89,6 +124,6 @@ def _pivot_to_latex(table: Pivot) -> str:
         " ".join(rules),
         " & ".join(partitions) + r" \\",
         r"\midrule",
-        *(" & ".join(cell.translate(LATEX) for cell in line) + r" \\" for line in body),
+        *(" & ".join(line) + r" \\" for line in body),
     ]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

@@ -40,6 +40,7 @@ class Record:
     neighbour_distance: float | None = None  # RMS over the neighbours' messages, like consensus_distance
     weights: dict[str, float] | None = None  # neighbour's number -> weight of its message; the rest is the agent's own
     waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
+    missed: dict[str, dict[str, str]] | None = None  # exchange, from 1 -> number of a neighbour not heard -> why
     rejected: list[str] | None = None  # messages that were refused: whose, and why
 
 
@@ -71,6 +72,7 @@ class _Facts(pydantic.BaseModel):
     """The fields of run.json that are read. Checked before anything is made of them: the file may be torn or edited."""
 
     algorithm: str
+    setting: str | None = None
     graph: _Graph
     partition: _Partition
     seed: int
@@ -83,6 +85,18 @@ class _Facts(pydantic.BaseModel):
     uses_graph: bool | None = None
     lower_is_better: bool | None = None
     majority_score: float | None = None
+    rank: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    model: str | None = None
+    parameters: int | None = None
+    data: str | None = None
+    num_train: int | None = None
+    num_test: int | None = None
+    names: list[str] | None = None
 
 
 _FACTS = pydantic.TypeAdapter(_Facts)
@@ -176,6 +190,7 @@ def whole_rounds(path: Path) -> tuple[list[Record], str]:
     """The records in `path` from round 0 up to the first that is missing or torn, and what follows them, in words.
 
     A torn file is no error here: a crash or a full disk can leave one, and a run that goes on writes the rest again.
+    An agent of a mesh that was late has left rounds out; the record with which it came back has `weights`.
     """
     records: list[Record] = []
     try:
@@ -189,10 +204,11 @@ def whole_rounds(path: Path) -> tuple[list[Record], str]:
             record = _RECORD.validate_json(line)
         except pydantic.ValidationError:
             return records, f"line {number} of {path} is not a record"
-        if record.round != len(records):
-            return records, f"{path} lacks round {len(records)}"
+        due = records[-1].round + 1 if records else 0
+        if record.round != due and (record.weights is None or record.round < due):
+            return records, f"{path} lacks round {due}"
         records.append(record)
-    return records, f"{path} ends with round {len(records) - 1}" if records else f"{path} is empty"
+    return records, f"{path} ends with round {records[-1].round}" if records else f"{path} is empty"
 
 
 def _parse(line: bytes, path: Path, number: int) -> Record:

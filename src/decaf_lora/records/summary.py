@@ -6,7 +6,7 @@ of a population (there are no other agents); over seeds it is that of a sample (
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any
@@ -19,7 +19,10 @@ from decaf_lora.records.record import Record, first_complaint, read_facts, read_
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One run in one row. Scores are those of the last evaluated round; None for a run that diverged."""
+    """One run in one row. Scores are those of the last evaluated round; None for a run that diverged.
+
+    `algorithm` is the name of the setting, if the run has one.
+    """
 
     algorithm: str
     graph: str
@@ -38,6 +41,15 @@ class SummaryRow:
     """Mean score over agents before training."""
     majority_score: float | None = None
     """Score of always giving the most frequent class; None without classes."""
+    score_name: str = "score"
+    scores: list[float | None] | None = None
+    """Score of each agent's model."""
+    alone_scores: list[float | None] | None = None
+    """The same of agents that train on their own data alone, with as many steps; None if nobody trained them."""
+    pooled_score: float | None = None
+    """Score of a model trained on everybody's data; None if nobody trained it."""
+    own_score: float | None = None
+    """Mean over agents of `Record.own_scores`; None if they were not asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,17 @@ class Aggregate:
     lower_is_better: bool = False
     start_score: Spread = Spread(None)
     majority_score: Spread = Spread(None)
+    own_score: Spread = Spread(None)
 
 
 METRICS = ("mean_score", "worst_score", "std_score", "averaged_score", "bytes_sent", "seconds")
 """The columns of numbers of a summary, in the order of the tables."""
+OWN = "own_score"
+"""The metric that tables show only where it was asked for (`test`)."""
 REFERENCES = {"start_score": "start", "majority_score": "majority class"}
 """Scores that need no training, to compare with -> what tables call them."""
+BASELINES = {"alone": "local", "pooled": "centralized"}
+"""Folder of a baseline inside the folder of its run -> the algorithm that makes it."""
 _ROWS = pydantic.TypeAdapter(list[SummaryRow])
 
 
@@ -87,8 +104,24 @@ def read_summary(path: Path) -> list[SummaryRow]:
 
 
 def summarise(run_dir: Path) -> SummaryRow:
-    """The row of the run in `run_dir`, from its run.json and records.jsonl."""
-    return summary_row(read_facts(run_dir), read_records(run_dir / "records.jsonl"))
+    """The row of the run in `run_dir`, from run.json and records.jsonl of the run and of its baselines."""
+    folders = [run_dir, *(run_dir / kind for kind in BASELINES)]
+    found = [folder for folder in folders if folder == run_dir or (folder / "run.json").exists()]
+    rows = [summary_row(read_facts(folder), read_records(folder / "records.jsonl")) for folder in found]
+    return with_baselines(rows)[0]
+
+
+def with_baselines(rows: Sequence[SummaryRow]) -> list[SummaryRow]:
+    """The rows, each with the scores of training alone and on pooled data: those of the rows of the same partition and
+    seed that did just that."""
+    alone = {(row.partition, row.seed): row.scores for row in rows if row.algorithm == BASELINES["alone"]}
+    pooled = {(row.partition, row.seed): row.mean_score for row in rows if row.algorithm == BASELINES["pooled"]}
+    return [
+        replace(
+            row, alone_scores=alone.get((row.partition, row.seed)), pooled_score=pooled.get((row.partition, row.seed))
+        )
+        for row in rows
+    ]
 
 
 def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryRow:
@@ -101,7 +134,7 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
     start = next((mean_score(record) for record in records if record.round == 0), None)
     lower_is_better = bool(facts.get("lower_is_better", False))
     return SummaryRow(
-        algorithm=facts["algorithm"],
+        algorithm=row_name(facts),
         graph=facts["graph"]["name"],
         partition=facts["partition"]["name"],
         seed=facts["seed"],
@@ -115,13 +148,25 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         lower_is_better=lower_is_better,
         start_score=start,
         majority_score=facts.get("majority_score"),
+        score_name=str(facts.get("score_name") or "score"),
+        scores=list(scores) or None,
+        own_score=None if last is None else _mean(last.own_scores),
     )
+
+
+def row_name(facts: Mapping[str, Any]) -> str:
+    """What tables and figures call the run: its setting, if that has a name, else its algorithm."""
+    return str(facts.get("setting") or facts["algorithm"])
 
 
 def mean_score(record: Record) -> float | None:
     """Mean score over agents; None if the round was not evaluated, or a score is missing or not finite."""
-    finite = [score for score in record.scores or () if score is not None and math.isfinite(score)]
-    return fmean(finite) if len(finite) == len(record.scores or ()) > 0 else None
+    return _mean(record.scores)
+
+
+def _mean(scores: Sequence[float | None] | None) -> float | None:
+    finite = [score for score in scores or () if score is not None and math.isfinite(score)]
+    return fmean(finite) if len(finite) == len(scores or ()) > 0 else None
 
 
 def aggregate(rows: Iterable[SummaryRow]) -> list[Aggregate]:
@@ -143,7 +188,7 @@ def _aggregate(runs: Sequence[SummaryRow]) -> Aggregate:
     """The row of runs that differ only by seed."""
     missing = "diverged" if any(run.diverged for run in runs) else "n/a"
     spreads = {metric: _spread([getattr(run, metric) for run in runs], missing) for metric in METRICS}
-    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in REFERENCES}
+    spreads |= {metric: _spread([getattr(run, metric) for run in runs], "n/a") for metric in (*REFERENCES, OWN)}
     first = runs[0]
     return Aggregate(
         first.algorithm,

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from decaf_lora.records import Record
 from decaf_lora.report.reading import Groups, RunRecords
-from decaf_lora.report.style import line_style, log_axis, looks
+from decaf_lora.report.style import called, line_style, log_axis, looks
 
 Values = Sequence[float | None] | None
 
@@ -31,12 +31,13 @@ def one(value: float | None) -> Values:
 def curve(runs: Sequence[RunRecords], value: Callable[[Record], Values], agents: bool) -> Curve | None:
     """The curve of a value: mean over agents and seeds, at the rounds that every run has.
 
-    The band is the range over seeds or, with a single seed and `agents`, the range over agents.
+    The band is the mean and the standard deviation to both sides, as in the table: over seeds (n - 1) or, with a
+    single seed and `agents`, over agents (n).
 
     Args:
         runs: runs of one algorithm, one a seed.
         value: record -> the value of every agent (or one value); None where the round has none.
-        agents: whether the band of a single seed is the range over agents; otherwise it has no band.
+        agents: whether the band of a single seed is over agents; otherwise it has no band.
 
     Returns:
         The curve; None if there is no round that every run has.
@@ -54,8 +55,12 @@ def curve(runs: Sequence[RunRecords], value: Callable[[Record], Values], agents:
     if not rounds:
         return None
     means = np.array([[np.mean(table[number]) for number in rounds] for table in tables])  # (seeds, rounds)
-    spread = np.array([tables[0][number] for number in rounds]).T if len(tables) == 1 and agents else means
-    return Curve(np.array(rounds), means.mean(axis=0), spread.min(axis=0), spread.max(axis=0))
+    mean = means.mean(axis=0)
+    if len(tables) > 1:
+        std = means.std(axis=0, ddof=1)
+    else:
+        std = np.array([np.std(tables[0][number]) for number in rounds]) if agents else np.zeros(len(rounds))
+    return Curve(np.array(rounds), mean, mean - std, mean + std)
 
 
 def draw_curves(axes: Axes, groups: Groups, value: Callable[[Record], Values], log: bool = False) -> list[str]:
@@ -69,9 +74,9 @@ def draw_curves(axes: Axes, groups: Groups, value: Callable[[Record], Values], l
             np.where(line > 0, line, np.nan) if log else line for line in (found.mean, found.low, found.high)
         )
         if log and np.isnan(mean).all():
-            unseen.append(algorithm)
+            unseen.append(called(algorithm))
             continue
-        axes.plot(found.rounds, mean, label=algorithm, **line_style(algorithm, colour, marker, len(mean)))
+        axes.plot(found.rounds, mean, label=called(algorithm), **line_style(algorithm, colour, marker, len(mean)))
         if (found.high > found.low).any():
             axes.fill_between(found.rounds, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("round")
@@ -85,8 +90,12 @@ def draw_curves(axes: Axes, groups: Groups, value: Callable[[Record], Values], l
 def band(groups: Groups) -> str:
     """A sentence for the caption that says what the shaded band is; "" without a band."""
     if num_seeds(groups) > 1:
-        return " Bands: lowest to highest seed."
-    return " Band: lowest to highest agent." if len(groups) == 1 and num_agents(groups) > 1 else ""
+        return " Bands: ± standard deviation over seeds, as in the table."
+    return (
+        " Band: ± standard deviation over agents, as in the table."
+        if len(groups) == 1 and num_agents(groups) > 1
+        else ""
+    )
 
 
 def num_seeds(groups: Groups) -> int:

@@ -1,14 +1,14 @@
 """Which figures does a report have? Each is made from the runs of a section; figures without data are left out."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from decaf_lora.graphs import Graph, draw
 from decaf_lora.records import Record
@@ -20,6 +20,8 @@ from decaf_lora.report.style import (
     INK,
     PHASE_COLOURS,
     WHOLE,
+    called,
+    label_ends,
     legend,
     line_style,
     looks,
@@ -42,8 +44,8 @@ class Plot:
         return self.figure.get_figwidth() > HALF
 
 
-def make_plots(groups: Groups) -> list[Plot]:
-    """The figures of a section; figures without data are left out."""
+def make_plots(groups: Groups, with_graph: bool = True) -> list[Plot]:
+    """The figures of a section; figures without data are left out, and the graph where it is drawn elsewhere."""
     makers = (
         _scores,
         _scores_by_bytes,
@@ -56,11 +58,23 @@ def make_plots(groups: Groups) -> list[Plot]:
         _graph,
         _seconds,
     )
-    return [plot for maker in makers if (plot := maker(groups))]
+    return [plot for maker in makers if (with_graph or maker is not _graph) and (plot := maker(groups))]
 
 
-def _names(groups: Groups) -> str:
-    return ", ".join(groups)
+def _told(values: Mapping[str, float], lower_is_better: bool = False) -> str:
+    """The values of algorithms in words, the best first: `FedAvg 0.85, DeCAF 0.72`."""
+    order = sorted(values, key=lambda name: values[name], reverse=not lower_is_better)
+    return ", ".join(f"{called(name)} {values[name]:.3g}" for name in order)
+
+
+def _ends(groups: Groups, value: Callable[[Record], Values]) -> dict[str, float]:
+    """Algorithm -> the last value of its curve."""
+    curves = {name: curve(runs, value, agents=False) for name, runs in groups.items()}
+    return {name: float(c.mean[-1]) for name, c in curves.items() if c is not None and np.isfinite(c.mean[-1])}
+
+
+def _lower_is_better(groups: Groups) -> bool:
+    return any(bool(run.facts.get("lower_is_better")) for runs in groups.values() for run in runs)
 
 
 def _score_name(groups: Groups) -> str:
@@ -72,24 +86,33 @@ def _scores(groups: Groups) -> Plot | None:
     axes = figure.add_subplot()
     draw_curves(axes, groups, lambda record: record.scores)
     caption = "Each agent's own model on the test data, mean over agents." + band(groups)
+    extra = []
     if len(groups) == 1 and num_agents(groups) > 1:
         [runs] = groups.values()
         averaged = curve(runs, lambda record: one(record.averaged_score), agents=False)
         if averaged is not None and axes.lines:
-            axes.lines[0].set_label("mean over agents")
+            axes.lines[0].set_label("agents' mean")
             axes.plot(averaged.rounds, averaged.mean, ":", color=INK, label="averaged model")
             caption += " Dotted: the model that averages all agents' adapters."
     if not axes.lines:
         return None
+    chance = [run.facts.get("majority_score") for runs in groups.values() for run in runs]
+    known = [float(value) for value in chance if value is not None]
+    if known:
+        axes.axhline(float(np.mean(known)), color=INK, linestyle=(0, (1, 3)), linewidth=1, label="_")
+        extra.append((float(np.mean(known)), "majority class", INK))
+        caption += " Dots: always giving the majority class, the chance level."
     axes.set_ylabel(_score_name(groups))
-    legend(figure)
-    return Plot("Score by round", caption, f"Line chart of the score by round for {_names(groups)}.", figure)
+    label_ends(axes, extra)
+    told = _told(_ends(groups, lambda record: record.scores), _lower_is_better(groups))
+    alt = f"Line chart of the {_score_name(groups)} by round. At the end: {told}."
+    return Plot("Score by round", caption, alt, figure)
 
 
 def _scores_by_bytes(groups: Groups) -> Plot | None:
     figure = new_figure()
     axes = figure.add_subplot()
-    ends, flat = [], []
+    ends, flat, extra = [], [], []
     for algorithm, (colour, marker) in looks(groups).items():
         found = curve(groups[algorithm], lambda record: record.scores, agents=False)
         if found is None:
@@ -97,25 +120,30 @@ def _scores_by_bytes(groups: Groups) -> Plot | None:
         sent = np.mean([_sent(run, found.rounds) for run in groups[algorithm]], axis=0)
         style = line_style(algorithm, colour, marker, len(sent))
         if sent[-1] > 0:
-            axes.plot(sent, found.mean, label=algorithm, **style)
+            axes.plot(sent, found.mean, label=called(algorithm), **style)
             ends.append(sent[-1])
         else:
-            flat.append(algorithm)
-            style |= {"marker": "", "linestyle": style.get("linestyle", "-.")}
-            axes.axhline(found.mean[-1], label=algorithm, **style)
+            flat.append(called(algorithm))
+            axes.axhline(found.mean[-1], **(style | {"marker": "", "label": "_"}))
+            extra.append((float(found.mean[-1]), called(algorithm), colour))
     if not ends:
         return None
     if max(ends) > 10 * min(ends):
         axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # the labels are long
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.set_xlabel("bytes sent by one agent")
     axes.set_ylabel(_score_name(groups))
-    legend(figure)
+    label_ends(axes, extra)
     caption = "The same score against what one agent has sent so far (mean over agents)."
     if flat:
         caption += f" Horizontal: the final score of what sends nothing ({', '.join(flat)})."
-    alt = f"Line chart of the score by bytes sent for {_names(groups)}."
+    spent = {name: float(_sent_in_all(runs)) for name, runs in groups.items() if _sent_in_all(runs)}
+    bytes_ = ", ".join(f"{called(name)} {EngFormatter(unit='B', places=2)(sent)}" for name, sent in spent.items())
+    told = _told(_ends(groups, lambda record: record.scores), _lower_is_better(groups))
+    alt = f"Line chart of the {_score_name(groups)} by bytes sent. At the end: {told}. An agent has sent: {bytes_}."
     return Plot("Score by bytes sent", caption, alt, figure)
 
 
@@ -125,6 +153,11 @@ def _sent(run: RunRecords, rounds: np.ndarray) -> np.ndarray:
     return np.array([sent for sent, record in zip(total, run.records, strict=True) if record.round in rounds])
 
 
+def _sent_in_all(runs: Sequence[RunRecords]) -> float:
+    """The bytes that an agent has sent by the end, mean over seeds."""
+    return float(np.mean([sum(record.bytes_sent for record in run.records) for run in runs]))
+
+
 def _losses(groups: Groups) -> Plot | None:
     figure = new_figure()
     axes = figure.add_subplot()
@@ -132,9 +165,9 @@ def _losses(groups: Groups) -> Plot | None:
     if not axes.lines:
         return None
     axes.set_ylabel("training loss")
-    legend(figure)
+    label_ends(axes)
     caption = "Mean over the local steps of a round and over agents, each on its own data." + band(groups)
-    alt = f"Line chart of the training loss by round for {_names(groups)}."
+    alt = f"Line chart of the training loss by round. At the end: {_told(_ends(groups, lambda r: r.losses), True)}."
     return Plot("Training loss by round", caption, alt, figure)
 
 
@@ -145,9 +178,10 @@ def _consensus(groups: Groups) -> Plot | None:
     if not axes.lines:
         return None
     axes.set_ylabel("distance (log scale)")
-    legend(figure)
+    label_ends(axes)
     caption = "How far the agents' products BA are from their mean: Frobenius norm, RMS over agents."
-    alt = f"Line chart of the consensus distance by round for {_names(groups)}."
+    told = _told(_ends(groups, lambda record: one(record.consensus_distance)), True)
+    alt = f"Line chart of the consensus distance by round. At the end: {told}."
     return Plot("Consensus distance by round", caption + _band_over_seeds(groups) + _zeros(unseen), alt, figure)
 
 
@@ -166,20 +200,22 @@ def _truncation(groups: Groups) -> Plot | None:
     shown = [name for name, (_, value) in parts.items() if any((value(record) or [0])[0] for record in everything)]
     if not shown:
         return None
-    figure = new_figure(WHOLE, 3.4) if len(shown) > 1 else new_figure()
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    figure = new_figure(height=2.4 * len(shown) if len(shown) > 1 else 3.6)
+    panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     zeros, meanings = [], []
     for axes, name in zip(panels, shown, strict=True):
         meaning, value = parts[name]
         if unseen := draw_curves(axes, groups, value, log=True):
             zeros.append(f"{name} ({', '.join(unseen)})")
         meanings.append(f"{name.capitalize()}: {meaning}.")
-        if len(shown) > 1:
-            axes.set_title(name, fontsize=10)
-    panels[0].set_ylabel("Frobenius norm (log scale)")
-    legend(figure)
-    caption = f"{' '.join(meanings)} RMS over layers and agents.{_band_over_seeds(groups)}{_zeros(zeros)}"
-    alt = f"Line chart of {' and '.join(shown)} by round for {_names(groups)}."
+        axes.set_ylabel(f"{name}\n(log scale)" if len(shown) > 1 else "Frobenius norm (log scale)")
+        axes.set_xlabel("round" if axes is panels[-1] else "")
+    for axes in panels:
+        label_ends(axes)
+    norm = "Frobenius norm, " if len(shown) > 1 else ""
+    caption = f"{' '.join(meanings)} {norm}RMS over layers and agents.{_band_over_seeds(groups)}{_zeros(zeros)}"
+    told = ". ".join(f"{name.capitalize()}: {_told(_ends(groups, parts[name][1]), True)}" for name in shown)
+    alt = f"Line chart by round. At the end: {told}."
     title = "Interference against truncation" if len(shown) > 1 else shown[0].capitalize()
     return Plot(title, caption, alt, figure)
 
@@ -216,12 +252,14 @@ def _final_scores(groups: Groups) -> Plot | None:
                 axes.text(score, height, str(rank), color=colour, fontsize=9, ha="center", va="center")
         else:
             axes.plot(scores, place + jitter, "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
-    name_rows(axes, finals)
+    name_rows(axes, [called(name) for name in finals])
     axes.set_xlabel(_score_name(groups))
     seeds = " of every seed" if num_seeds(groups) > 1 else ""
     what = "One mark an agent, its rank," if unequal else "One dot an agent"
     caption = f"{what}{seeds} at the last evaluation; the bar is their mean."
-    alt = f"Dot plot of the final score of every agent for {_names(groups)}."
+    told = _told({name: float(np.mean(scores)) for name, scores in finals.items()}, _lower_is_better(groups))
+    spans = "; ".join(f"{called(name)} {min(scores):.3g} to {max(scores):.3g}" for name, scores in finals.items())
+    alt = f"Dot plot of the final score of every agent. Means: {told}. Lowest to highest agent: {spans}."
     return Plot("Final score of every agent", caption, alt, figure)
 
 
@@ -251,7 +289,7 @@ def _sites(groups: Groups) -> Plot | None:
     for algorithm, (colour, marker) in looks(groups).items():
         for kind in kinds:
             if (algorithm, kind) in found:
-                label = algorithm + (f", {'its own' if kind == 'own' else 'all'} tests" if own else "")
+                label = called(algorithm) + (f", {'its own' if kind == 'own' else 'all'} tests" if own else "")
                 face = "none" if kind == "own" else colour
                 axes.plot(
                     found[algorithm, kind],
@@ -269,7 +307,11 @@ def _sites(groups: Groups) -> Plot | None:
     on = "on all test examples (filled) and on those of its own site (open)" if own else "on all test examples"
     seeds = ", mean over seeds" if num_seeds(groups) > 1 else ""
     caption = f"Every agent's model at the last evaluation, {on}{seeds}."
-    return Plot("Every site", caption, f"Dot plot of the last scores of {', '.join(names[:10])}.", figure)
+    told = "; ".join(
+        f"{called(algorithm)}, {kind} tests: " + ", ".join(f"{n} {v:.3g}" for n, v in zip(names[:10], of, strict=False))
+        for (algorithm, kind), of in found.items()
+    )
+    return Plot("Every site", caption, f"Dot plot of the last score of every site. {told}.", figure)
 
 
 def _labels(groups: Groups) -> Plot | None:
@@ -287,8 +329,7 @@ def _labels(groups: Groups) -> Plot | None:
     if classes <= 20 and agents <= 16 and counts.max() < 10_000:
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                colour = "white" if count > 0.55 * counts.max() else INK
-                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
+                axes.text(column, row, str(count), ha="center", va="center", color=INK, fontsize=9.5)
     else:
         figure.colorbar(image, label="examples").outline.set_visible(False)
     step = _step(classes)
@@ -303,7 +344,11 @@ def _labels(groups: Groups) -> Plot | None:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("agent")
     caption = f"Training examples of each class (rows) that each agent (columns) holds; seed {run.seed}."
-    alt = f"Heat map of examples by class and agent under {run.partition}."
+    sizes, kinds = counts.sum(axis=0), (counts > 0).sum(axis=0)
+    alt = (
+        f"Heat map of examples by class and agent under {run.partition}: an agent holds {sizes.min():.0f} to "
+        f"{sizes.max():.0f} examples of {kinds.min()} to {kinds.max()} of {classes} classes."
+    )
     return Plot("Who holds what", caption, alt, figure)
 
 
@@ -319,16 +364,11 @@ def _graph(groups: Groups) -> Plot | None:
     if not weights or len(weights) == 1:
         return None
     figure = new_figure(height=3.9)
-    axes = figure.add_subplot()
-    server = run.graph == "server"
-    names = tuple(run.facts.get("names") or ())
-    graph = Graph(np.array(weights), run.graph, require_symmetric=False, connected=False, is_server=server)
-    draw(replace(graph, names=names if len(names) == len(weights) else ()), axes)
-    _recolour(axes)
+    links = draw_graph(run, figure.add_subplot())
     caption = "The agents and who exchanges with whom."
     if (sigma := run.facts["graph"].get("sigma_2")) is not None:
         caption += f" σ₂ = {sigma:.3f}: one exchange leaves at most this share of disagreement (0: none, 1: all)."
-    alt = f"Drawing of the graph {run.graph} of {len(weights)} agents."
+    alt = f"Drawing of the graph {run.graph}: {len(weights)} agents, {links} links."
     return Plot(f"Graph: {run.graph}", caption, alt, figure)
 
 
@@ -346,15 +386,28 @@ def _seconds(groups: Groups) -> Plot | None:
     figure = new_figure(height=max(3.2, 1.2 + 0.4 * len(means)))
     axes = figure.add_subplot()
     left = np.zeros(len(means))
-    for phase, colour in zip(phases, itertools.cycle(PHASE_COLOURS)):
+    hatches = itertools.cycle(("", "///", "...", "xxx", "---", "\\\\\\"))
+    for phase, colour, hatch in zip(phases, itertools.cycle(PHASE_COLOURS), hatches):
         widths = np.array([seconds.get(phase, 0.0) for seconds in means.values()])
-        axes.barh(range(len(means)), widths, left=left, height=0.62, color=colour, label=phase)
+        style = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.2} if hatch else {"color": colour}
+        axes.barh(range(len(means)), widths, left=left, height=0.62, hatch=hatch, label=phase, **style)
         left += widths
-    name_rows(axes, means)
+    name_rows(axes, [called(name) for name in means])
     axes.set_xlabel("seconds")
     legend(figure)
     caption = "Wall-clock time of a run by phase" + (", mean over seeds." if num_seeds(groups) > 1 else ".")
-    return Plot("Where the time went", caption, f"Bar chart of the seconds by phase for {_names(groups)}.", figure)
+    told = _told({name: sum(seconds.values()) for name, seconds in means.items()}, True)
+    return Plot("Where the time went", caption, f"Bar chart of the seconds by phase. In all: {told}.", figure)
+
+
+def draw_graph(run: RunRecords, axes: Axes) -> int:
+    """Draws the graph of a run, whose weights are known, in the colours of the page; returns the number of links."""
+    weights, names = np.array(run.facts["graph"]["weights"]), tuple(run.facts.get("names") or ())
+    server = run.graph == "server"
+    graph = Graph(weights, run.graph, require_symmetric=False, connected=False, is_server=server)
+    draw(replace(graph, names=names if len(names) == len(weights) else ()), axes)
+    _recolour(axes)
+    return len(weights) if server else len(graph.edges)
 
 
 def _recolour(axes: Axes) -> None:

@@ -8,6 +8,7 @@ holds those of its runs.
 import contextlib
 import io
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +22,13 @@ from decaf_lora import records
 from decaf_lora.errors import UserError, remedy
 from decaf_lora.report import words
 from decaf_lora.report.figures import Plot, make_plots
+from decaf_lora.report.gains import gains
+from decaf_lora.report.overview import make_overview
 from decaf_lora.report.reading import RunRecords, by_algorithm, by_setting, read_runs
-from decaf_lora.report.style import PAGE_COLOURS, STYLE
+from decaf_lora.report.style import DARK, PAGE_COLOURS, STYLE
+
+_drawing = threading.RLock()
+"""Held while figures are drawn: matplotlib's settings belong to the whole process, and a live page has a thread."""
 
 
 def write_report(directory: Path | str) -> Path:
@@ -50,23 +56,37 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _write_report(directory: Path, runs: list[RunRecords]) -> Path:
-    with matplotlib.rc_context(STYLE):
-        sections = [
-            (f"{graph} · {partition}", make_plots(by_algorithm(members)))
-            for (graph, partition), members in by_setting(runs).items()
-        ]
     path = directory / "report.html"
-    configurations = {run.name: run.config for run in runs}
-    write_page(
-        path,
+    records.replace_text(path, page_of(runs))
+    return path
+
+
+def page_of(runs: Sequence[RunRecords]) -> str:
+    """The report of runs, which may still be under way, as HTML."""
+    with _drawing, matplotlib.rc_context(STYLE):
+        sections = _sections(runs)
+    return page(
         words.title(runs),
         words.facts_shown(runs),
         words.summary_table(runs),
         sections,
-        configurations,
+        {run.name: run.config for run in runs if run.config},
         words.environments(runs),
+        words.verdict(runs),
     )
-    return path
+
+
+def _sections(runs: Sequence[RunRecords]) -> list[tuple[str, list[Plot]]]:
+    """Title and figures of the overview, if there are several settings, and of each setting."""
+    settings = by_setting(runs)
+    overview = make_overview(settings)
+    drawn = any(plot.title == "The graphs" for plot in overview)
+    sections = [("All settings", overview)] if overview else []
+    for (graph, partition), members in settings.items():
+        groups = by_algorithm(members)
+        answer = [plot] if (plot := gains(groups)) else []
+        sections.append((f"{graph} · {partition}", [*answer, *make_plots(groups, with_graph=not drawn)]))
+    return sections
 
 
 def write_page(
@@ -77,6 +97,7 @@ def write_page(
     sections: Sequence[tuple[str, Sequence[Plot]]],
     configurations: dict[str, str],
     environment: dict[str, str],
+    verdict: Sequence[str] = (),
 ) -> None:
     """Writes a page of figures to `path`.
 
@@ -85,11 +106,25 @@ def write_page(
         title: of the page.
         facts: name -> a few words on what was done.
         table: `columns`; `groups`, pairs of a title and rows of (text, highlighted) cells; `note`; and, where there are
-            some, `pivots` and `warnings` (lines of text).
+            some, `pivots`, `differences` (a header and lines of text) and `warnings` (lines of text).
         sections: pairs of a title and figures, which were made under `STYLE`.
         configurations: name of a run -> its configuration, to repeat it.
         environment: name -> where it ran.
+        verdict: sentences that open the page: what came out.
     """
+    records.replace_text(path, page(title, facts, table, sections, configurations, environment, verdict))
+
+
+def page(
+    title: str,
+    facts: dict[str, str],
+    table: dict[str, Any],
+    sections: Sequence[tuple[str, Sequence[Plot]]],
+    configurations: dict[str, str],
+    environment: dict[str, str],
+    verdict: Sequence[str] = (),
+) -> str:
+    """The HTML that `write_page` writes, which explains the arguments."""
     loader = jinja2.Environment(
         loader=jinja2.PackageLoader("decaf_lora.report", "."),
         autoescape=True,
@@ -97,7 +132,7 @@ def write_page(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    with matplotlib.rc_context(STYLE):
+    with _drawing, matplotlib.rc_context(STYLE):
         inlined = [
             {
                 "title": name,
@@ -105,16 +140,17 @@ def write_page(
             }
             for number, (name, plots) in enumerate(sections)
         ]
-    page = loader.get_template("report.html.j2").render(
+    return loader.get_template("report.html.j2").render(
         title=title,
         facts=facts,
         table=table,
         sections=inlined,
         configurations=configurations,
         environment=environment,
+        verdict=verdict,
+        colours=DARK,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    records.replace_text(path, page)
 
 
 def write_figures(directory: Path | str, folder: Path | str, suffix: str = ".png") -> list[Path]:
@@ -136,12 +172,12 @@ def _write_figures(directory: Path, folder: Path, suffix: str) -> list[Path]:
     runs = read_runs(directory)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
-        sections = by_setting(runs)
-        for (graph, partition), members in sections.items():
-            for plot in make_plots(by_algorithm(members)):
-                name = [plot.title] if len(sections) == 1 else [graph, partition, plot.title]
-                paths.append(folder / (re.sub(r"[^a-z0-9.]+", "-", " ".join(name).lower()) + suffix))
+    with _drawing, matplotlib.rc_context(STYLE | {"savefig.facecolor": "white", "pdf.fonttype": 42}):
+        sections = _sections(runs)
+        for title, plots in sections:
+            for plot in plots:
+                name = plot.title if len(sections) == 1 else f"{title} {plot.title}"
+                paths.append(folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") + suffix))
                 plot.figure.savefig(paths[-1], dpi=150)
     return paths
 

@@ -26,7 +26,13 @@ class RunRecords:
 
     @property
     def algorithm(self) -> str:
-        return str(self.facts["algorithm"])
+        """The algorithm, or the name of the setting."""
+        return records.row_name(self.facts)
+
+    @property
+    def has_name(self) -> bool:
+        """Whether the run is a named setting, which may have a graph of its own."""
+        return bool(self.facts.get("setting"))
 
     @property
     def graph(self) -> str:
@@ -50,14 +56,15 @@ Groups = dict[str, list[RunRecords]]  # algorithm -> its runs, one a seed
 
 
 def read_runs(directory: Path) -> list[RunRecords]:
-    """The runs in `directory`, in the order of its summary.json if it has one.
+    """The runs in `directory`: a run and its baselines, or those of a comparison, in the order of its summary.json.
 
     Raises:
         UserError: there is no run, or one cannot be read.
     """
     try:
         if (directory / "run.json").exists():
-            return [read_run(directory)]
+            folders = [directory, *(directory / kind for kind in records.BASELINES)]
+            return [read_run(folder) for folder in folders if (folder / "run.json").exists()]
         runs = [read_run(path.parent) for path in sorted(directory.glob("*/run.json"))]
     except OSError as error:
         raise UserError(f"report: cannot read {str(directory)[:200]} ({error.strerror or error}).") from error
@@ -109,14 +116,16 @@ def by_setting(runs: Sequence[RunRecords]) -> dict[tuple[str, str], list[RunReco
     """(graph, partition) -> the runs to compare with each other.
 
     Baselines that do not use the graph (a server, pooled data, no exchange) may have run only once. Such a run belongs
-    to every graph of its partition.
+    to every graph of its partition. So does a named setting with a graph that no other run has.
     """
-    bound = [run for run in runs if run.uses_graph]
+    bound = [run for run in runs if run.uses_graph and not run.has_name]
     sections: dict[tuple[str, str], list[RunRecords]] = {(run.graph, run.partition): [] for run in bound or runs}
     for run in runs:
         own = (run.graph, run.partition)
         partition = [setting for setting in sections if setting[1] == run.partition]
-        if "uses_graph" in run.facts:
+        if run.has_name:  # its graph may be none of the others'
+            settings = [own] if own in sections else partition or [own]
+        elif "uses_graph" in run.facts:
             settings = [own] if run.uses_graph else partition or [own]
         else:  # written by an earlier version, which ran baselines under every graph
             settings = [own] if own in sections else partition or list(sections)

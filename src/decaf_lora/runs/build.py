@@ -49,6 +49,7 @@ def build_run(
     from decaf_lora.engines import Simulate
     from decaf_lora.run import Run
 
+    _ = config.training.peak  # refuses auto before anything is loaded
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graph or graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
@@ -58,6 +59,10 @@ def build_run(
     else:
         _refuse_moved_rows(config)
         shards = partition.parse(config.partition, task.labels, config.agents, config.seed, task.column)
+    if config.validation_share is not None:
+        from decaf_lora.tasks.held_out import hold_out
+
+        task, shards = hold_out(task, shards, config.validation_share, config.seed)
     run = Run(
         task,
         algorithm,
@@ -178,13 +183,14 @@ def _task(config: TaskConfig, device: str) -> Task:
     if key not in _tasks:
         with _loading:
             task = tasks.make(config)
-        task.model.to(_device(device))
+        task.model.to(device_of(device))
         _tasks.clear()
         _tasks[key] = task
     return _tasks[key]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a configuration names; UserError if it cannot be used here."""
     import torch
 
     if name == "auto":

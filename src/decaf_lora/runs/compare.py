@@ -8,31 +8,30 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from decaf_lora import config as configs
 from decaf_lora.config import CompareConfig, RunConfig
-from decaf_lora.errors import TrainingError, UserError
+from decaf_lora.errors import TrainingError, UserError, unknown
 from decaf_lora.records import (
-    Record,
+    BASELINES,
     SummaryRow,
     read_facts,
     read_records,
     read_summary,
     replace_text,
-    summarise,
+    with_baselines,
     write_json,
 )
-from decaf_lora.runs.build import build_run
-from decaf_lora.runs.events import Interrupted, Progress, Subscriber, Watch, nobody
-from decaf_lora.runs.folder import Folder, check_folder, disk, run
+from decaf_lora.runs import settings
+from decaf_lora.runs.events import Interrupted, Subscriber, Watch, nobody
+from decaf_lora.runs.folder import Folder, check_folder, disk, mark_diverged, run
+from decaf_lora.runs.several import several
 from decaf_lora.runs.signals import stopping
-from decaf_lora.runs.workers import Lost, Stopped, Workers
 
 
 def default_jobs(device: str) -> int:
@@ -67,6 +66,7 @@ def cells(config: CompareConfig) -> list[Cell]:
     graphs = _once("graphs", config.graphs or (config.graph,))
     partitions = _once("partitions", config.partitions or (config.partition,))
     keys = _once("algorithms", map(algorithms.spelled, config.algorithms))
+    keys += tuple(name for kind in config.baseline if (name := BASELINES[kind]) not in keys)
     algorithms.check_together(keys)
     for graph, partition, seed, key in itertools.product(graphs, partitions, _once("seeds", config.seeds), keys):
         options = algorithms.accepted(key, config.algorithm.options())
@@ -75,18 +75,53 @@ def cells(config: CompareConfig) -> list[Cell]:
             continue
         values = {k: getattr(config, k) for k in RunConfig.model_fields}
         learning_rate = config.learning_rates.get(key, config.training.learning_rate)
+        if config.baseline_learning_rate and key in (BASELINES[kind] for kind in config.baseline):
+            learning_rate = config.baseline_learning_rate
         values |= {
             "graph": graph,
             "partition": partition,
             "seed": seed,
             "algorithm": {"name": key, **options},
             "training": config.training.model_copy(update={"learning_rate": learning_rate}),
+            "baseline": (),  # the comparison has them as runs of their own
+            "baseline_learning_rate": None,
+            "setting": None,
         }
         parts = [key, partition, f"seed{seed}"] if shared else [key, graph, partition, f"seed{seed}"]
         folder = "-".join(parts).replace("/", "_").replace(":", "-")
         out.append(Cell(folder, RunConfig.model_validate(values), graphs if shared else (graph,)))
+    _check_rates(config, keys)
+    for name, fields in settings.overrides(config).items():
+        out += _cells_of(config, name, fields, graphs, partitions)
     _refuse_shared_folders(out)
-    return out
+    return sorted(out, key=lambda cell: (graphs.index(cell.graphs[0]), partitions.index(cell.config.partition)))
+
+
+def _cells_of(
+    config: CompareConfig, name: str, fields: dict[str, Any], graphs: tuple[str, ...], partitions: tuple[str, ...]
+) -> list[Cell]:
+    """The runs of a named setting. One with a graph that no other row has runs once for all graphs, and says it."""
+    own = fields.get("graph")
+    named = name if own is None or own in graphs else f"{name} ({own})"
+    found = []
+    for graph, partition, seed in itertools.product(
+        graphs if own is None else (own,), partitions, _once("seeds", config.seeds)
+    ):
+        run = settings.applied(config, named, fields, graph=graph, partition=partition, seed=seed)
+        parts = [name, partition, f"seed{seed}"] if own is not None else [name, graph, partition, f"seed{seed}"]
+        folder = "-".join(parts).replace("/", "_").replace(":", "-")
+        found.append(Cell(folder, run, (graph,) if graph in graphs else graphs))
+    return found
+
+
+def _check_rates(config: CompareConfig, keys: Iterable[str]) -> None:
+    """Raises UserError for a learning rate of an algorithm that does not exist: it would have no effect."""
+    from decaf_lora import algorithms
+
+    known = {*algorithms.KINDS, *keys}
+    for name in config.learning_rates:
+        if name not in known:
+            raise unknown("learning_rates", name, known)
 
 
 def _once(field: str, given: Iterable[Any]) -> tuple[Any, ...]:
@@ -107,7 +142,7 @@ def _refuse_shared_folders(todo: list[Cell]) -> None:
         other = seen.setdefault(cell.name.casefold(), cell)  # some file systems do not tell cases apart
         if other is not cell:
             ours, theirs = configs.flat(cell.config), configs.flat(other.config)
-            field = next(k for k in ("algorithm.name", "graph", "partition", "seed") if ours[k] != theirs[k])
+            field = next(k for k in ("setting", "algorithm.name", "graph", "partition", "seed") if ours[k] != theirs[k])
             raise UserError(
                 f"{field}: {theirs[field]!r} and {ours[field]!r} would share the folder {cell.name}; give them names "
                 "that differ in more than / : _ - and case."
@@ -151,8 +186,7 @@ def compare(
     finished = {cell.name: row for cell in todo if resume and (row := _finished(cell, out)) is not None}
     left = [cell for cell in todo if cell.name not in finished]
     with contextlib.ExitStack() as stack:
-        runner = _InProcesses(jobs, watch) if jobs > 1 and len(left) > 1 else _InTurn(watch)
-        stack.enter_context(runner)
+        runner = stack.enter_context(several(_run_cell, jobs if len(left) > 1 else 1, watch))
         stack.enter_context(stopping(runner.stop))
         runner.check(left)
         if runner.stopped:
@@ -197,6 +231,7 @@ def _conclude(todo: list[Cell], rows: Mapping[str, SummaryRow], out: Path) -> li
 
     graphs = dict.fromkeys(graph for cell in todo for graph in cell.graphs)
     ordered = [replace(rows[cell.name], graph=graph) for graph in graphs for cell in todo if graph in cell.graphs]
+    ordered = with_baselines(ordered)
     with disk(out):
         write_json(out / "summary.json", [asdict(row) for row in ordered])
         for name, text in tables(ordered).items():
@@ -215,145 +250,11 @@ def _refuse_lost(lost: Mapping[str, str], count: int) -> None:
         )
 
 
-class _InTurn:
-    """One run after another, in this process."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch, self.stopped = watch, False
-        self.lost: dict[str, str] = {}
-
-    def __enter__(self) -> _InTurn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def stop(self) -> None:
-        self.stopped = True
-
-    def check(self, left: list[Cell]) -> None:
-        _check_cells(left)
-
-    def run(self, left: list[Cell], out: Path) -> dict[str, SummaryRow]:
-        rows = {}
-        for cell in left:
-            if self.stopped:
-                break
-            rows[cell.name] = _run_cell(cell, out, self._watch)
-        return rows
-
-
-class _InProcesses:
-    """Several runs at a time, each in its own process."""
-
-    def __init__(self, jobs: int, watch: Watch) -> None:
-        self._jobs, self._watch = jobs, watch
-        self._workers: Workers | None = None
-        self._heard: dict[str, Subscriber] = {}
-        self.stopped = False
-        self.lost: dict[str, str] = {}
-
-    def __enter__(self) -> _InProcesses:
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        if self._workers is not None:
-            self._workers.__exit__(*raised)
-
-    def stop(self) -> None:
-        self.stopped = True
-        if self._workers is not None:
-            self._workers.stop()
-
-    def check(self, left: list[Cell]) -> None:
-        """Has one worker check all runs, while the others load the libraries."""
-        jobs = min(self._jobs, len(left))
-        self._workers = Workers(jobs, max(1, (os.cpu_count() or 1) // jobs), self._hear).__enter__()
-        for _, result in self._workers.run(_check_in_worker, [left]):
-            if isinstance(result, BaseException):
-                raise result
-            if isinstance(result, Lost):
-                raise UserError(f"compare: a run could not be prepared, {result.how}; try fewer --jobs.")
-
-    def run(self, left: list[Cell], out: Path) -> dict[str, SummaryRow]:
-        assert self._workers is not None
-        rows: dict[str, SummaryRow] = {}
-        error: BaseException | None = None
-        for cell, result in self._workers.run(_run_in_worker, left, out):
-            if isinstance(result, BaseException):
-                if error is None:
-                    error = result
-                    self._workers.stop()
-            elif isinstance(result, Lost):
-                self.lost[cell.name] = result.how
-            elif not isinstance(result, Stopped):
-                rows[cell.name] = result
-        if error is not None:
-            raise error
-        return rows
-
-    def _hear(self, told: tuple[str, str, tuple[Any, ...]]) -> None:
-        name, method, arguments = told
-        if name not in self._heard:
-            self._heard[name] = self._watch(name)
-        getattr(self._heard[name], method)(*arguments)
-
-
-def _check_cells(left: list[Cell]) -> None:
-    """Builds every run once, so that a mistake in any of them is found before the first begins."""
-    for cell in left:
-        training = cell.config.training.model_copy(update={"agents_per_pass": 1})  # without a calibration
-        build_run(cell.config.model_copy(update={"training": training})).close()
-
-
 def _run_cell(cell: Cell, out: Path, watch: Watch) -> SummaryRow:
-    from decaf_lora.report import write_report
-
     directory = out / cell.name
     try:
         return run(cell.config, directory, resume=(directory / "config.yaml").exists(), watch=watch)[0]
     except Interrupted as stop:
         raise Interrupted(out, stop.round) from None
-    except (
-        TrainingError
-    ) as error:  # divergence is a result: the other runs go on, and --resume does not repeat this one
-        with disk(out):
-            write_json(directory / "run.json", read_facts(directory) | {"diverged": str(error)})
-            row = summarise(directory)
-            write_json(directory / "summary.json", [row])
-            write_report(directory)
-        return row
-
-
-# In a worker
-
-
-def _check_in_worker(left: list[Cell], tell: Callable[[Any], None]) -> None:
-    _check_cells(left)
-
-
-def _run_in_worker(cell: Cell, tell: Callable[[Any], None], out: Path) -> SummaryRow:
-    return _run_cell(cell, out, lambda name: _Telling(name, tell))
-
-
-class _Telling(Subscriber):
-    """Tells the parent process of a run; of its steps at most ten times a second."""
-
-    def __init__(self, name: str, tell: Callable[[Any], None]) -> None:
-        self._name, self._tell, self._last = name, tell, 0.0
-
-    def start(self, facts: Mapping[str, Any]) -> None:
-        self._tell((self._name, "start", (facts,)))
-
-    def step(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last >= 0.1:
-            self._last = now
-            self._tell((self._name, "step", (progress,)))
-
-    def record(self, record: Record) -> None:
-        self._tell((self._name, "record", (record,)))
-
-    def close(self, error: BaseException | None) -> None:
-        told = None if error is None else TrainingError(str(error)) if isinstance(error, TrainingError) else UserError()
-        self._tell((self._name, "close", (told,)))
+    except TrainingError as error:  # divergence is a result: the other runs go on
+        return mark_diverged(directory, error)

@@ -6,7 +6,7 @@ run and tells all its subscribers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +58,37 @@ def nobody(name: str) -> Subscriber:
     return Subscriber()
 
 
+class Several(Subscriber):
+    """Passes on to several subscribers, in order, what one hears; closes all, the last first, also if some fail."""
+
+    def __init__(self, *subscribers: Subscriber) -> None:
+        self._subscribers = subscribers
+
+    def attach(self, run: Run) -> None:
+        for subscriber in self._subscribers:
+            subscriber.attach(run)
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        for subscriber in self._subscribers:
+            subscriber.start(facts)
+
+    def step(self, progress: Progress) -> None:
+        for subscriber in self._subscribers:
+            subscriber.step(progress)
+
+    def record(self, record: Record) -> None:
+        for subscriber in self._subscribers:
+            subscriber.record(record)
+
+    def close(self, error: BaseException | None) -> None:
+        _close(self._subscribers, error)
+
+
+def all_of(*watches: Watch) -> Watch:
+    """A `Watch` whose subscribers pass on to those of all `watches`."""
+    return lambda name: Several(*(watch(name) for watch in watches))
+
+
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """The user has stopped the run in round `round`; its checkpoint is in `directory`."""
 
@@ -66,7 +97,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         self.directory, self.round = directory, round_
 
 
-def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None = None) -> Iterator[Record]:
+def follow(run: Run, *subscribers: Subscriber, facts: Mapping[str, Any] | None = None) -> Generator[Record, None, None]:
     """Trains `run` round by round like `run.train()`, yields its records, and tells the subscribers.
 
     Args:

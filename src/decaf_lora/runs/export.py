@@ -46,7 +46,7 @@ def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) 
     parts = take("adapter/", tensors)
     for group in ("scale/", "ranks/"):
         parts |= put(group, take(group, tensors))
-    adapters = as_adapter(parts)
+    adapters = as_adapter(parts).folded()
     names = read_facts(directory).get("names") or []
     agents: list[int | str] = list(range(adapters.num_agents)) if agent == ALL else [numbered(agent, names)]
     for one in agents:

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
-from decaf_lora.errors import UserError, remedy
+from decaf_lora.errors import TrainingError, UserError, remedy
 from decaf_lora.records import (
     Record,
     RecordWriter,
     SummaryRow,
     environment,
+    read_facts,
     replace_text,
     summarise,
     whole_rounds,
     write_json,
 )
-from decaf_lora.runs import checkpoint, identity
+from decaf_lora.runs import baselines, checkpoint, identity
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Interrupted, Subscriber, Watch, follow, nobody
 from decaf_lora.runs.lock import LOCK, OWNER, FolderLock
@@ -37,6 +38,8 @@ from decaf_lora.runs.signals import stopping
 if TYPE_CHECKING:
     from decaf_lora.run import Run
 
+CHOICE = "learning_rate"
+"""The folder, in that of a run or comparison, of the search for a learning rate that was made before it."""
 Point = tuple[dict[str, Any], dict[str, Any]]
 """Tensors and values of a checkpoint."""
 
@@ -67,6 +70,31 @@ def run(
         UserError: a mistake, found before anything is written; or the folder is in use.
         Interrupted: after Ctrl-C or another signal that asks to stop.
     """
+    baselines.check(config)
+    options = {"resume": resume, "take_over": take_over, "unique": unique}
+    row, path = _run(config, out, watch=watch, **options)
+    for kind in config.baseline:
+        if baselines.is_due(path, kind, config.rounds):
+            try:
+                _run(
+                    baselines.configuration(config, kind),
+                    path / kind,
+                    resume=started(path / kind),
+                    take_over=take_over,
+                    watch=watch,
+                )
+            except Interrupted as stop:
+                raise Interrupted(path, stop.round) from None
+            except TrainingError as error:
+                mark_diverged(path / kind, error)
+                warnings.warn(f"baseline: {kind} diverged ({error}); there is nothing to compare with.", stacklevel=2)
+    return (conclude(path), path) if config.baseline else (row, path)
+
+
+def _run(
+    config: RunConfig, out: Path, *, resume: bool, take_over: bool, watch: Watch, unique: bool = False
+) -> tuple[SummaryRow, Path]:
+    """`run` without baselines."""
     if not unique:
         check_folder(config, out, resume)
     made = build_run(config)
@@ -138,7 +166,7 @@ class Folder(Subscriber):
             return
         with disk(self.path):
             if self._unique:
-                self.path = _new_folder(self.path)
+                self.path = new_folder(self.path)
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(self.path)
@@ -163,12 +191,13 @@ class Folder(Subscriber):
             return self._point
         self._sought = True
         records, then = whole_rounds(self.path / "records.jsonl")
+        last = records[-1].round if records else -1
 
         def refuse(path: Path) -> str | None:
             round_, step = checkpoint.moment_of(path)
             if round_ > rounds:
                 return f"{path} is beyond the last round, {rounds}"
-            if (round_ or step) and round_ >= len(records):
+            if (round_ or step) and round_ > last:
                 return f"{then}, but {path} relies on all records up to its round"
             return None
 
@@ -287,12 +316,7 @@ class Folder(Subscriber):
             write_json(path / "run.json", {"format": checkpoint.FORMAT, **facts})
 
     def _finish(self) -> None:
-        from decaf_lora.report import write_report
-
-        with disk(self.path):
-            self.row = summarise(self.path)
-            write_json(self.path / "summary.json", [self.row])
-            write_report(self.path)
+        self.row = conclude(self.path)
 
     def _release(self) -> None:
         lock, self._lock = self._lock, None
@@ -300,12 +324,30 @@ class Folder(Subscriber):
             lock.release()
 
 
+def conclude(path: Path) -> SummaryRow:
+    """Writes summary.json and report.html of the run in `path`, with its baselines, and returns the summary's row."""
+    from decaf_lora.report import write_report
+
+    with disk(path):
+        row = summarise(path)
+        write_json(path / "summary.json", [row])
+        write_report(path)
+    return row
+
+
+def mark_diverged(path: Path, error: TrainingError) -> SummaryRow:
+    """Notes that the run in `path` has diverged, and concludes it: it has a result, and is not repeated."""
+    with disk(path):
+        write_json(path / "run.json", read_facts(path) | {"diverged": str(error)})
+    return conclude(path)
+
+
 def due(every: int, round_: int, rounds: int) -> bool:
     """Whether a checkpoint is written after this round. After the last round, `close` writes one."""
     return round_ > 0 and round_ % every == 0 and round_ < rounds
 
 
-def _new_folder(path: Path) -> Path:
+def new_folder(path: Path) -> Path:
     """Makes `path` or, if it exists, the first of `path`-2, `path`-3, ... that does not."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -353,7 +395,7 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
 
     Raises:
         UserError: the folder holds something else; or a run without `resume`; or with `resume` no run, or a run of
-            another configuration (only its rounds may grow).
+            another configuration (only its rounds and baselines may grow).
     """
     with disk(out):
         exists = out.exists()
@@ -361,6 +403,8 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
         raise UserError(f"out: {out} is a file; give a folder.")
     if not started(out):
         left = [p.name for p in out.iterdir() if not p.name.startswith((LOCK, OWNER))] if out.exists() else []
+        if CHOICE in left and (out / CHOICE / "config.yaml").exists():
+            left.remove(CHOICE)
         torn = [name for name in left if name.startswith("config.yaml") and name.endswith(".tmp")]
         if resume and (not torn or torn != left):
             raise UserError(f"resume: {out} holds no run (no config.yaml); leave out --resume to start one there.")
@@ -377,11 +421,13 @@ def check_folder(config: RunConfig | None, out: Path, resume: bool) -> None:
     saved = configs.load(type(config), out / "config.yaml")
     if config.rounds > saved.rounds:
         saved = saved.model_copy(update={"rounds": config.rounds})
+    if set(config.baseline) > set(saved.baseline):
+        saved = saved.model_copy(update={"baseline": config.baseline})
     different = configs.differences(saved, config)
     if different:
         raise UserError(
             f"resume: the run in {out} has another config; differing fields: {'; '.join(different)}. "
-            "Give the same values (only rounds may grow), or choose another --out."
+            "Give the same values (only rounds and baseline may grow), or choose another --out."
         )
 
 

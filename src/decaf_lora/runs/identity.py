@@ -47,6 +47,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     names = getattr(task, "classes", None)
     return {
         "algorithm": run.algorithm.name,
+        "setting": None if config is None else config.setting,
         "graph": {
             "name": schedule.name if config is None else config.graph,
             "weights": schedule.at(0).weights.tolist(),
@@ -62,7 +63,18 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
         "ranks": []
         if run.attached.uniform
         else [max(s.rank for s in run.attached.sites_of(i).values()) for i in range(agents)],
+        "rank": max(s.rank for s in run.attached.sites_of(0).values()) if run.attached.sites else 0,
         "rounds": run.rounds,
+        "steps": run.trainer.steps_in_round,
+        "epochs": run.training.epochs,
+        "batch_size": run.training.batch_size,
+        "optimizer": run.training.optimizer,
+        "learning_rate": run.training.learning_rate,
+        "model": _name_of(task.describe().get("model")),
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "data": None if config is None else _name_of(config.task.data),
+        "num_train": len(task.labels),
+        "num_test": task.num_test,
         "seed": run.seed,
         "task": task.name,
         "score_name": task.score_name,
@@ -71,6 +83,11 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
         "uses_graph": run.algorithm.topology == "graph",
         "agents_per_pass": run.trainer.agents_per_pass,
     }
+
+
+def _name_of(source: str | None) -> str | None:
+    """The name of a model or of data for people: of a file or folder without the folders above it."""
+    return Path(source).name if source is not None and Path(source).expanduser().exists() else source
 
 
 def sources(run: Run) -> dict[str, Any]:
@@ -88,6 +105,8 @@ def sources(run: Run) -> dict[str, Any]:
         "base model (hash)": _model(run),
         "partition (hash)": _hash(*(run.partition.shard(agent) for agent in known)),
     }
+    if run.partition.names:
+        found["names of the agents"] = list(run.partition.names)
     if schedule.period is not None:
         found["graph (hash)"] = _hash(*(schedule.at(t).weights for t in range(schedule.period)))
     return json.loads(json.dumps(found, default=str))
@@ -157,6 +176,11 @@ def _python_of(value: str) -> str | None:
     if match is None or match[1].replace("_", "-") in {*graphs.KINDS, *partition.KINDS}:
         return None
     return match[1]
+
+
+def is_python(value: str) -> bool:
+    """Whether a name means Python to run, `file.py:function` or `module:function`."""
+    return _python_of(value) is not None
 
 
 def code_hashes(config: RunConfig) -> dict[str, str]:

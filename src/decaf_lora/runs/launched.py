@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
 from decaf_lora.records import SummaryRow
-from decaf_lora.runs import identity
+from decaf_lora.runs import baselines, identity
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Interrupted, Watch, follow, nobody
-from decaf_lora.runs.folder import Folder, check_folder, due, started
+from decaf_lora.runs.folder import Folder, check_folder, conclude, due, started
 from decaf_lora.runs.signals import stopping
 
 if TYPE_CHECKING:
@@ -53,6 +53,37 @@ def run_split(
         UserError: in all processes if one of them meets a mistake, or is lost.
         Interrupted: after Ctrl-C or another signal that asks to stop.
     """
+    baselines.check(config, simulated=False)
+    options = {"wire": wire, "take_over": take_over, "watch": watch}
+    finished = _run_split(config, out, processes, resume=resume, unique=unique, **options)
+    for kind in config.baseline:
+        # Every process does what the main process, which sees the folder, has found.
+        path = Path(processes.share("baseline", None if finished is None else str(finished[1]))[0])
+        begun = (baselines.is_due(path, kind, config.rounds), started(path / kind))
+        due_, resume = processes.share("due", begun)[0]
+        if not due_:
+            continue
+        try:
+            _run_split(baselines.configuration(config, kind), path / kind, processes, resume=resume, **options)
+        except Interrupted as stop:
+            raise Interrupted(path, stop.round) from None
+    if finished is not None and config.baseline:
+        finished = (conclude(finished[1]), finished[1])
+    return finished
+
+
+def _run_split(
+    config: RunConfig,
+    out: Path,
+    processes: Processes,
+    *,
+    wire: str,
+    resume: bool,
+    take_over: bool,
+    watch: Watch,
+    unique: bool = False,
+) -> tuple[SummaryRow, Path] | None:
+    """`run_split` without baselines."""
     import torch
 
     from decaf_lora import __version__

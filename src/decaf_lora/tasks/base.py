@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -36,6 +36,9 @@ class Task(ABC):
     """(num_train,) the label of every training example, which partitions split on."""
     num_test: int
     """Number of test examples."""
+    test_labels: np.ndarray | None = None
+    """(num_test,) the label of every test example, of the same numbers as `labels`; None if that is not known. Needed
+    to score agents on test examples of the classes that they hold (`test: alike`)."""
     score_name: str = "accuracy"
     """Name of the number that `score` returns; higher is better unless `lower_is_better`."""
     lower_is_better: bool = False
@@ -47,7 +50,8 @@ class Task(ABC):
     """How examples are put to the model, in JSON's types: whoever uses the trained model must know this.
 
     Exports know the keys `labels` (class names in the order of the model's outputs, or of the prompts), `templates`,
-    `answers`, `max_length` (tokens), `pad_token`, and `processor` (whether images go in)."""
+    `answers`, `max_length` (tokens), `pad_token`, and `processor` (whether images go in); predictions also `columns`,
+    `label_column` and `image_column`, the names of what was read."""
 
     tables: Mapping[str, Any] = MappingProxyType({})
     """"train" and "test" -> the `datasets.Dataset` of the examples, in their order; empty if there is none."""
@@ -97,6 +101,13 @@ class Task(ABC):
     def test_batch(self, indices: np.ndarray) -> Batch:
         """The test examples `indices` (m,) as tensors with leading axis m."""
 
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        """The training examples `indices` (m,) as `statistics` takes them, to score on them in place of the test set.
+
+        By default `train_batch`. A task whose test batches hold more than its training batches overrides this.
+        """
+        return self.train_batch(indices)
+
     @abstractmethod
     def losses(self, batch: Batch, agents: int) -> Tensor:
         """The mean loss of every agent on its own examples.
@@ -144,6 +155,22 @@ class Task(ABC):
     def majority_score(self) -> float | None:
         """The score of always giving the most frequent class of the training examples; None without classes."""
         return None
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        """Training examples `indices` (m,) as the model sees them, each in words for people.
+
+        By default the names and shapes of an example's tensors.
+        """
+        batch = self.train_batch(indices)
+        each = ", ".join(f"{name} {' x '.join(map(str, t.shape[1:])) or 'one number'}" for name, t in batch.items())
+        return [each] * len(indices)
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        """For every example of a split a key that is equal where the model is given the same, whatever the label.
+
+        [] if the task cannot tell. `decaf check` finds with it what is in both splits, or twice with two labels.
+        """
+        return []
 
     def describe(self) -> Mapping[str, Any]:
         """What the task is, in JSON's types: its sizes, its pretrained model, and its `interface`.

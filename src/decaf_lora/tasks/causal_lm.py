@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ class CausalTask(Task):
     """What the uses of a language model share: training on target tokens."""
 
     model: Any
+    decode: Callable[[list[int]], str] | None = None
+    """Token numbers -> text, to show examples to people; None: examples are shown as numbers."""
+    _train: Sequences
+    _test: Sequences
 
     def __init__(self, model: Any, train: Sequences, labels: np.ndarray, num_test: int, name: str) -> None:
         self.model, self.name = model, name
@@ -61,6 +65,20 @@ class CausalTask(Task):
 
     def train_batch(self, indices: np.ndarray) -> Batch:
         return self._train.batch(indices)
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        return [self._shown(self._train, int(index)) for index in indices]
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        sequences = self._train if split == "train" else self._test
+        return [ids.tobytes() for ids in sequences.tokens]
+
+    def _shown(self, sequences: Sequences, index: int) -> str:
+        """A sequence as text, split where the model begins to predict."""
+        tokens, start = sequences.tokens[index].tolist(), int(sequences.starts[index])
+        parts = tokens[:start], tokens[start:]
+        given, learnt = map(str, parts) if self.decode is None else (repr(self.decode(part)) for part in parts)
+        return f"{given}, to go on with {learnt} ({len(tokens)} tokens)"
 
     def losses(self, batch: Batch, agents: int) -> Tensor:
         found, counts = self.log_likelihoods(batch)
@@ -154,24 +172,43 @@ class AnswerScoring(CausalTask):
     ) -> None:
         super().__init__(model, train, labels, len(test_labels), name)
         self.classes, self.length_normalized = list(classes), length_normalized
+        self.test_labels = np.asarray(test_labels)
         self._test, self._test_labels = test, torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name
-        self._one_token = self._differ_in_last_token()
+        self._one_token = self._differ_in_last_token(test)
+        self._one_token_in_training: bool | None = None
 
     def train_batch(self, indices: np.ndarray) -> Batch:
         return self._train.batch(indices * len(self.classes) + self.labels[indices])
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        return super().show_examples(indices * len(self.classes) + self.labels[indices])
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        """The prompts, without the answers."""
+        tokens, starts = self._train if split == "train" else self._test
+        return [tokens[i][: starts[i]].tobytes() for i in range(0, len(tokens), len(self.classes))]
 
     def test_batch(self, indices: np.ndarray) -> Batch:
         """Tensors (m, C, L), with the answers on the second axis.
 
         If all answers are single tokens: the prompts (m, L - 1), and the tokens of the answers (m, C).
         """
+        return self._with_all_answers(self._test, indices, self._test_labels, self._one_token)
+
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        """As `test_batch`, of training examples."""
+        if self._one_token_in_training is None:
+            self._one_token_in_training = self._differ_in_last_token(self._train)
+        return self._with_all_answers(self._train, indices, torch.as_tensor(self.labels), self._one_token_in_training)
+
+    def _with_all_answers(self, sequences: Sequences, indices: np.ndarray, labels: Tensor, one_token: bool) -> Batch:
         count = len(self.classes)
         rows = (indices[:, None] * count + np.arange(count)).ravel()
-        batch = {k: t.unflatten(0, (-1, count)) for k, t in self._test.batch(rows).items()}
-        batch["labels"] = self._test_labels[indices]
-        if self._one_token:
+        batch = {k: t.unflatten(0, (-1, count)) for k, t in sequences.batch(rows).items()}
+        batch["labels"] = labels[indices]
+        if one_token:
             asked = batch["targets"][:, 0, 1:] != IGNORED
             batch["answers"] = batch.pop("targets")[:, :, 1:].transpose(1, 2)[asked]
             batch = {k: t[:, 0] if t.dim() == 3 else t for k, t in batch.items()} | {"asked": asked}
@@ -182,7 +219,7 @@ class AnswerScoring(CausalTask):
 
     def class_scores(self, batch: Batch) -> Tensor:
         """(m, C) log-likelihood of every class's answer, per token if `length_normalized`."""
-        if self._one_token:
+        if "answers" in batch:
             logits = self.logits(batch["input_ids"], batch["attention_mask"], batch["asked"])
             return logits.log_softmax(-1).gather(1, batch["answers"])
         flat = {k: batch[k].flatten(0, 1) for k in ("input_ids", "attention_mask", "targets")}
@@ -196,9 +233,9 @@ class AnswerScoring(CausalTask):
     def majority_score(self) -> float | None:
         return self._score.majority(self.labels, self._test_labels)
 
-    def _differ_in_last_token(self) -> bool:
-        """Whether all answers of every test example are one token after the same prompt: one pass scores all."""
-        tokens, starts, count = self._test.tokens, self._test.starts, len(self.classes)
+    def _differ_in_last_token(self, sequences: Sequences) -> bool:
+        """Whether all answers of every example are one token after the same prompt: one pass scores all."""
+        tokens, starts, count = sequences.tokens, sequences.starts, len(self.classes)
         if not (tokens.lengths - starts == 1).all():
             return False
         firsts = range(0, len(tokens), count)
@@ -232,6 +269,7 @@ def make(config: TaskConfig) -> CausalTask:
     task = LanguageModeling(model, train.take(fine[0]), labels[fine[0]], test.take(by_length), classes)
     if not config.packing:  # a packed block holds several rows
         task.tables = {"train": examples.train.select(fine[0]), "test": examples.test.select(fine[1][by_length])}
+    task.decode = tokenizer.decode
     task.interface = _interface(config, "instruction" if config.answer_column else "text", tokenizer, limit)
     task.content = examples.content
     return task
@@ -328,6 +366,7 @@ def _answer_scoring(config: TaskConfig) -> AnswerScoring:
         score=score,
     )
     task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
+    task.decode = tokenizer.decode
     task.interface = {**_interface(config, "answers", tokenizer, limit), "labels": task.classes}
     task.content = examples.content
     return task
@@ -354,7 +393,8 @@ def _interface(config: TaskConfig, use: str, tokenizer: Any, limit: int) -> dict
     facts |= {"templates": [template], "chat_template": config.chat_template}
     if use == "instruction":
         return facts | {"columns": [config.answer_column]}
-    return facts | {"answers": list(config.answers), "length_normalized": config.length_normalized}
+    facts |= {"answers": list(config.answers), "length_normalized": config.length_normalized}
+    return facts | {"label_column": config.label_column or "label"}
 
 
 def _encode(
@@ -382,5 +422,5 @@ def _encode(
         found.append(Sequences(Ragged.of(encoded, "input_ids"), np.array(encoded["start"][:], np.int64)))
         refuse_unknown_tokens(model, tokenizer, input_ids=found[-1].tokens.values)
         truncated[split] = int(np.sum(encoded["truncated"][:])) // max(1, len(config.answers))
-    data.warn_truncated(truncated, limit)
+    data.warn_truncated(truncated, limit, {"train": len(examples.train), "test": len(examples.test)})
     return found[0], found[1]

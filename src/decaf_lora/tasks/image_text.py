@@ -10,8 +10,8 @@ encoder, and at every step (for every agent, with its own adapter) when one does
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,8 +76,9 @@ class ImageText(Task):
         self.score_name = self._score.name
         self._train_images, self._test_images = train_images, test_images
         self._train_targets = torch.as_tensor(np.asarray(labels))
+        self.test_labels = np.asarray(test_labels)
         self._test_targets = torch.as_tensor(np.asarray(test_labels))
-        self._templates = len(prompts[0])
+        self._templates, self._prompts = len(prompts[0]), [list(of_class) for of_class in prompts]
         texts = [text for of_class in prompts for text in of_class]
         max_length = getattr(model.config.text_config, "max_position_embeddings", None)
         # SigLIP is trained with every text padded to its full length.
@@ -129,6 +130,19 @@ class ImageText(Task):
 
     def majority_score(self) -> float | None:
         return self._score.majority(self.labels, self._test_targets)
+
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        pixels = self._train_images(indices)
+        channels, height, width = pixels.shape[1:]
+        return [
+            f"an image of {width} x {height} pixels, {channels} channel{'s' * (channels > 1)}, values from "
+            f"{image.min():.3g} to {image.max():.3g}, for {self._prompts[label][0]!r}"
+            for image, label in zip(pixels, self.labels[indices], strict=True)
+        ]
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        images = self._train_images if split == "train" else self._test_images
+        return list(images.contents()) if isinstance(images, data.Pixels) else []
 
     def _text_features(self, agents: int, device: torch.device) -> Tensor:
         """(agents or 1, C, d) unit text features of the classes."""
@@ -195,6 +209,7 @@ def make(config: TaskConfig) -> ImageText:
     refuse_unknown_tokens(model, processor.tokenizer, input_ids=task._tokens["input_ids"].numpy())
     task.tables = {"train": examples.train, "test": examples.test}
     task.interface = {**task.interface, "prompt_names": names, "templates": list(templates), "processor": True}
+    task.interface |= {"image_column": image, "label_column": label, "pixel_range": config.pixel_range}
     task.content = examples.content
     return task
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from decaf_lora.adapters.files import refuse_damaged_model
+from decaf_lora.adapters.quiet import transformers_quiet
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
 
@@ -60,7 +61,7 @@ def pretrained_model(config: TaskConfig, kind: Any, **options: Any) -> tuple[Any
     options = {"dtype": getattr(torch, config.dtype), **options}
     if config.quantization == "4bit":
         options |= _four_bit()
-    with torch.random.fork_rng(devices=[]), _transformers_quiet():
+    with torch.random.fork_rng(devices=[]), transformers_quiet():
         torch.default_generator.manual_seed(0)
         model, report = _from_pretrained(config, kind, output_loading_info=True, **options)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -76,7 +77,7 @@ def pretrained_config(config: TaskConfig) -> Any:
     """The configuration of `config.model`, as transformers reads it."""
     from transformers import AutoConfig
 
-    with _transformers_quiet():
+    with transformers_quiet():
         return _from_pretrained(config, AutoConfig)
 
 
@@ -104,7 +105,7 @@ def pretrained_tokenizer(config: TaskConfig, processor: bool = False) -> Any:
     """The tokenizer of `config.model`, or its whole processor (of images and text)."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    with _transformers_quiet():
+    with transformers_quiet():
         found = _from_pretrained(config, AutoProcessor if processor else AutoTokenizer)
     if not processor:
         found("")  # leaves the truncation of its file: its state, and with it the cache of `data.preprocess`, is fixed
@@ -241,16 +242,3 @@ def _four_bit() -> dict[str, Any]:
         llm_int8_skip_modules=["lm_head", "classifier", "score"],
     )
     return {"quantization_config": quantized, "device_map": {"": torch.cuda.current_device()}}
-
-
-@contextlib.contextmanager
-def _transformers_quiet() -> Iterator[None]:
-    """Without transformers' own remarks on what it loads; ours are errors or one warning."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

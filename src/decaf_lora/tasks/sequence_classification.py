@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class SequenceClassification(Task):
         fills: argument of the model -> the number that pads its sequences; 0 for others.
         score: how to score; None: accuracy.
         name: of the task.
+        decode: token numbers -> text, to show examples to people; None: examples are shown as numbers.
     """
 
     model: Any
@@ -70,10 +71,12 @@ class SequenceClassification(Task):
         fills: Mapping[str, int] | None = None,
         score: ClassScore | None = None,
         name: str = "sequence-classification",
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.model, self.name, self.classes, self.heads = model, name, list(classes), list(heads)
-        self.labels, self.num_test = np.asarray(labels), len(test_labels)
+        self.labels, self.num_test, self._decode = np.asarray(labels), len(test_labels), decode
         self._train, self._test, self._fills = train, test, fills or {}
+        self.test_labels = np.asarray(test_labels)
         self._train_labels, self._test_labels = torch.as_tensor(labels), torch.as_tensor(test_labels)
         self._score = score or ClassScore("accuracy", classes)
         self.score_name = self._score.name
@@ -120,6 +123,18 @@ class SequenceClassification(Task):
     def majority_score(self) -> float | None:
         return self._score.majority(self.labels, self._test_labels)
 
+    def show_examples(self, indices: np.ndarray) -> list[str]:
+        found = []
+        for index in indices:
+            tokens = self._train["input_ids"][index].tolist()
+            text = str(tokens) if self._decode is None else repr(self._decode(tokens))
+            found.append(f"{text} ({len(tokens)} tokens), label {self.classes[self.labels[index]]!r}")
+        return found
+
+    def example_keys(self, split: Literal["train", "test"]) -> list[Hashable]:
+        sequences = self._train if split == "train" else self._test
+        return list(zip(*([ids.tobytes() for ids in ragged] for ragged in sequences.values()), strict=True))
+
 
 def make(config: TaskConfig) -> SequenceClassification:
     """The task that `config` describes."""
@@ -165,7 +180,7 @@ def make(config: TaskConfig) -> SequenceClassification:
         data.needs_tokens(rows, sequences[split]["input_ids"].lengths, "text_column", split)
         refuse_unknown_tokens(model, tokenizer, **{name: ragged.values for name, ragged in sequences[split].items()})
     refuse_unknown_tokens(model, tokenizer, input_ids=np.array([pad]))
-    data.warn_truncated(truncated, limit)
+    data.warn_truncated(truncated, limit, {"train": len(examples.train), "test": len(examples.test)})
     by_length = np.argsort(sequences["test"]["input_ids"].lengths, kind="stable")  # batches then pad little
     task = SequenceClassification(
         model,
@@ -177,12 +192,14 @@ def make(config: TaskConfig) -> SequenceClassification:
         heads=heads(model, new),
         fills={"input_ids": pad},
         score=score,
+        decode=tokenizer.decode,
     )
     task.tables = {"train": examples.train, "test": examples.test.select(by_length)}
     task.interface = {
         "use": "sequence-classification",
         "labels": task.classes,
         "columns": [column for _, column in columns],
+        "label_column": config.label_column or "label",
         "max_length": limit,
         "pad_token": tokenizer.pad_token,
     }

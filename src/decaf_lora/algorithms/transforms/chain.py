@@ -88,6 +88,16 @@ class Algorithm:
         return self.rule.periodic or any(transform.periodic for transform in self.transforms)
 
     @property
+    def personal(self) -> frozenset[Factor]:
+        """The factors that never leave their agent."""
+        return self.rule.personal.union(*(transform.personal for transform in self.transforms))
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether `steer` needs the values of the trained tensors."""
+        return any(transform.penalty is not None for transform in self.transforms)
+
+    @property
     def relays(self) -> bool:
         """Whether several exchanges in a round are made one by one, with `relay` between two of them."""
         return self.rule.relay is not None
@@ -124,6 +134,14 @@ class Algorithm:
                 break
         return found
 
+    def fitted(self, setting: Setting) -> Algorithm:
+        """This algorithm for one run; see `Rule.fitted`."""
+        return self if self.rule.fitted is None else replace(self, rule=self.rule.fitted(setting))
+
+    def begin(self, adapter: Adapter, setting: Setting) -> Adapter:
+        """The adapter to begin with; see `Rule.begin`."""
+        return adapter if self.rule.begin is None else self.rule.begin(adapter, setting)
+
     def init(self, adapter: Adapter, setting: Setting) -> State:
         """The state before the first round."""
         first = Round(1, setting.period)
@@ -137,9 +155,22 @@ class Algorithm:
                 message, _ = transform.send(adapter, own, message, first)
         return state
 
-    def steer(self, state: State, gradients: Tensors, round_: Round) -> tuple[Tensors, State]:
-        """(gradients, state) for an optimizer step; the very same gradients if no transform steers."""
+    def steer(
+        self, state: State, gradients: Tensors, round_: Round, values: Tensors | None = None
+    ) -> tuple[Tensors, State]:
+        """(gradients, state) for an optimizer step; the very same gradients if no transform steers.
+
+        Args:
+            state: of the parts.
+            gradients: of the trained tensors, name -> (n, ...).
+            round_: the round.
+            values: the trained tensors that the gradients belong to; may be left out unless `penalizes`.
+        """
         for transform in self.transforms:
+            if transform.penalty is not None:
+                assert values is not None
+                added = transform.penalty(state[transform.name], values, round_)
+                gradients = {name: g + added[name] if name in added else g for name, g in gradients.items()}
             if transform.steer is not None:
                 gradients, own = transform.steer(state[transform.name], gradients, round_)
                 state = {**state, transform.name: own}

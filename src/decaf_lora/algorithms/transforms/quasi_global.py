@@ -53,6 +53,7 @@ def quasi_global(mu: float = 0.9) -> Transform:
             )
 
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
+        trained = {name: t for name, t in trained.items() if name in message}
         return put("last/", trained) | {f"q/{name}": torch.zeros_like(t) for name, t in trained.items()}
 
     def after(state: Tensors, change: Change, round_: Round) -> Tensors:

@@ -65,6 +65,7 @@ def tracking(gamma: float = 1.0) -> Transform:
         raise UserError(f"algorithm.tracking_gamma: {gamma:g} is not above 0 and at most 1.")
 
     def init(adapter: Adapter, trained: Tensors, message: Tensors, setting: Setting) -> Tensors:
+        trained = {name: t for name, t in trained.items() if name in message}  # what stays with the agent has no drift
         kinds = ("c", "sum") if setting.period == 1 else ("c", "sum", "own", "mixing")
         zeros = {f"{kind}/{name}": torch.zeros_like(t) for kind in kinds for name, t in trained.items()}
         zeros |= {f"f/{j}/{name}": torch.zeros_like(t) for j in setting.neighbours for name, t in trained.items()}
@@ -73,8 +74,8 @@ def tracking(gamma: float = 1.0) -> Transform:
     def steer(state: Tensors, gradients: Tensors, round_: Round) -> tuple[Tensors, Tensors]:
         correction, sums = take("c/", state), take("sum/", state)
         works = torch.stack([g.flatten(1).any(1) for g in gradients.values()]).any(0)
-        sums = {name: sums[name] + g for name, g in gradients.items()}
-        steered = {name: g + correction[name] for name, g in gradients.items()}
+        sums = {name: t + gradients[name] for name, t in sums.items()}
+        steered = {name: g + correction[name] if name in correction else g for name, g in gradients.items()}
         return steered, state | put("sum/", sums) | {"steps": state["steps"] + works.to(state["steps"])}
 
     def send(adapter: Adapter, state: Tensors, message: Tensors, round_: Round) -> tuple[Tensors, Tensors]:

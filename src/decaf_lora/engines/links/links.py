@@ -237,7 +237,8 @@ class Links:
     async def _explain(self, neighbour: Neighbour, why: str) -> None:
         """Finds out why a neighbour cannot be reached, while it is dialled again, and notes the reason."""
         said = await asyncio.to_thread(tls.diagnose, self._own, neighbour, self._version)
-        LOG.warning("%s: %s (%s)", neighbour.name, said.why, why)
+        LOG.warning("%s", said.why if said.kind != "up" else f"{neighbour.name}: {why}")
+        LOG.info("%s: %s", neighbour.name, why)
         self._tell(self._note, neighbour.number, why if said.kind == "up" else said.why)
 
     # The end that listens
@@ -275,7 +276,7 @@ class Links:
         """Carries frames until the connection is over; returns why it ended. It supersedes the connection before."""
         before = self._newest.get(connection.peer)
         self._newest[connection.peer] = connection
-        why = "the stream was cancelled"
+        why = "the connection broke"
         if before is not None and not before.over.is_set():
             before.end("superseded by a new connection")
             self._tell(self._down, before, "superseded by a new connection")

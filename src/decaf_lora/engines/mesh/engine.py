@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -20,10 +21,10 @@ import torch
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.engines.base import Pending, Sizes
-from decaf_lora.engines.mesh.edge import Saved
+from decaf_lora.engines.mesh.edge import Saved, Verdict
 from decaf_lora.engines.mesh.frames import PART, Frame
 from decaf_lora.engines.mesh.link import Link
-from decaf_lora.engines.mesh.outcome import Limits, Phase, RejectionError
+from decaf_lora.engines.mesh.outcome import Limits, Outcome, Phase, RejectionError
 from decaf_lora.engines.mesh.payload import LARGEST, Template, norm, own_part, pack
 from decaf_lora.engines.mesh.peer import Peer
 from decaf_lora.errors import UserError
@@ -109,12 +110,17 @@ class Mesh:
         self._open: tuple[int, Tensors] | None = None
         """The exchange (from 1) that was started and not yet waited for, and this agent's message in it."""
         self._stopped = False
-        self._began, self._durations = clock(), list[float]()
+        self._began, self._durations = clock(), deque[float](maxlen=25)
 
     # Neighbours
 
     def connect(
-        self, templates: Sequence[tuple[Tensors, Sizes]], held: Tensors, link: Link, facts: bytes = b""
+        self,
+        templates: Sequence[tuple[Tensors, Sizes]],
+        held: Tensors,
+        link: Link,
+        facts: bytes = b"",
+        differs: Callable[[bytes], str | None] = lambda facts: None,
     ) -> None:
         """Makes the protocol ready, from the checkpoint if one was restored. Start the link afterwards.
 
@@ -124,7 +130,10 @@ class Mesh:
             held: the agent's tensors as for `hold`.
             link: to the neighbours; tells this engine what happens (`link.Events`).
             facts: what both ends of an edge must agree on besides their messages.
+            differs: says in words what is different in a neighbour's facts, which are of the same length; None: nothing
+                that it can name.
         """
+        self._differs, self._facts = differs, facts
         self._templates = [Template(message, sizes) for message, sizes in templates]
         # A neighbour's first message may arrive before this agent's own exists for comparison. The norm of a template
         # is then too small, since gradients are 0 in it.
@@ -181,8 +190,11 @@ class Mesh:
 
     def agree(self, peer: int, facts: bytes) -> None:
         """Checks that a neighbour belongs to the same run and sends the same kind of messages; see `Owner.agree`."""
-        if facts != self.peer.facts:
-            raise RejectionError("its messages have other names, shapes or types, or it runs another federation")
+        if facts == self.peer.facts:
+            return
+        given = facts[: len(self._facts)]
+        named = self._differs(given) if len(given) == len(self._facts) and given != self._facts else None
+        raise RejectionError(named or "its messages have other names, shapes or types, or it runs another federation")
 
     def check(self, peer: int, exchange: int, payload: bytes) -> Tensors:
         """Reads and checks a neighbour's message; see `Owner.check`."""
@@ -302,7 +314,10 @@ class Mesh:
             self._until(lambda: self.peer.phase is Phase.LEFT or None)
 
     def status(self) -> dict[str, Any]:
-        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread."""
+        """Phase and round of this agent and of its neighbours, in JSON's types. May be called from any thread.
+
+        `rejected` has a line for each message refused since the last exchange.
+        """
         with self._lock:
             peer = self.peer
             neighbours = {
@@ -315,6 +330,7 @@ class Mesh:
                 "round": self._round(peer.closed + 1),
                 "waits_for": waits_for,
                 "neighbours": neighbours,
+                "rejected": [f"{self.names[j]}: {reason}" for j, reason in peer.rejections],
             }
 
     def _round(self, exchange: int) -> int:
@@ -358,8 +374,8 @@ class Mesh:
             # An agent that leaves a round after its first exchange ends the round there, with all weight on itself. The
             # round still counts: the neighbours of its earlier exchanges have mixed with it.
             if (asked - 1) % self.gossip_steps:
-                return self._by_itself(message, asked - 1)
-            return self._without_senders(outcome.exchange)
+                return replace(self._by_itself(message, asked - 1), missed=_missed(outcome))
+            return replace(self._without_senders(outcome.exchange), missed=_missed(outcome))
         weights = self._graph(outcome.exchange).weights
         return self._inbox(
             message,
@@ -368,6 +384,7 @@ class Mesh:
             outcome.exchange - 1,
             forget=outcome.emptied,
             waited=outcome.waited,
+            missed=_missed(outcome),
             rejected=rejected,
         )
 
@@ -385,7 +402,7 @@ class Mesh:
             now = self.clock()
             self._durations.append(now - self._began)
             self._began = now
-            self.peer.be_patient(max(AT_LEAST, 3 * median(self._durations[-25:])))
+            self.peer.be_patient(max(AT_LEAST, 3 * median(self._durations)))
 
     def _by_itself(self, message: Tensors, exchange: int) -> Inbox:
         return self._inbox(message, {}, np.eye(self.num_agents), exchange)
@@ -403,6 +420,7 @@ class Mesh:
         *,
         forget: frozenset[int] = frozenset(),
         waited: Mapping[int, float] | None = None,
+        missed: Mapping[int, Mapping[int, str]] | None = None,
         rejected: tuple[str, ...] = (),
     ) -> Inbox:
         """The inbox of this agent: its own message and those that arrived, in ascending order of agents."""
@@ -410,4 +428,14 @@ class Mesh:
         senders = sorted(everybody)
         tensors = {name: torch.cat([everybody[j][name].to(t.device) for j in senders]) for name, t in message.items()}
         inbox = Inbox.from_weights(tensors, weights, senders, [self.agent], exchange)
-        return replace(inbox, forget=forget, waited=waited or {}, rejected=rejected)
+        return replace(inbox, forget=forget, waited=waited or {}, missed=missed or {}, rejected=rejected)
+
+
+def _missed(outcome: Outcome) -> dict[int, dict[int, str]]:
+    """Exchange, from 0 -> neighbour that was not used in it -> the verdict."""
+    everything = {**outcome.left, **({outcome.exchange: outcome.verdicts} if outcome.took_part else {})}
+    found = {
+        exchange - 1: {j: verdict.value for j, verdict in verdicts.items() if verdict is not Verdict.USED}
+        for exchange, verdicts in everything.items()
+    }
+    return {exchange: missed for exchange, missed in found.items() if missed}

@@ -77,6 +77,7 @@ class Peer:
         self._restarted = restarted and closed < last
         self._told = self.next
         self._payload, self._content, self._opened, self._looked = b"", b"", 0.0, clock()
+        self._due, self._woke = math.inf, -math.inf
         self._outcome: Outcome | None = None
         self._left: dict[int, dict[int, Verdict]] = {}
         self._asked: dict[int, float] = {}
@@ -111,8 +112,7 @@ class Peer:
         assert exchange == self.closed + 1 or (
             self.closed < exchange <= self.course.last and self.course.hop(exchange) == 0
         )
-        self._payload, self._content = payload, hashlib.sha256(payload).digest()
-        self._left = {}
+        self._payload, self._content, self._left = payload, hashlib.sha256(payload).digest(), {}
         self._open(exchange)
         self._advance()
 
@@ -150,8 +150,8 @@ class Peer:
         self.limits = replace(self.limits, patience=seconds)
 
     def waits_for(self) -> list[int]:
-        """Neighbours without whom the open exchange does not end yet."""
-        return [edge.peer for edge in self._waited_for()] if self.phase is Phase.OPEN else []
+        """Neighbours without whom the open exchange does not end yet; where any one would do, all of them."""
+        return [edge.peer for edge in self._waited_for() or self._row()] if self.phase is Phase.OPEN else []
 
     def tick(self) -> None:
         """Does what has become due; call it no later than `deadline`."""
@@ -159,18 +159,15 @@ class Peer:
 
     def deadline(self) -> float:
         """When `tick` is due, if nothing happens before."""
-        times = [math.inf]
-        alone = max((e.changed for e in self.edges.values()), default=0.0) + self.limits.linger
+        times = [self._ends_alone()]
         if self.phase is Phase.OPEN:
             times += [self._expires(e) for e in self._waited_for()]
             times += [self._hangs(e) for e in self._row() if e.owes(self.closed + 1)]
-            times.append(self._opened + self.limits.give_up)
+            times.append(self._after(self.limits.give_up, self._opened))
         if self.phase is Phase.CATCHING_UP:
             times += self._asked.values()
         if self.phase is Phase.SERVING:
-            times += [e.changed + self.limits.linger for e in self.edges.values() if not e.heard]
-        if self._waits and not self._heard():
-            times.append(alone)
+            times += [self._after(self.limits.linger, e.changed) for e in self.edges.values() if not e.heard]
         # Whatever was due at the last look has been done; what has become due since has not.
         return min((t for t in times if t > self._looked), default=math.inf)
 
@@ -390,28 +387,34 @@ class Peer:
             if not edge.usable and not edge.refuses(self.exchange) and self._looked < self._expires(edge)
         ]
 
-    @property
-    def _waits(self) -> bool:
-        """Whether this agent cannot go on without a neighbour."""
-        idle = self.phase is Phase.IDLE and self._restarted
-        return bool(self.edges) and (idle or self.phase in (Phase.OPEN, Phase.CATCHING_UP))
+    def _after(self, seconds: float, since: float) -> float:
+        """When something has lasted so long; after a standstill, neighbours first have time to be heard again."""
+        return max(since + seconds, self._woke + min(self.limits.patience, seconds))
+
+    def _ends_alone(self) -> float:
+        """When this agent, which cannot go on without a neighbour and has none in reach, gives up."""
+        waits = self.phase in (Phase.OPEN, Phase.CATCHING_UP) or (self.phase is Phase.IDLE and self._restarted)
+        if not waits or not self.edges or self._heard():
+            return math.inf
+        return self._after(self.limits.linger, max(edge.changed for edge in self.edges.values()))
 
     def _advance(self) -> None:
         """Does what the present state allows."""
         now = self._looked = self._clock()
+        if now > self._due + self.limits.down:
+            self._woke = now
         while self.phase is Phase.OPEN and self._close_or_relabel():
             pass
         if self.phase is Phase.CATCHING_UP:
             self._land()
         if self.phase is Phase.SERVING and all(
-            e.next > self.course.last or (not e.heard and now >= e.changed + self.limits.linger)
+            e.next > self.course.last or (not e.heard and now >= self._after(self.limits.linger, e.changed))
             for e in self.edges.values()
         ):
             self.phase = Phase.LEFT
-        if self._waits and not self._heard():
-            since = max(edge.changed for edge in self.edges.values())
-            if now >= since + self.limits.linger and not (self.phase is Phase.OPEN and self._waited_for()):
-                self._give_up(alone=True, missing=list(self.edges))
+        if now >= self._ends_alone() and not (self.phase is Phase.OPEN and self._waited_for()):
+            self._give_up(alone=True, missing=list(self.edges))
+        self._due = self.deadline()
 
     def _give_up(self, alone: bool, missing: list[int]) -> None:
         self.phase, self.failure = Phase.GAVE_UP, Failure(alone, missing)
@@ -439,7 +442,7 @@ class Peer:
             self._leave(ahead, verdicts)
         elif others:
             self._close(row, verdicts)
-        elif now >= self._opened + self.limits.give_up:
+        elif now >= self._after(self.limits.give_up, self._opened):
             self._give_up(alone=False, missing=list(verdicts))
         else:
             return False
@@ -447,8 +450,7 @@ class Peer:
 
     def _close(self, row: list[Edge], verdicts: dict[int, Verdict]) -> None:
         exchange, now = self.closed + 1, self._clock()
-        contents: dict[int, Any] = {}
-        emptied = set()
+        contents, emptied = dict[int, Any](), set[int]()
         for edge in row:
             saved = edge.saved
             if verdicts[edge.peer] is Verdict.USED:
