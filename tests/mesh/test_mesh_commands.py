@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -299,8 +300,12 @@ def test_check_of_another_base_model_or_software_or_of_an_expired_file(place):
     assert found["base model"][0] == "wrong"
     assert f"{first} differs (1 of {len(signed.base)})" in found["base model"][1]
     assert "pip install 'decaf-lora[mesh]>=9.0,<9.1'" in found["software"][1]
+    soon = (datetime.now(UTC) + timedelta(days=5, hours=1)).replace(microsecond=0)
+    resealed(place, base=signed.base, version=2, expires=soon, software=signed.software)
+    odd = [said for what, (verdict, said) in verdicts(place, "alice").items() if (what, verdict) == ("file", "odd")]
+    assert odd == ["it ends in 5 days: no agent starts with it after that; ask the organiser for a new version."]
     past = signed.expires.replace(year=2020)
-    resealed(place, base=signed.base, version=2, expires=past)
+    resealed(place, base=signed.base, version=3, expires=past, tokenizer={"vocab.txt": "0" * 64})
     found = verdicts(place, "alice")
     assert "vocab.txt is missing" in found["base model"][1]
     assert "the file expired at 2020-" in found["clock"][1]

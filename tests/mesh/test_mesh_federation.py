@@ -324,6 +324,22 @@ def test_addresses(address, parts):
             file.host_port(address)
 
 
+def test_agents_of_two_versions_are_told_which_is_older(known):
+    one, two = signed(known), signed(known, version=2)
+    other = signed(known, graph="another")
+    assert one.facts() == signed(known).facts()
+    assert len({each.facts() for each in (one, two, other)}) == 3
+    assert one.differs(two.facts()) == (
+        "it follows version 2 of the federation file, this agent version 1: start this agent again with version 2"
+    )
+    assert two.differs(one.facts()) == (
+        "it follows version 1 of the federation file, this agent version 2: start it again with version 2"
+    )
+    assert one.differs(other.facts()) == (
+        "it follows another version 1 of the federation file: one of the two is not the organiser's"
+    )
+
+
 # Trust
 
 

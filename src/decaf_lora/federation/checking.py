@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ def check(
         right &= found.verdict == "right"
         if what == "signature" and not right:
             return  # nothing else in the file can be trusted
+    if right:
+        yield from _ends_soon(steps)
     yield look("base model", steps.base)
     if local is not None:
         yield from _trains(steps.signed, steps.number, local, share)
@@ -102,6 +104,21 @@ def check(
         answer = tls.diagnose(steps.own, neighbour, steps.signed.version, timeout)
         verdict: Verdict = "right" if answer.kind == "up" else "open" if answer.kind == "not reached" else "wrong"
         yield Finding(what, verdict, answer.why)
+
+
+SOON = timedelta(days=14)
+"""A certificate or a file that ends within this time is odd."""
+
+
+def _ends_soon(steps: _Steps) -> Iterator[Finding]:
+    certificate = keys.read_certificate(steps.signed.agents[steps.number].certificate)
+    for what, until, remedy in (
+        ("certificate", certificate.expires, "no connection is made with it after that; make a request with a new key"),
+        ("file", steps.signed.expires, "no agent starts with it after that; ask the organiser for a new version"),
+    ):
+        left = until - datetime.now(UTC)
+        if left < SOON:
+            yield Finding(what, "odd", f"it ends in {left.days} days: {remedy}.")
 
 
 def listening(signed: file.Signed, name: str, bind: str | None) -> str | None:

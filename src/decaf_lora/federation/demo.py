@@ -18,8 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from decaf_lora import recipes
 from decaf_lora.config import AlgorithmConfig, RunConfig
@@ -129,13 +130,12 @@ def run(out: Path, *, rounds: int = 30, show: Callable[[RenderableType], None] =
 
 def table(said: dict[str, status.AgentStatus | None], story: Sequence[Happened]) -> RenderableType:
     """The agents side by side, and what has happened."""
-    made = Table(show_edge=False, pad_edge=False, caption_justify="left")
+    made = Table(show_edge=False, pad_edge=False)
     for title in ("agent", "state", "round", "score", "at the start", "missed", "links up"):
         made.add_column(title, justify="left" if title in ("agent", "state") else "right")
     for name, one in said.items():
         made.add_row(*(_row(name, one)))
-    made.caption = "\n".join(f"{event.at:5.0f} s  {event.what}" for event in story)
-    return made
+    return Group(made, *(Text(f"{event.at:5.0f} s  {event.what}") for event in story))
 
 
 def _row(name: str, one: status.AgentStatus | None) -> tuple[str, ...]:
