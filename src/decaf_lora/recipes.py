@@ -25,6 +25,14 @@ def digits() -> CompareConfig:
         training=TrainingConfig(steps=5, batch_size=16, learning_rate=0.02, schedule="cosine"),
         # Each method at its own best of the studies (docs/study-decaf.md, study-consensus.md), where that is not 0.02.
         learning_rates={"local": 0.02, "dlora_fa": 0.16, "fedavg": 0.06},
+        settings={
+            "recommended": {
+                "algorithm.name": "decaf_tracked",
+                "algorithm.messages": "int8",
+                "graph": "base:5",
+                "gossip_steps": "period",
+            }
+        },
         agents=10,
         graph="ring",
         partition="dirichlet:0.1",

@@ -185,6 +185,8 @@ def configured(
         base, name = load(kind, Path(source)), Path(source).stem
     else:
         base, name = recipes.get(source), source
+        if isinstance(base, CompareConfig) and any(a.partition("=")[0] == "--algorithms" for a in rest):
+            base = base.model_copy(update={"settings": {}})  # who names algorithms gets these alone
         if kind is RunConfig:
             base = RunConfig.model_validate({k: getattr(base, k) for k in RunConfig.model_fields})
     if folder is not None and Path(source).resolve() == saved_config(folder).resolve():
