@@ -42,6 +42,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "graph": graph,
         "partition": found.partition,
         "rounds": 10,
+        "baseline": ["alone"],
     }
     order = ("name", "model", "data", "text_column", "prompt_column", "templates", "answer_column", "label_column")
     fields = {**{k: found.task[k] for k in order if k in found.task}, **found.task}
@@ -59,10 +60,8 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
         "rounds: 10  # of training and exchange",
+        "baseline: [alone]  # also what each agent reaches on its own rows alone: did it help?",
     ]
-    if "baseline" in RunConfig.model_fields:
-        values["baseline"] = ["alone"]
-        remarks.append("baseline: [alone]  # also what each agent reaches on its own rows: did it help?")
     text = "\n".join(remarks) + "\n"
     assert build(RunConfig, _read_back(text)) == build(RunConfig, values)
     return text
