@@ -240,14 +240,12 @@ class AlgorithmConfig(Section):
 
     name: str = "decaf"
     """On a graph: dlora, dlora_fa, decaf, decaf_tracked, alternating, fedsa, core. With a server: fedavg, fedprox,
-    fedadam, scaffold, flexlora. Without exchange: local, centralized. Or `file.py:function`. docs/methods.md has a
-    paragraph on each."""
+    fedadam, scaffold, flexlora. Without exchange: local, centralized. Or `file.py:function`. See docs/methods.md."""
     gauge: str | None = None
     """decaf, flexlora: the gauge, that is, how the singular values of a product BA are shared between B and A:
     balanced, orthonormal, anchored, balanced-rotated, orthonormal-rotated, or rotated (the default rotated one)."""
     order: Literal["adapt-combine", "combine-adapt"] | None = None
-    """dlora, dlora_fa, decaf, fedsa, core: take the local steps before the exchange (adapt-combine) or after it
-    (combine-adapt)."""
+    """All on a graph but alternating: train before the exchange (adapt-combine) or after it (combine-adapt)."""
     moments: Literal["keep", "reset", "transport"] | None = None
     """What happens to Adam's moments after an exchange. dlora, dlora_fa, decaf, fedsa, core: keep or reset. decaf:
     also transport, which rotates the moments together with the factors."""
@@ -261,8 +259,7 @@ class AlgorithmConfig(Section):
     """dlora, dlora_fa, decaf, fedsa, core: gradient tracking, which corrects the drift of the local steps towards an
     agent's own data. Twice the bytes. `decaf_tracked` is decaf with tracking."""
     tracking_gamma: float | None = Field(None, gt=0, le=1)
-    """Gradient tracking: the share of each update that a correction takes on. 1 is plain gradient tracking; less
-    damps it."""
+    """Gradient tracking: the share of each update that a correction takes on. 1 is plain tracking; less damps it."""
     truncation_feedback: float | None = Field(None, gt=0, le=1)
     """decaf: keep what a truncation cuts off, at rank r, and add it, times this factor, before the next truncation. 1
     forgets nothing. Unset: off."""
@@ -271,8 +268,7 @@ class AlgorithmConfig(Section):
     along the change of the averaged model. The value is the decay over rounds: 0 uses the last round only, 0.9 a long
     average. No extra bytes. Unset: off."""
     messages: Literal["full", "int8"] | None = None
-    """All on a graph: send numbers as they are (full), or as int8 with error feedback, which takes a quarter of the
-    bytes."""
+    """All on a graph: send numbers as they are (full), or as int8 with error feedback, a quarter of the bytes."""
     interval: int | Literal["auto"] | None = None
     """alternating: rounds until the other factor's turn; auto takes it from the graph, 1 / sqrt(1 - sigma_2)."""
     mixes: Literal["trained", "both"] | None = None
