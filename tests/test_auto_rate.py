@@ -42,7 +42,7 @@ def test_a_run_chooses_tells_and_keeps_its_rate(capsys, tmp_path):
     assert "already holds a run" in line_of(capsys, *arguments)
     # A run that was begun with a number does not go on as one with auto.
     plain = tmp_path / "plain"
-    assert decaf("run", "digits", *SMALL, *SHORT, "--lr", "0.01", "--out", plain) == 0
+    assert decaf("run", "digits", *SMALL, "--rounds", "2", "--lr", "0.01", "--out", plain) == 0
     line = line_of(capsys, "run", "digits", *SMALL, *SHORT, "--lr", "auto", "--out", plain, "--resume")
     assert "training.learning_rate: the run in" in line
 

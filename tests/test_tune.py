@@ -254,7 +254,7 @@ OVER = ("--over", "training.learning_rate", "1e-3", "1e-2")
         ((*OVER, "--keep", "1"), "keep: input should be greater than or equal to 2 (got 1)."),
         ((*OVER, "--rungs", "0"), "rungs: input should be greater than or equal to 1 (got 0)."),
         ((*OVER, "--extensions", "-1"), "extensions: input should be greater than or equal to 0 (got -1)."),
-        ((*OVER, "--jobs", "-1"), "jobs: must be 0 (one a core) or more."),
+        ((*OVER, "--jobs", "-1"), "jobs: input should be greater than or equal to 0 (got -1)."),
         ((*OVER, "--validation_share", "1"), "validation_share: "),
         (("--over", "lora.r", "1", "2", "--lr", "auto"), "training.learning_rate: auto; search it, too"),
         ((*OVER, "--agents", "120"), "validation_share: every agent has a single example"),

@@ -29,6 +29,7 @@ from decaf_lora.validation import OWN as OWN
 from decaf_lora.validation import checked
 from decaf_lora.validation import explain as explain
 from decaf_lora.validation import fields as fields
+from decaf_lora.validation import flat as flat
 from decaf_lora.yaml_file import read_yaml, write_yaml
 
 MOST_EXCHANGES = 10_000
@@ -499,18 +500,6 @@ def build(kind: type[_Model], values: dict[str, Any]) -> _Model:
 def dump(config: BaseModel) -> str:
     """The configuration as YAML, every field with its value."""
     return write_yaml(config.model_dump(mode="json"))
-
-
-def flat(config: BaseModel) -> dict[str, Any]:
-    """Dotted name of every field -> its value, in JSON's types."""
-
-    def walk(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-        out = {}
-        for key, value in values.items():
-            out.update(walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return out
-
-    return walk(config.model_dump(mode="json"), "")
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:

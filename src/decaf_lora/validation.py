@@ -1,4 +1,4 @@
-"""How does a value that a model of pydantic refuses become one line that names the field?"""
+"""How are values checked, and a refused one told in one line that names the field? For every model of pydantic here."""
 
 from __future__ import annotations
 
@@ -55,3 +55,15 @@ def fields(kind: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             names.append(prefix + name)
     return names
+
+
+def flat(config: BaseModel) -> dict[str, Any]:
+    """Dotted name of every field -> its value, in JSON's types."""
+
+    def walk(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        out = {}
+        for key, value in values.items():
+            out.update(walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        return out
+
+    return walk(config.model_dump(mode="json"), "")

@@ -138,7 +138,7 @@ class Shortening:
 Options = TypeVar("Options", Output, Planning, Tuning, Checking, Shortening)
 
 _USED = {
-    "jobs": "`decaf compare` uses it, for several runs at a time; leave it out",
+    "jobs": "`decaf compare` uses it, for several runs at a time, and a run with learning_rate auto; leave it out",
     "backend": "--engine torchrun uses it; leave it out",
     "wire": "--engine torchrun uses it; leave it out, or take --algorithm.messages int8, which works here",
     "timeout": "--engine torchrun uses it; leave it out",

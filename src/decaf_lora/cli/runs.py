@@ -29,7 +29,8 @@ def run_command(args: list[str]) -> int:
     from decaf_lora.runs.folder import run
 
     config, output, name = configured(RunConfig, "run", args, Output)
-    refuse_unused(output, "jobs", *(() if output.engine == "torchrun" else ("backend", "wire", "timeout")))
+    jobs = () if config.training.learning_rate == "auto" else ("jobs",)  # the trials of its search
+    refuse_unused(output, *jobs, *(() if output.engine == "torchrun" else ("backend", "wire", "timeout")))
     if output.engine == "torchrun":
         return _run_split(config, output, name)
     refuse_launcher(output.out is not None)

@@ -39,8 +39,6 @@ def tune_command(args: list[str]) -> int:
         more = {"keep": output.keep, "rungs": output.rungs, "extensions": output.extensions}
         settings = settings_of(config, over, output.seeds, **more)
     refuse_launcher(False)
-    if output.jobs < 0:
-        raise UserError("jobs: must be 0 (one a core) or more.")
     err = Console(stderr=True, highlight=False)
 
     def tell(line: str) -> None:
