@@ -42,7 +42,7 @@ def cost(run: Run, config: RunConfig, step: float, example: float, bytes_sent: f
     models = agents + (agents > 1)  # the averaged one, too
     round_ = step * steps + models * example * run.task.num_test / config.evaluate_every
     says = [
-        f"about {span(round_)} a round ({steps} steps of {span(step)}, and scoring), {span(round_ * run.rounds)} for "
+        f"about {span(round_)} a round ({steps} step{'s' * (steps > 1)} of {span(step)}, and scoring), {span(round_ * run.rounds)} for "
         f"{run.rounds} rounds"
     ]
     if bytes_sent:
