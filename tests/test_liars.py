@@ -126,6 +126,11 @@ def test_one_liar_in_ten_costs_little(name, transform):
     [
         ("decaf", {"transforms": ["clipped:0"]}, r"clipped's tau = 0 is not above 0"),
         ("dlora", {"transforms": ["clipped"]}, r"dlora averages A and B each, which no distance of models bounds"),
+        (
+            "alternating",
+            {"transforms": ["clipped"], "mixes": "both"},
+            r"alternating averages A and B each, which no distance of models bounds",
+        ),
         ("decaf", {"transforms": ["clipped"], "relay_rank": 4}, r"clipped needs every neighbour's own message"),
         ("decaf", {"transforms": ["trimmed"]}, r"decaf mixes products, not factors; use clipped over it"),
         ("dlora", {"transforms": ["trimmed:0"]}, r"trimmed's count = 0 is below 1"),

@@ -7,6 +7,7 @@ from decaf_lora import config, tasks
 from decaf_lora.cli.options import Output, configured
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError
+from decaf_lora.kinds.options import call
 
 MINE = """
 from toy import Toy
@@ -108,3 +109,21 @@ def test_help_lists_the_options(mine, capsys):
 
 def test_the_sections_know_which_kinds_they_describe():
     assert set(tasks.KINDS) == config.TaskConfig.described
+
+
+@pytest.mark.parametrize(("text", "value"), [("no", "no"), ("1:30", "1:30"), ("1e-3", 0.001), ("010", 10), ("", None)])
+def test_a_value_of_no_known_type_means_what_it_says(text, value, tmp_path):
+    """As in a file, and not as YAML 1.1 has it, where `no` is false and `1e-3` a word."""
+    path = tmp_path / "mine.py"
+    path.write_text("def rule(word=None): ...\ndef graph(num_agents, word=None): return SEEN.append(word)\nSEEN = []\n")
+    assert read("--algorithm", f"{path}:rule", f"--algorithm.word={text}").algorithm.own == {"word": value}
+    namespace = {"SEEN": (seen := [])}
+    exec(path.read_text().replace("SEEN = []", ""), namespace)
+    call(namespace["graph"], "graph", f"word={text}", "graph", {"num_agents": 3})
+    assert seen == [value]
+
+
+@pytest.mark.parametrize("text", ['"open', "[1", "!two 2", "{a: 1, a: 2}", "&a [*a]"])
+def test_a_value_that_cannot_be_read_is_one_line(text, mine):
+    with pytest.raises(UserError, match=r"algorithm\.period: .* (is not YAML|is there twice|holds itself)"):
+        read("--algorithm", f"{mine}:rule", f"--algorithm.period={text}")

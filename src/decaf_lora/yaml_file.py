@@ -95,6 +95,23 @@ def read_yaml(path: Path, field: str, most_bytes: int = MOST_BYTES) -> Any:
         raise UserError(
             f"{field}: {path} is not UTF-8 (byte 0x{raw[error.start]:02x} in line {line}); save it as UTF-8."
         ) from error
+    return _read(text, f"{field}: {path}")
+
+
+def read_value(text: str, field: str) -> Any:
+    """What a value on the command line means, where its type is not known: a number, a word, a list.
+
+    Args:
+        text: the value.
+        field: named in errors.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    return _read(text, f"{field}: {text[:80]!r}")
+
+
+def _read(text: str, what: str) -> Any:
     try:
         loader = _Loader(text)
         if (node := loader.get_single_node()) is None:
@@ -103,11 +120,11 @@ def read_yaml(path: Path, field: str, most_bytes: int = MOST_BYTES) -> Any:
             raise UserError(f"its aliases (*name) mean more than {MOST_VALUES} values; write out what is meant.")
         return loader.construct_document(node)
     except UserError as error:
-        raise UserError(f"{field}: {path}: {error}") from error
+        raise UserError(f"{what}: {error}") from error
     except RecursionError as error:
-        raise UserError(f"{field}: {path} is nested too deeply.") from error
+        raise UserError(f"{what} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # a broken tag raises the last three
-        raise UserError(f"{field}: {path} is not YAML ({str(error)[:300]}).") from error
+        raise UserError(f"{what} is not YAML ({str(error)[:300]}).") from error
 
 
 def parse_scalar(text: str) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from decaf_lora import kinds
 from decaf_lora.config import OWN, RunConfig, Section
 from decaf_lora.errors import UserError
+from decaf_lora.yaml_file import read_value
 
 SECTIONS = ("task", "algorithm")
 NAMES = ("graph", "partition")
@@ -41,7 +40,7 @@ def apart(kind: type[RunConfig], base: RunConfig, args: list[str]) -> tuple[list
         section, dot, option = key.removeprefix("--").partition(".")
         if key.startswith("--") and dot and _takes(kind, section, option.replace("-", "_"), names, others):
             given = [text] if equals else args[place + 1 : end]
-            read = [yaml.safe_load(value) for value in given] or [True]
+            read = [read_value(value, f"{section}.{option}") for value in given] or [True]
             found.setdefault(section, {})[option.replace("-", "_")] = read[0] if len(read) == 1 else read
         else:
             left += args[place:end]

@@ -5,10 +5,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from decaf_lora.errors import UserError, unknown
+from decaf_lora.yaml_file import read_value
 
 from .functions import Function
 
@@ -45,7 +45,7 @@ def checked(option: Option, value: Any, field: str) -> Any:
         UserError: `value` does not fit the type.
     """
     if option.type is Any:
-        return yaml.safe_load(value) if isinstance(value, str) else value
+        return read_value(value, f"{field}.{option.name}") if isinstance(value, str) else value
     try:
         adapter = TypeAdapter(option.type)
     except PydanticSchemaGenerationError:  # a class of the user's own

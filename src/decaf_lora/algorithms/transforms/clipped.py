@@ -48,7 +48,8 @@ def clipped(tau: float | None = None) -> Transform:
 
     def check(rule: Rule) -> None:
         refuse_unbounded(rule, "clipped")
-        if {"A", "B"} <= rule.trains(Round(1)) - rule.personal and "A" not in rule.stacks:
+        in_turn = (rule.trains(Round(number)) for number in range(1, 101))  # it may average one now, the other later
+        if {"A", "B"} <= frozenset().union(*in_turn) - rule.personal and "A" not in rule.stacks:
             raise UserError(
                 f"algorithm.transforms: {rule.name} averages A and B each, which no distance of models bounds; lay "
                 "clipped over decaf, dlora_fa, fedsa or core, or use trimmed."
