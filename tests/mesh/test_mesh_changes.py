@@ -57,8 +57,8 @@ def test_a_certificate_is_renewed_in_the_middle_of_a_run(tmp_path, sites, capsys
     assert signed.version == 2
     assert signed.agents[0].certificate != old
 
-    # Carol follows first, while alice is in the middle of a round: those who run with the old file refuse carol, and say
-    # so. Bob has nobody to go on with.
+    # Carol follows first, while alice is in the middle of a round. Those who run with the old file refuse carol, and
+    # say so. Bob has nobody to go on with.
     restarted(sites, "carol", options["carol"])
     older = "it follows version 1 of the federation file, this agent version 2: start it again with version 2"
     newer = "it follows version 2 of the federation file, this agent version 1: start this agent again with version 2"
