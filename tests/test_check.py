@@ -79,6 +79,12 @@ def test_the_line_for_a_person(model, tmp_path, capsys):
     assert lines[-1] == "Nothing is wrong. 1 thing is odd: have a look whether that is meant. Next: `decaf run digits`."
 
 
+def test_a_learning_rate_that_is_searched_for_costs_its_time(checked):
+    found = checked(rows(), training={"learning_rate": "auto", "steps": 1, "batch_size": 4, "agents_per_pass": 1})
+    assert found["one batch"][0] == "right"
+    assert "the learning rate is searched for before" in found["cost"][1]
+
+
 def test_what_is_odd(checked):
     given = [("the cat sat", "good")] * 60 + [("the dog sat", "bad")] * 4 + [("the dog sat", "good")] * 4
     found = checked([*given, *[(GOOD, "good")] * 8], task={"max_length": 6})

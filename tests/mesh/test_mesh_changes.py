@@ -57,8 +57,8 @@ def test_a_certificate_is_renewed_in_the_middle_of_a_run(tmp_path, sites, capsys
     assert signed.version == 2
     assert signed.agents[0].certificate != old
 
-    # Carol follows first. Those who run with the old file refuse her, say so, and nobody trains on.
-    sites.release("alice")
+    # Carol follows first, while alice is in the middle of a round. Those who run with the old file refuse carol, and
+    # say so. Bob has nobody to go on with.
     restarted(sites, "carol", options["carol"])
     older = "it follows version 1 of the federation file, this agent version 2: start it again with version 2"
     newer = "it follows version 2 of the federation file, this agent version 1: start this agent again with version 2"
@@ -70,6 +70,7 @@ def test_a_certificate_is_renewed_in_the_middle_of_a_run(tmp_path, sites, capsys
     # Alice's old key is refused by name before anything is sent.
     capsys.readouterr()
     sites("term", "alice")
+    sites.release("alice")
     assert sites.wait("alice") == {"alice": 130}
     assert main(["agent", str(fed), "--name", "alice", "--out", str(tmp_path / "alice"), *options["alice"]]) == 2
     assert "alice.key is not the key whose certificate the file has for alice" in capsys.readouterr().err

@@ -41,10 +41,8 @@ def cost(run: Run, config: RunConfig, step: float, example: float, bytes_sent: f
     agents, steps = len(run.engine.agents), run.trainer.steps_in_round
     models = agents + (agents > 1)  # the averaged one, too
     round_ = step * steps + models * example * run.task.num_test / config.evaluate_every
-    says = [
-        f"about {span(round_)} a round ({steps} steps of {span(step)}, and scoring), {span(round_ * run.rounds)} for "
-        f"{run.rounds} rounds"
-    ]
+    each = f"{steps} step{'s' * (steps > 1)} of {span(step)}, and scoring"
+    says = [f"about {span(round_)} a round ({each}), {span(round_ * run.rounds)} for {run.rounds} rounds"]
     if bytes_sent:
         sent = f"{_bytes(bytes_sent)} a round, {_bytes(bytes_sent * run.rounds)} in all"
         says.append(f"{'this' if agents == 1 else 'an'} agent sends {sent}")

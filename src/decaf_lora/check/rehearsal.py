@@ -25,7 +25,9 @@ def check(config: RunConfig, name: str) -> Iterator[Finding]:
         f"{name}: {config.algorithm.name} on the graph {config.graph}, {config.agents} agents, {config.rounds} "
         f"rounds{steps}; {config.task.name}" + (f" with {config.task.model}." if config.task.model else "."),
     )
-    yield from rehearse(lambda: build_run(plan.with_a_rate(config)), config, "loading")
+    made = plan.with_a_rate(config)
+    searched = "the learning rate is searched for before, which takes about as long again" if made != config else ""
+    yield from rehearse(lambda: build_run(made), made, "loading", more=searched)
 
 
 def rehearse(
