@@ -69,7 +69,7 @@ def test_a_run_leaves_its_folder(finished):
     assert list(row) == [
         *("algorithm", "graph", "partition", "seed", "mean_score", "worst_score", "std_score"),
         *("averaged_score", "bytes_sent", "seconds", "diverged", "lower_is_better", "start_score", "majority_score"),
-        *("score_name", "scores", "alone_scores", "pooled_score"),
+        *("score_name", "scores", "alone_scores", "pooled_score", "own_score"),
     ]
     assert row["algorithm"] == "decaf"
     assert row["start_score"] == np.mean(read_records(finished / "records.jsonl")[0].scores)

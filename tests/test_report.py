@@ -553,6 +553,20 @@ class TestWords:
         assert scores.startswith("Line chart of the accuracy by round. At the end: centralized 0.92, FedAvg 0.83")
         assert all(re.search(r"\d", text) for text in page.figures)
 
+    @pytest.mark.parametrize("names", [[], ["north", "south", "west"]])
+    def test_sites_by_name_and_their_own_tests(self, tmp_path: Path, names: list[str]) -> None:
+        run = make_run(tmp_path / "run", agents=3, rounds=1)
+        facts = json.loads((run / "run.json").read_text())
+        records.write_json(run / "run.json", facts | {"names": names})
+        lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps(line | {"own_scores": [0.25, 0.5, 0.75]}) + "\n" for line in lines)
+        (run / "records.jsonl").write_text(text)
+        page = page_of(run)
+        assert "Every site" in page.words["h3"]
+        told = next(text for text in page.figures if text.startswith("Dot plot of the last score of every site."))
+        assert f"DeCAF, own tests: {(names or ['agent 0'])[0]} 0.25" in told
+        assert {"DeCAF, all tests", "DeCAF, its own tests"} <= {text.strip() for text in page.words["text"]}
+
     def test_a_run_with_a_baseline_opens_with_who_gained(self, tmp_path: Path) -> None:
         make_run(tmp_path / "run", "decaf")
         make_run(tmp_path / "run" / "alone", "local")

@@ -236,7 +236,7 @@ OVER = ("--over", "training.learning_rate", "1e-3", "1e-2")
         (("--over",), "over: name a field and its values"),
         (("--over", "lr", "1e-3"), "over: training.learning_rate needs at least two values"),
         (("--over", "lr", "1e-3", "0.001"), "over: training.learning_rate has 0.001 twice"),
-        (("--over", "lr", "1e-3", "-1"), "training: learning_rate must be above 0, or auto"),
+        (("--over", "lr", "1e-3", "-1"), "training.learning_rate: must be above 0, or auto"),
         (("--over", "lr", "1e-3", "fast"), "training.learning_rate: "),
         (("--over", "lr", "1e-3", "auto"), "over: training.learning_rate auto is no value to try"),
         ((*OVER, "--over", "lr", "1", "2"), "over: training.learning_rate is given twice"),

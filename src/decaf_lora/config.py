@@ -333,12 +333,17 @@ class TrainingConfig(Frozen):
     """Number of agents whose batches go through the model together. auto: times a few numbers first and takes the
     fastest."""
 
+    @field_validator("learning_rate")
+    @classmethod
+    def _check_rate(cls, value: float | Literal["auto"]) -> float | Literal["auto"]:
+        if value != "auto" and value <= 0:
+            raise ValueError("must be above 0, or auto")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if isinstance(self.agents_per_pass, int) and self.agents_per_pass < 1:
             raise ValueError("agents_per_pass must be at least 1, or auto")
-        if self.learning_rate != "auto" and self.learning_rate <= 0:
-            raise ValueError("learning_rate must be above 0, or auto")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas must lie in [0, 1)")
         return self

@@ -185,7 +185,7 @@ def _alias_with_value(argument: str) -> str:
 def _default_baseline(args: list[str]) -> list[str]:
     """`--baseline` without a value means the usual one, alone."""
     out = []
-    for argument, following in itertools.pairwise([*args, "--"]):
+    for argument, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
         out += [argument, "alone"] if argument == "--baseline" and following.startswith("--") else [argument]
     return out
 

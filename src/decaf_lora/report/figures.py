@@ -265,10 +265,10 @@ def _final_scores(groups: Groups) -> Plot | None:
 
 def _sites(groups: Groups) -> Plot | None:
     """The last scores of every agent by name, on all test examples and on the agent's own."""
-    called = peer(groups).facts.get("names") or []
+    given = peer(groups).facts.get("names") or []
     records = [record for runs in groups.values() for run in runs for record in run.records]
     num = max((len(record.own_scores or record.scores or []) for record in records), default=0)
-    names = called if len(called) == num else [f"agent {agent}" for agent in range(num)]
+    names = given if len(given) == num else [f"agent {agent}" for agent in range(num)]
     kinds: dict[str, Callable[[Record], Values]] = {
         "all": lambda record: record.scores,
         "own": lambda record: record.own_scores,
@@ -282,7 +282,7 @@ def _sites(groups: Groups) -> Plot | None:
             if all(len(last) == num and None not in last for last in lasts):
                 found[algorithm, kind] = np.mean(np.array(lasts, dtype=float), axis=0).tolist()
     own = any(kind == "own" for _, kind in found)
-    if not found or not (called or own) or not 2 <= num <= 40:
+    if not found or not (given or own) or not 2 <= num <= 40:
         return None
     figure = new_figure(height=max(3.2, 1.2 + 0.3 * num))
     axes = figure.add_subplot()
@@ -334,9 +334,9 @@ def _labels(groups: Groups) -> Plot | None:
         figure.colorbar(image, label="examples").outline.set_visible(False)
     step = _step(classes)
     axes.set_yticks(range(0, classes, step), names[::step])
-    called = run.facts.get("names") or []
-    if len(called) == agents <= 26:
-        short = [name if len(name) <= 16 else name[:15] + "…" for name in called]
+    sites = run.facts.get("names") or []
+    if len(sites) == agents <= 26:
+        short = [name if len(name) <= 16 else name[:15] + "…" for name in sites]
         axes.set_xticks(range(agents), short, rotation=40, ha="right", rotation_mode="anchor")
     else:
         axes.set_xticks(range(0, agents, _step(agents)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from decaf_lora import config as configs
 from decaf_lora.config import RunConfig
@@ -54,7 +54,7 @@ def run_split(
         Interrupted: after Ctrl-C or another signal that asks to stop.
     """
     baselines.check(config, simulated=False)
-    options = {"wire": wire, "take_over": take_over, "watch": watch}
+    options: dict[str, Any] = {"wire": wire, "take_over": take_over, "watch": watch}
     finished = _run_split(config, out, processes, resume=resume, unique=unique, **options)
     for kind in config.baseline:
         # Every process does what the main process, which sees the folder, has found.

@@ -187,13 +187,11 @@ def _trackio(out: Path, resume: bool) -> Watch:
             self._known = -1
 
         def _start(self, facts: dict[str, str | int | float]) -> None:
-            options = {"resume": "allow" if resume else "never", "embed": False}
-            quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
+            options: dict[str, Any] = {"resume": "allow" if resume else "never", "embed": False}
+            options |= {"auto_log_gpu": False, "auto_log_cpu": False}
             if resume:
                 self._known = self._last_round()
-            self._context.run(
-                trackio.init, project=_project(out), name=self._name, config=dict(facts), **options, **quiet
-            )
+            self._context.run(trackio.init, project=_project(out), name=self._name, config=dict(facts), **options)
 
         def _last_round(self) -> int:
             """The last round that an earlier start of the run has logged; -1: none."""
