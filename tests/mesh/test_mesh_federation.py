@@ -483,7 +483,7 @@ def test_the_draft(tmp_path):
     file.write({"draft": draft.model_dump(mode="json")}, path)
     assert file.read_draft(path) == draft
     text = path.read_text()
-    path.write_text(text.replace("learning_rate:", "learning_rat:"))
+    path.write_text(text.replace(" learning_rate:", " learning_rat:"))
     with pytest.raises(UserError, match=r"learning_rat: unknown field[.] Did you mean learning_rate"):
         file.read_draft(path)
     path.write_text(text.replace("rounds: 30", "rounds: many"))
