@@ -306,8 +306,7 @@ class TrainingConfig(Frozen):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
     learning_rate: float | Literal["auto"] = 5e-3
-    """Peak learning rate. auto: `decaf run` and `decaf compare` first choose one on a held-out share of the training
-    examples (docs/tune.md)."""
+    """Peak learning rate. auto: one is chosen first, on a held-out share of the training examples (docs/tune.md)."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay: decoupled for AdamW, added to the gradient for SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -444,9 +443,8 @@ class RunConfig(Frozen):
     @classmethod
     def _one_baseline(cls, value: Any) -> Any:
         """Reads one name as a list of one, and drops repetitions."""
-        if isinstance(value, str):
-            return (value,)
-        return tuple(dict.fromkeys(map(str, value))) if isinstance(value, list | tuple) else value
+        given = (value,) if isinstance(value, str) else value
+        return tuple(dict.fromkeys(map(str, given))) if isinstance(given, list | tuple) else given
 
     @field_validator("gossip_steps")
     @classmethod
@@ -472,8 +470,7 @@ class CompareConfig(RunConfig):
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Learning rates of algorithms, by name, that differ from `training.learning_rate`."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Further rows, by name: the fields in which each differs from the base run, such as
-    `{recommended: {algorithm.name: decaf_tracked, gossip_steps: 4}}`."""
+    """Further rows, by name: the fields in which each differs from the base run (docs/report.md)."""
 
     @model_validator(mode="before")
     @classmethod
