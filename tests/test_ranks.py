@@ -332,7 +332,7 @@ def test_ranks_and_adapters_by_command_and_back(tmp_path, capsys):
     assert "<dd>1, 2, 3, 2</dd>" in page
     figure = page[page.index("<h3>Final score of every agent</h3>") :]
     figure = figure[: figure.index("</figure>")]
-    assert sorted(re.findall(r"<text[^>]*fill: #[^>]*>(\d+)</text>", figure)) == ["1", "2", "2", "3"]
+    assert sorted(re.findall(r"<text[^>]*fill: var\(--[^>]*>(\d+)</text>", figure)) == ["1", "2", "2", "3"]
 
 
 @pytest.mark.parametrize(

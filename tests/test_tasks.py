@@ -324,7 +324,7 @@ def test_too_long_texts_are_counted_in_one_warning(directories, texts):
         task = classification(directories, texts, max_length=6)
     assert sum("truncated" in str(w.message) for w in seen) == 1
     lengths = [len(t.split()) + 2 for t in datasets.load_dataset(texts)["train"]["text"]]
-    assert f"{sum(n > 6 for n in lengths)} train" in str(seen[0].message)
+    assert f"{sum(n > 6 for n in lengths)} of 24 train" in str(seen[0].message)
     batch = task.train_batch(np.arange(24))
     assert batch["input_ids"].shape[1] == 6
     assert (batch["input_ids"][:, 0] == 1).all()  # special tokens stay

@@ -372,7 +372,7 @@ def test_broken_files_are_one_line(name, tmp_path):
         assert "\n" not in str(error.value)
         assert "task." in str(error.value)
         if what == "lfs":
-            assert "is a pointer of Git LFS and not the file itself" in str(error.value)
+            assert "is a pointer of Git LFS, not the file itself" in str(error.value)
 
 
 def test_what_libraries_say_of_a_broken_file_is_left_out(tmp_path, capfd):
