@@ -27,7 +27,7 @@ def benchmark():
 @needs_data
 def test_the_model_reads_text_and_scores_answers(benchmark, tmp_path):
     model = benchmark.story_teller(DATA, tmp_path / "model")
-    text = benchmark.text(model, DATA / "banking77" / "train.csv", algorithms=("local",), seeds=(0,))
+    text = benchmark.text(model, DATA / "banking77", algorithms=("local",), seeds=(0,))
     (cell,) = cells(text)
     run = build_run(cell.config)
     assert sum(p.numel() for p in run.task.model.parameters()) == pytest.approx(260_000, rel=0.01)

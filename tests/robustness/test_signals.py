@@ -213,6 +213,29 @@ def test_a_run_below_nohup_outlives_its_terminal(begin, tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_workers_leave_the_programs_own_processes_alone(tmp_path):
+    """They share one server that forks processes, which passes on what it holds back."""
+    program = """
+import multiprocessing, signal
+from decaf_lora.runs.workers import Workers
+
+def held(pipe):
+    pipe.send(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+if __name__ == "__main__":
+    with Workers(1, 1, print):
+        pass
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("forkserver").Process(target=held, args=(theirs,))
+    process.start()
+    print(ours.recv())
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_a_second_ctrl_c_interrupts_only_where_the_first_would_have():
     """A worker, which ignores Ctrl-C, gets its parent's SIGTERM and the terminal's SIGINT in any order."""
     from decaf_lora.runs.signals import stopping

@@ -15,6 +15,15 @@ from decaf_lora.records.formats import (
 )
 from decaf_lora.records.learnt import nothing_learnt
 from decaf_lora.records.machine import environment
+from decaf_lora.records.noise import (
+    DIFFERENCES,
+    RANKED,
+    differences,
+    standing,
+    standings,
+    verdicts,
+    winners,
+)
 from decaf_lora.records.pivot_tables import SHOWN, Pivot, pivot, shown, tables
 from decaf_lora.records.record import (
     Record,
@@ -24,15 +33,6 @@ from decaf_lora.records.record import (
     replace_text,
     whole_rounds,
     write_json,
-)
-from decaf_lora.records.standings import (
-    DIFFERENCES,
-    RANKED,
-    differences,
-    standing,
-    standings,
-    verdicts,
-    winners,
 )
 from decaf_lora.records.summary import (
     BASELINES,

@@ -10,7 +10,7 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from decaf_lora.records.standings import RANKED, winners
+from decaf_lora.records.noise import RANKED, winners
 from decaf_lora.records.summary import METRICS, OWN, REFERENCES, Aggregate, Spread, SummaryRow, aggregate
 
 COLUMNS = (

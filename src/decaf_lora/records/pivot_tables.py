@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from decaf_lora.records.formats import LATEX, markdown, number, to_csv, to_latex, to_markdown
-from decaf_lora.records.standings import DIFFERENCES, differences, winners
+from decaf_lora.records.noise import DIFFERENCES, differences, winners
 from decaf_lora.records.summary import OWN, Spread, SummaryRow, aggregate
 
 SHOWN = {

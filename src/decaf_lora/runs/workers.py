@@ -133,6 +133,11 @@ class Workers:
         ours, theirs = self._context.Pipe()
         lock = os.path.join(self._folder.name, "loading")
         process = self._context.Process(target=_serve, args=(theirs, lock, self._threads))
+        if sys.platform == "linux":
+            from multiprocessing import forkserver
+
+            # One server serves the whole program. Started below, it would hold signals back from everybody's processes.
+            forkserver.ensure_running()
         with _signals_held():  # they reach a worker once it knows what to do with them
             process.start()
         theirs.close()
