@@ -6,6 +6,7 @@ standard output.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -54,7 +55,8 @@ def _answer(args: list[str]) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if hasattr(sys.stdout, "reconfigure"):  # what a terminal's encoding lacks becomes a question mark
-        sys.stdout.reconfigure(errors="replace")
+        with contextlib.suppress(OSError, ValueError):  # a stream that was moved, or is closed
+            sys.stdout.reconfigure(errors="replace")
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or os.environ.get("RANK", "0") != "0":
         # The libraries' bars (downloads, preprocessing) are for a person who watches, and one process of several.
