@@ -9,7 +9,6 @@ import functools
 import inspect
 import multiprocessing
 import os
-import re
 import socket
 import sys
 import traceback
@@ -45,9 +44,7 @@ class Ended:
     @property
     def lines(self) -> list[str]:
         """Everything that was printed, by all ranks, line by line."""
-        printed = (line for text in self.output.values() for line in text.splitlines() if line.strip())
-        # Ranks are forked from a process in which other tests may have used gRPC, which remarks on it.
-        return [line for line in printed if not re.match(r"WARNING: All log messages before absl|[IWEF]\d{4} ", line)]
+        return [line for text in self.output.values() for line in text.splitlines() if line.strip()]
 
 
 def free_port() -> int:

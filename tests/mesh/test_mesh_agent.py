@@ -4,69 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from decaf_lora.cli import main
-from decaf_lora.config import AlgorithmConfig, RunConfig, build
-from decaf_lora.federation import commands, demo, file, keys, status
+from decaf_lora.config import AlgorithmConfig
+from decaf_lora.federation import demo, status
 from decaf_lora.records import read_records
 from decaf_lora.runs.build import build_run
 from endpoints import until
-from sites import WAIT, Program, Sites
-
-TOY = f"{Path(__file__).parents[1] / 'helpers' / 'held.py'}:make_held"
-NAMES = ("alice", "bob", "carol")
-PARTITION = "iid"
-
-
-def federation(folder, names=NAMES, *, dial_only=(), rounds=6, give_up=60.0, graph="ring", **changes):
-    """A sealed federation of the toy task in `folder`; the options that each agent is started with."""
-    values = {
-        "task": {"name": TOY},
-        "lora": {"r": 2, "lora_alpha": 4},
-        "algorithm": {"name": "decaf"},
-        "training": {"steps": 3, "batch_size": 4, "agents_per_pass": 1},
-        "partition": PARTITION,
-        "evaluate_every": 2,
-        **changes,
-        "agents": len(names),
-        "rounds": rounds,
-    }
-    config = build(RunConfig, values)
-    fed = folder / "fed.yaml"
-    commands.init(fed, config, names, graph, limits=file.Limits(patience=30, give_up=give_up))
-    free = demo.free_addresses(len(names))
-    addresses = [None if name in dial_only else address for name, address in zip(names, free, strict=True)]
-    requests = [commands.request(fed, name, address)[0] for name, address in zip(names, addresses, strict=True)]
-    signed = commands.seal(fed, requests)
-    told = keys.fingerprint(signed.organiser)
-    shared = ["--trust", told, "--share", "--no-alone", "--partition", PARTITION, "--evaluate-every", "2"]
-    options = {
-        name: [*shared, "--agents-per-pass", "1", *(["--bind", address] if address else [])]
-        for name, address in zip(names, addresses, strict=True)
-    }
-    return config.model_copy(update={"graph": graph}), options
-
-
-@pytest.fixture(scope="module")
-def program():
-    made = Program()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def sites(program, tmp_path):
-    return Sites(program, tmp_path)
-
-
-def said(folder, name):
-    return status.read(status.file_of(folder / "fed.yaml", name))
+from federations import NAMES, federation, said
+from sites import WAIT
 
 
 def test_three_agents_end_bit_equal_to_the_simulation(tmp_path, sites):

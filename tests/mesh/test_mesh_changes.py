@@ -2,30 +2,11 @@
 
 import shutil
 
-import pytest
-
 from decaf_lora.cli import main
-from decaf_lora.federation import checking, commands, demo, file, keys, status
+from decaf_lora.federation import checking, commands, demo, file, keys
 from decaf_lora.records import read_records
 from endpoints import until
-from mesh.test_mesh_agent import NAMES, federation
-from sites import Program, Sites
-
-
-@pytest.fixture(scope="module")
-def program():
-    made = Program()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def sites(program, tmp_path):
-    return Sites(program, tmp_path)
-
-
-def said(folder, name):
-    return status.read(status.file_of(folder / "fed.yaml", name))
+from federations import NAMES, federation, said
 
 
 def why(folder, name, neighbour):

@@ -23,20 +23,12 @@ from endpoints import Proxy, until
 from forwarder import forwarding
 from lab import PORT, Federation
 from ledger import Ledger
-from sites import Program
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 THREE, FOUR = ("alice", "bob", "carol"), ("alice", "bob", "carol", "dave")
 STEPS, ROUNDS = 2, 30
 LONG = file.Limits(patience=120, give_up=240)
 """Nobody is given up who is merely slow."""
-
-
-@pytest.fixture(scope="module")
-def program():
-    made = Program()
-    yield made
-    made.close()
 
 
 def config(agents, rounds=ROUNDS):

@@ -1,0 +1,17 @@
+"""Pieces that the tests of real agents share."""
+
+import pytest
+
+from sites import Program, Sites
+
+
+@pytest.fixture(scope="module")
+def program():
+    made = Program()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sites(program, tmp_path):
+    return Sites(program, tmp_path)
