@@ -378,7 +378,7 @@ def test_check_sees_a_neighbour_that_is_up_and_one_that_refuses(place):
 
 
 def test_two_sites_that_wait_for_each_other_meet(place):
-    """Both ends of an edge run `check --wait` at once; a third is not there."""
+    """Both ends of an edge run `check --wait`, one for longer than the other; a third is not there."""
     ports = [free_port(), free_port()]
     signed = file.read_signed(place / "fed.yaml")
     members = [m.model_copy(update={"address": f"127.0.0.1:{p}"}) for m, p in zip(signed.agents, ports, strict=False)]
@@ -390,7 +390,7 @@ def test_two_sites_that_wait_for_each_other_meet(place):
         bind = f"127.0.0.1:{ports[0 if name == 'alice' else 1]}"
         found[name] = {f.what: (f.verdict, f.said) for f in checking.meet(signed, own, place / "fed.yaml", bind, wait)}
 
-    threads = [threading.Thread(target=meet, args=(name, 3.0)) for name in ("alice", "bob")]
+    threads = [threading.Thread(target=meet, args=wait) for wait in (("alice", 3.0), ("bob", 6.0))]
     for thread in threads:
         thread.start()
     for thread in threads:

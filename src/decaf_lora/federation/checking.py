@@ -108,6 +108,8 @@ def check(
 
 SOON = timedelta(days=14)
 """A certificate or a file that ends within this time is odd."""
+LINGER = 0.5
+"""Seconds that an agent which has met all stays, so that the last it met has seen it too."""
 
 
 def _ends_soon(steps: _Steps) -> Iterator[Finding]:
@@ -138,17 +140,19 @@ def meet(signed: file.Signed, own: tls.Own, path: Path, bind: str | None, wait: 
         return
     others = neighbours(signed, own.name)
     links = Links(own, others, version=signed.version, listen=listening(signed, own.name, bind))
+    met = _Met()
     try:
-        links.start(_Nobody())
+        links.start(met)
     except UserError as error:
         yield Finding("port", "wrong", str(error))
         return
     try:
         end = time.monotonic() + wait
-        while time.monotonic() < end and not all(links.up(other.number) for other in others):
+        while time.monotonic() < end and not all(other.number in met.peers for other in others):
             time.sleep(0.1)
+        time.sleep(LINGER)
         for other in others:
-            what, up = f"neighbour {other.name}", links.up(other.number)
+            what, up = f"neighbour {other.name}", other.number in met.peers
             why = "it has not dialled this agent: is it running, and does it reach the port?"
             if not other.dials or links.status(other.number).connections:
                 why = links.status(other.number).why
@@ -157,10 +161,14 @@ def meet(signed: file.Signed, own: tls.Own, path: Path, bind: str | None, wait: 
         links.stop()
 
 
-class _Nobody:
-    """Listens to no event."""
+class _Met:
+    """Remembers who was up: a neighbour that checks as well may be done, and gone, before this end looks."""
 
-    def on_up(self, peer: int, connection: int) -> None: ...
+    def __init__(self) -> None:
+        self.peers: set[int] = set()
+
+    def on_up(self, peer: int, connection: int) -> None:
+        self.peers.add(peer)
 
     def on_down(self, peer: int, connection: int) -> None: ...
 
