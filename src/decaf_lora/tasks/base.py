@@ -204,6 +204,11 @@ def _pretrained(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {k: t.to(device) for k, t in batch.items()}
+
+
 def repeat_for_agents(batch: Batch, agents: int) -> Batch:
     """Repeats the same examples for each of the agents: leading axis b -> agents * b."""
     return {k: t.repeat(agents, *[1] * (t.dim() - 1)) for k, t in batch.items()}
