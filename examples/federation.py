@@ -57,7 +57,7 @@ def main(arguments=None):
             raise SystemExit(code)
         return said.getvalue()
 
-    # The organiser says what is trained. The sites have no tables here, so each takes its share of the demo's digits (--share).
+    # The organiser says what is trained. No site has a table here: with --share each takes a part of the demo's digits.
     recipe = {"task": {"name": "digits"}, "algorithm": {"name": "decaf_tracked", "messages": "int8"}}
     training = {"steps": 5, "batch_size": 16, "learning_rate": 0.02}
     recipe |= {"training": training, "partition": "dirichlet:0.1", "rounds": given.rounds}

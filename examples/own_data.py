@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from trainer import built_in
 
 from decaf_lora.cli import main as decaf
+from trainer import built_in
 
 
 def write_built_in(folder):

@@ -60,7 +60,7 @@ def test_trainer_on_a_folder(example, tmp_path, capsys):
 
 def test_own_data_ends_in_a_verdict_and_predictions(example, tmp_path, capsys):
     row = example("own_data").main(["--rounds", "2", "--out", str(tmp_path)])
-    assert row["agents"] == 3
+    assert row["mean_score"] >= row["worst_score"]
     assert re.search(r"accuracy [0-9.]+ together, [0-9.]+ alone \(start", capsys.readouterr().out)
     assert len((tmp_path / "predictions" / "predictions.csv").read_text().splitlines()) == 61
     with pytest.raises(SystemExit):
