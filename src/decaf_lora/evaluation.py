@@ -6,8 +6,9 @@ does not grow with the number of agents, and the passes do not depend on how age
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.stacked import Attached
 from decaf_lora.errors import UserError
 from decaf_lora.precision import Precision, autocast
-from decaf_lora.tasks.base import Task, repeat_for_agents, to_device
+from decaf_lora.tasks.base import Batch, Task, repeat_for_agents, to_device
+from decaf_lora.untouched import KEPT_BYTES, Untouched
 
 
 class Evaluator:
@@ -58,20 +60,37 @@ class Evaluator:
         if len(firsts) < adapter.num_agents:  # as at a common start, and after a server's average
             return self.scores(adapter.select(firsts), most)[same_as]
         n, totals = adapter.num_agents, None
-        for start in range(0, self.task.num_test, self.batch_size):
-            indices = np.arange(start, min(start + self.batch_size, self.task.num_test))
-            batch = to_device(self.task.test_batch(indices), self.attached.device)
-            parts, together = [], self.agents_in_pass(len(indices), most)
-            for low in range(0, n, together):
-                some = adapter.select(slice(low, min(low + together, n)))
-                with self.attached.bind(some), autocast(self.precision, self.attached.device):
-                    tiled = repeat_for_agents(batch, some.num_agents)
-                    parts.append(self.task.statistics(tiled, some.num_agents).cpu().double())
-            both = torch.cat(parts)
-            totals = both if totals is None else totals + both
+        kept = Kept(self.task) if self.task.num_test > self.batch_size else None
+        with self._untouched(adapter) as untouched:
+            for start in range(0, self.task.num_test, self.batch_size):
+                indices = np.arange(start, min(start + self.batch_size, self.task.num_test))
+                batch = to_device(self.task.test_batch(indices), self.attached.device)
+                parts, together = [], self.agents_in_pass(len(indices), most)
+                untouched.forget()
+                for low in range(0, n, together):
+                    untouched.begin(more=low + 2 * together <= n)
+                    agents = range(low, min(low + together, n))
+                    with kept.by(agents) if kept else contextlib.nullcontext():
+                        parts.append(self._statistics(adapter.select(slice(agents.start, agents.stop)), batch))
+                both = torch.cat(parts)
+                totals = both if totals is None else totals + both
         if totals is None:
             raise UserError("task: the test set is empty; give at least one test example.")
         return self.task.score(totals)
+
+    def _statistics(self, some: Adapter, batch: Batch) -> Tensor:
+        """(k, q) sums over a batch of test examples, for each of k agents that go through it in one pass."""
+        with self.attached.bind(some), autocast(self.precision, self.attached.device):
+            return self.task.statistics(repeat_for_agents(batch, some.num_agents), some.num_agents).cpu().double()
+
+    @contextlib.contextmanager
+    def _untouched(self, adapter: Adapter) -> Iterator[Untouched]:
+        untouched = Untouched(self.attached)
+        if adapter.num_agents == 1 or any(isinstance(t, FakeTensor) for t in adapter.tensors().values()):
+            yield untouched  # nobody to share with; or a plan, which has shapes only
+            return
+        with untouched.shared():
+            yield untouched
 
     @torch.no_grad()
     def own_scores(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:
@@ -92,6 +111,31 @@ class Evaluator:
                 ]
             totals.append(torch.stack(parts).sum(0))
         return self.task.score(torch.cat(totals))
+
+
+class Kept:
+    """What depends on adapters and not on test examples (text features, for instance), between the passes of agents.
+
+    Args:
+        task: computes it, and looks for it in `Task.kept`.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._room = task, KEPT_BYTES
+        self._of: dict[range, dict[str, Tensor]] = {}
+
+    @contextlib.contextmanager
+    def by(self, agents: range) -> Iterator[None]:
+        """Inside, the task finds what it has kept for these agents; it keeps no more once there is no room."""
+        place = self._of.get(agents, {})
+        self._task.keep(place if place or self._room > 0 else None)
+        try:
+            yield
+        finally:
+            self._task.keep(None)
+        if place and agents not in self._of:
+            self._of[agents] = place
+            self._room -= sum(t.numel() * t.element_size() for t in place.values())
 
 
 def distinct(adapter: Adapter) -> tuple[list[int], list[int]]:
