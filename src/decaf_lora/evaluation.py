@@ -61,7 +61,7 @@ class Evaluator:
             return self.scores(adapter.select(firsts), most)[same_as]
         n, totals = adapter.num_agents, None
         kept = Kept(self.task) if self.task.num_test > self.batch_size else None
-        with self._untouched(adapter) as untouched:
+        with Untouched(self.attached).shared() as untouched:
             for start in range(0, self.task.num_test, self.batch_size):
                 indices = np.arange(start, min(start + self.batch_size, self.task.num_test))
                 batch = to_device(self.task.test_batch(indices), self.attached.device)
@@ -82,15 +82,6 @@ class Evaluator:
         """(k, q) sums over a batch of test examples, for each of k agents that go through it in one pass."""
         with self.attached.bind(some), autocast(self.precision, self.attached.device):
             return self.task.statistics(repeat_for_agents(batch, some.num_agents), some.num_agents).cpu().double()
-
-    @contextlib.contextmanager
-    def _untouched(self, adapter: Adapter) -> Iterator[Untouched]:
-        untouched = Untouched(self.attached)
-        if adapter.num_agents == 1 or any(isinstance(t, FakeTensor) for t in adapter.tensors().values()):
-            yield untouched  # nobody to share with; or a plan, which has shapes only
-            return
-        with untouched.shared():
-            yield untouched
 
     @torch.no_grad()
     def own_scores(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from decaf_lora.adapters.stacked import Attached, StackedExtra, StackedLora
 
@@ -121,6 +122,8 @@ class Untouched:
         beyond, self._beyond = self._beyond, self._beyond or module in self._bases
         if not (self._recording or self._calls) or not all(isinstance(x, _COMPARABLE) for x in given):
             return False
+        if not self._recording and any(isinstance(t, FakeTensor) for t in tensors):
+            return False  # a plan has shapes only
         return not beyond or (bool(tensors) and all(id(t) in self._known for t in tensors))
 
     def _recorded(
@@ -137,7 +140,7 @@ class Untouched:
         found = list(result) if isinstance(result, tuple) else [result]
         tensors = [x for x in found if isinstance(x, Tensor)]
         size = sum(t.numel() * t.element_size() for t in before + tensors if id(t) not in self._known)
-        if len(tensors) == len(found) and type(result) in (tuple, Tensor) and size <= self._room:
+        if len(tensors) == len(found) and (type(result) is tuple or isinstance(result, Tensor)) and size <= self._room:
             self._room -= size
             versions += [t._version for t in tensors]
             call = _Call(spec, given, result, before + tensors, versions)

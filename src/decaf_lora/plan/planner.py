@@ -244,9 +244,10 @@ class _Planner:
         phases[name] = phase
 
     def _one_step_and_pass(self, run: Run, phases: dict[str, Cost]) -> None:
-        """Shortens the round of `run` to one step and one pass.
+        """Shortens the round of `run` to one step and one pass, and the evaluation to two passes.
 
-        Steps follow one another, and so do passes; each frees the memory that it took. So one stands for all.
+        Steps follow one another, and so do passes; each frees the memory that it took. So one stands for all. Of an
+        evaluation two are needed, since the first keeps what the later ones use.
         """
         trainer = run.trainer
         trainer.steps_in_round, trainer.local_steps = 1, np.ones_like(trainer.local_steps)
@@ -263,9 +264,9 @@ class _Planner:
         replace_methods(trainer, _passes=lambda active: islice(passes(active), 1), evaluate=evaluate_one_pass)
 
     def _evaluated(self, run: Run) -> int:
-        """Agents in a pass of the evaluation; the test set of the plan is one batch."""
+        """Agents of the first two passes of the evaluation; the test set of the plan is one batch."""
         n = 1 if self._end_alike(run) else len(run.engine.agents)
-        return min(n, run.trainer.evaluator.agents_in_pass(run.task.num_test, run.trainer.evaluated_together))
+        return min(n, 2 * run.trainer.evaluator.agents_in_pass(run.task.num_test, run.trainer.evaluated_together))
 
     def _numbers(self, task: Task) -> list[str]:
         base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)
