@@ -25,6 +25,7 @@ from pydantic import (
 from decaf_lora import kinds
 from decaf_lora.errors import UserError
 from decaf_lora.frozen import Frozen
+from decaf_lora.threats import AttackersConfig
 from decaf_lora.validation import OWN as OWN
 from decaf_lora.validation import checked
 from decaf_lora.validation import explain as explain
@@ -367,6 +368,7 @@ class RunConfig(Frozen):
     lora: LoraOptions = LoraOptions()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     training: TrainingConfig = TrainingConfig()
+    attackers: AttackersConfig = AttackersConfig()
     agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"

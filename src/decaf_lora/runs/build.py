@@ -79,6 +79,7 @@ def build_run(
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,
+        attackers=config.attackers,
         engine=engine or Simulate,
     )
     _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is then one line, without a warning before it

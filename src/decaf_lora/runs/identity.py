@@ -59,6 +59,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
             "classes": [names[c] if names else str(c) for c in split.classes],
         },
         "agents": agents,
+        "attackers": run.honest.told(),
         "names": list(split.names),
         "ranks": []
         if run.attached.uniform

@@ -19,7 +19,10 @@ from decaf_lora.errors import UserError
 from decaf_lora.records import BASELINES
 from decaf_lora.runs.identity import is_python
 
-COMMON = ("task", "agents", "partition", "seed", "test", "device", "baseline", "baseline_learning_rate", "setting")
+COMMON = (
+    *("task", "agents", "attackers", "partition", "seed", "test", "device"),
+    *("baseline", "baseline_learning_rate", "setting"),
+)
 """Fields that all rows of a comparison share, and no setting overrides."""
 _NAME = re.compile(r"[\w][\w .,+=-]{0,59}")
 
