@@ -45,12 +45,12 @@ class Honest:
         """
         if self.config.kind is None:
             return algorithm
+        if algorithm.topology not in ("graph", "server"):
+            raise UserError(f"attackers: {algorithm.name} exchanges nothing that could be a lie; leave them out.")
         if here < agents:
             raise UserError(
                 "attackers: they are for a simulation in one process; leave them out under torchrun and in a mesh."
             )
-        if algorithm.topology not in ("graph", "server"):
-            raise UserError(f"attackers: {algorithm.name} exchanges nothing that could be a lie; leave them out.")
         if outside := [agent for agent in self.attackers if not 0 <= agent < agents]:
             raise UserError(f"attackers.agents: {outside[0]} is not in this run; use 0 to {agents - 1}.")
         if len(self.attackers) == agents:
