@@ -20,7 +20,7 @@ FLOORS = (
     {"exchange"},
     {"data"},
     {"tasks"},
-    {"optimizers", "batches", "separation", "training", "consensus", "attackers"},
+    {"optimizers", "batches", "separation", "training", "consensus", "attackers", "privacy"},
     {"records", "statistics"},
     {"report"},
     {"run"},

@@ -25,7 +25,7 @@ from pydantic import (
 from decaf_lora import kinds
 from decaf_lora.errors import UserError
 from decaf_lora.frozen import Frozen
-from decaf_lora.threats import AttackersConfig
+from decaf_lora.threats import AttackersConfig, PrivacyConfig
 from decaf_lora.validation import OWN as OWN
 from decaf_lora.validation import checked
 from decaf_lora.validation import explain as explain
@@ -369,6 +369,7 @@ class RunConfig(Frozen):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     training: TrainingConfig = TrainingConfig()
     attackers: AttackersConfig = AttackersConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -33,11 +32,11 @@ from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Given, Own, Partition, named_alike
+from decaf_lora.privacy import Account, trainer_class
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
-from decaf_lora.threats import AttackersConfig
+from decaf_lora.threats import AttackersConfig, PrivacyConfig
 from decaf_lora.timing import Phases, Timer
-from decaf_lora.training import Trainer
 
 
 class Run:
@@ -65,6 +64,7 @@ class Run:
         measure_every: the same for consensus distance, interference and truncation tail.
         eval_batch_size: number of test examples of an agent in one forward pass.
         attackers: agents that lie, in a simulation; they are not scored, and are no part of the averaged model.
+        privacy: differential privacy of every example; training losses are then not recorded.
         engine: makes, from the number of agents, the engine that they live in.
         phases: gives a context manager for each phase, "train", "exchange", "combine", "measure" and "evaluate", which
             is open while the phase lasts; None: the timer that fills the records' `seconds`.
@@ -92,6 +92,7 @@ class Run:
         measure_every: int = 1,
         eval_batch_size: int = 256,
         attackers: AttackersConfig | None = None,
+        privacy: PrivacyConfig | None = None,
         engine: Callable[[int], Engine] = Simulate,
         phases: Phases | None = None,
     ) -> None:
@@ -156,7 +157,8 @@ class Run:
         )
         self.algorithm = self.exchange.algorithm  # fitted to the graph
         taught, shards = self.honest.taught(task, shards)
-        self.trainer = Trainer(
+        self.account = Account(privacy or PrivacyConfig(), training, shards, rounds)
+        self.trainer = trainer_class(self.account)(
             taught,
             self.attached,
             training,
@@ -212,9 +214,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -290,12 +290,13 @@ class Run:
         if measured and exchanged and not mixes_first:
             self._measure(exchanged.inbox)
         assert self._losses is not None
-        mean_losses = self._losses.cpu() / torch.from_numpy(self.trainer.local_steps)
+        # No noise covers the losses, so private ones stay where they are.
+        mean_losses = self._losses.cpu() / torch.from_numpy(self.trainer.local_steps) * (not self.account.on)
         gathered = self.engine.gather({"losses": mean_losses, **self._measures})
         surveyed = self._survey(evaluated, measured)
         return Record(
             round=number,
-            losses=self.honest.only(gathered["losses"].tolist()),
+            losses=None if self.account.on else self.honest.only(gathered["losses"].tolist()),
             **surveyed,
             interference=consensus.rms(gathered.get("interference")),
             tail=consensus.rms(gathered.get("tail")),
@@ -414,7 +415,8 @@ class Run:
                         tests = self.honest.places(self._tests) if own else None
                         averaged = self.trainer.score_of(consensus.averaged(adapters), tests)
         found = {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
-        return {**found, "attackers": list(self.honest.attackers) or None}
+        spent = self.account.spent(self.round) if evaluated else {}
+        return {**found, **spent, "attackers": list(self.honest.attackers) or None}
 
     def _own_scores(self) -> list[float]:
         """(N,) every agent's score on its own test examples; pooled training scores its one model on each agent's."""
@@ -456,6 +458,7 @@ class Run:
         if adapters is not None:
             place = known.index(agent) if isinstance(agent, int) else agent
             made = {"algorithm": self.algorithm.name, "agents": self.partition.num_agents, "rounds": self.round}
+            made |= {"privacy": kept} if (kept := self.account.told(self.round)) else {}
             if self.partition.names and isinstance(agent, int):
                 made["model"] = f"agent {agent}, {self.partition.names[agent]}"
             one = consensus.chosen(adapters, place, self.honest.attackers)

@@ -147,6 +147,8 @@ def refuse(config: RunConfig) -> None:
         raise UserError(f"gossip_steps: write the number of exchanges in a round instead of period; use {GOOD}.")
     if "pooled" in config.baseline:
         raise UserError("baseline: pooled needs everybody's data; each agent trains the baseline alone by itself.")
+    if config.privacy.on:
+        raise UserError("privacy: a federation's file does not carry it yet; leave it out, or simulate.")
     if config.attackers.kind is not None:
         raise UserError("attackers: they are for a simulation in one process; leave them out of a federation.")
     if config.init_adapters:

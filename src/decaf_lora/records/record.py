@@ -35,6 +35,8 @@ class Record:
     recompression: float | None = None  # norm of what was cut between the exchanges of the round
     bytes_sent: float  # by one agent in this round, mean over agents
     wire_bytes: float | None = None  # of bytes_sent: those between processes, as encoded; None in one process
+    epsilon: float | None = None  # privacy lost so far, the largest of the agents'; None when nothing is private
+    delta: float | None = None
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
     # Only for an agent that does not see all others:
@@ -104,6 +106,7 @@ class _Facts(pydantic.BaseModel):
     num_test: int | None = None
     names: list[str] | None = None
     attackers: str | None = None
+    privacy: str | None = None
 
 
 _FACTS = pydantic.TypeAdapter(_Facts)

@@ -145,6 +145,8 @@ def _made(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         versions = None
     if isinstance(versions, dict):  # they only inform
         made |= {name: versions[name] for name in ("decaf_lora", "torch", "transformers", "peft") if versions.get(name)}
+    if kept := facts.get("privacy"):
+        made["privacy, at most"] = kept
     if lies := facts.get("attackers"):
         made["attackers in the simulation"] = lies
     return {**made, "rounds": values["round"]}

@@ -60,6 +60,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
         },
         "agents": agents,
         "attackers": run.honest.told(),
+        "privacy": run.account.told(run.rounds),
         "names": list(split.names),
         "ranks": []
         if run.attached.uniform

@@ -64,7 +64,7 @@ def _dotted(given: dict[str, Any], where: str, prefix: str = "") -> dict[str, An
     found: dict[str, Any] = {}
     for key, value in given.items():
         field = f"{prefix}{key}"
-        is_section = isinstance(value, dict) and field in ("lora", "algorithm", "training", "task")
+        is_section = isinstance(value, dict) and field in ("lora", "algorithm", "training", "privacy", "task")
         for inner, of in (_dotted(value, where, f"{field}.") if is_section else {field: value}).items():
             if inner in found:
                 raise UserError(f"{where}.{inner}: it is given twice; keep one.")
@@ -90,7 +90,7 @@ def applied(config: CompareConfig, name: str, fields: dict[str, Any], **cell: An
             raise UserError(f"algorithm.name: {key} is the reference of all settings; name it in algorithms.")
         rate = config.learning_rates.get(key, config.training.learning_rate)
         values = {field: getattr(config, field) for field in RunConfig.model_fields if field != "algorithm"}
-        nested = {field: dict(values[field].model_dump()) for field in ("lora", "training")}
+        nested = {field: dict(values[field].model_dump()) for field in ("lora", "training", "privacy")}
         nested["training"]["learning_rate"] = rate
         nested["algorithm"] = {"name": key, **algorithms.accepted(key, config.algorithm.options())}
         values |= {**cell, "baseline": (), "baseline_learning_rate": None, "setting": name}
