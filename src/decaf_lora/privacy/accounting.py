@@ -127,6 +127,14 @@ class Account:
         }
         """Agent -> sigma."""
 
+    def refuse_brought(self, directories: Sequence[object] | None) -> None:
+        """UserError where agents start from adapters of their own, which no noise covers; one for all is public."""
+        if self.on and directories is not None and len({str(path) for path in directories}) > 1:
+            raise UserError(
+                "privacy: the agents bring adapters of their own, which may tell of their examples; start from one "
+                "that is public for all (init_adapters), or from fresh ones."
+            )
+
     def epsilon(self, rounds: int) -> float | None:
         """The largest privacy loss of the agents after `rounds` rounds; None where nothing is private."""
         if not self.on:

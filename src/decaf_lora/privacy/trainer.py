@@ -82,8 +82,8 @@ class PrivateTrainer(Trainer):
         Raises:
             UserError: also if the model does not keep the examples of a batch apart.
         """
-        apart = separation.check(self.task, self.attached, adapter, self._two_examples(), together=True)
-        if not apart:
+        checked = (self.task, self.attached, adapter, self._two_examples())
+        if not (separation.check(*checked, together=True) and separation.examples_apart(*checked)):
             raise UserError(
                 f"privacy: {type(self.task.model).__name__} does not keep the examples of a batch apart in a layer "
                 "that is trained, so an example has no gradient of its own to clip; use another model."
