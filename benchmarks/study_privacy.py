@@ -5,9 +5,10 @@
     python benchmarks/study_privacy.py --page      # writes the tables into docs/privacy.md
 
 Ten agents, Dirichlet(0.1), 30 rounds of 5 AdamW steps, batches of 16 (expected), rank 2, exact averages (base:5, whole
-periods), at epsilon 8 and 3 with delta 1e-3, a sixth of one of the largest agent's 163 examples. Methods: DeCAF with the
-balanced rotated gauge (plain) and with A orthonormal, and DLoRA-FA, which trains B alone. Every method counts at its best learning rate at that epsilon (cells.py). Searching costs privacy that is not
-counted here. One process, one thread, about 15 seconds of processor time a run, and 10 more for the first noise.
+periods), at epsilon 8 and 3 with delta 1e-3, a sixth of one of the largest agent's 163 examples. Methods: DeCAF with
+the balanced rotated gauge (plain) and with A orthonormal, and DLoRA-FA, which trains B alone. Every method counts at
+its best learning rate at that epsilon (cells.py). Searching costs privacy that is not counted here. One process, one
+thread, about 15 seconds of processor time a run, and 10 more for the first noise.
 """
 
 from __future__ import annotations

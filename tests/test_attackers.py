@@ -10,9 +10,10 @@ from decaf_lora.algorithms.transforms.table import over
 from decaf_lora.config import RunConfig, build
 from decaf_lora.errors import UserError
 from decaf_lora.federation.terms import terms_of
-from decaf_lora.records import read_facts, read_records
-from decaf_lora.runs.export import export
+from decaf_lora.records import summary_row
 from decaf_lora.runs.folder import run as run_folder
+from decaf_lora.runs.identity import facts_of
+from decaf_lora.runs.trackers import values
 from decaf_lora.threats import AttackersConfig
 from rounds import begun, one_round
 from samples import LAYERS, make_adapter, products
@@ -120,27 +121,17 @@ def test_a_label_flip_is_training_on_flipped_labels():
     assert [last.scores[i] for i in (0, 1, 3)] == [wanted.scores[i] for i in (0, 1, 3)]
 
 
-def test_only_the_honest_count(tmp_path):
-    values = {
-        "task": {"name": "tests/helpers/toy.py:make_toy"},
-        "agents": 4,
-        "rounds": 2,
-        "training": FAST.model_dump(),
-        "partition": "iid",
-        "attackers": {"kind": "noise", "agents": [1], "strength": 2},
-    }
-    row, folder = run_folder(build(RunConfig, values), tmp_path / "run")
-    last, facts = read_records(folder / "records.jsonl")[-1], read_facts(folder)
+def test_only_the_honest_count():
+    run = make(Toy(), kind="noise", agents=(1,), strength=2)
+    last = finished(run)
+    row = summary_row(facts_of(run), [last])
     honest = [last.scores[i] for i in (0, 2, 3)]
     assert last.attackers == [1]
     assert last.scores[1] is None
     assert last.losses[1] is None
     assert row.mean_score == pytest.approx(sum(honest) / 3)
     assert row.worst_score == min(honest)
-    assert facts["attackers"] == "noise times 2 by agent 1"
-    assert "noise times 2 by agent 1" in (folder / "report.html").read_text()
-    export(folder, "averaged", tmp_path / "model")
-    assert "noise times 2 by agent 1" in (tmp_path / "model" / "README.md").read_text()
+    assert values(last)["score/mean"] == row.mean_score
 
 
 def test_the_averaged_model_is_that_of_the_honest():

@@ -167,12 +167,12 @@ def test_without_sampling_the_loss_is_that_of_the_gaussian_mechanism(noise, step
 
 
 def test_noise_is_what_the_library_finds():
-    ours = noise_for(3.0, 0.2, 150, 1e-3)
+    ours = noise_for(3.0, 0.5, 20, 1e-3)
     theirs = get_noise_multiplier(
-        target_epsilon=3.0, target_delta=1e-3, sample_rate=0.2, steps=150, accountant="prv", epsilon_tolerance=0.01
+        target_epsilon=3.0, target_delta=1e-3, sample_rate=0.5, steps=20, accountant="prv", epsilon_tolerance=0.01
     )
     assert ours == pytest.approx(theirs, rel=0.01)
-    assert 2.95 < epsilon_of(ours, 0.2, 150, 1e-3) <= 3.0
+    assert 2.95 < epsilon_of(ours, 0.5, 20, 1e-3) <= 3.0
     assert epsilon_of(1e-4, 0.2, 150, 1e-3) > 1e6  # the bound of another accountant, without its memory
     with pytest.raises(UserError, match=r"privacy.epsilon: 1e-09 needs noise that drowns everything"):
         noise_for(1e-9, 1.0, 150, 1e-12)
@@ -243,7 +243,7 @@ def test_more_rounds_are_refused_where_the_noise_was_planned():
         other.restore(saved)
 
 
-def test_records_report_and_card_say_epsilon_and_no_loss(tmp_path):
+def test_records_report_and_card_say_what_was_promised_and_no_loss(tmp_path):
     values = {
         "task": {"name": "tests/helpers/toy.py:make_toy"},
         "agents": 4,
@@ -252,7 +252,8 @@ def test_records_report_and_card_say_epsilon_and_no_loss(tmp_path):
         "training": TRAINING.model_dump(),
         "partition": "iid",
         "graph": "complete",
-        "privacy": {"epsilon": 5, "delta": 1e-3},
+        "privacy": {"noise": 1.5, "delta": 1e-3},
+        "attackers": {"kind": "noise", "agents": [1], "strength": 2},
     }
     _, folder = run_folder(build(RunConfig, values), tmp_path / "run")
     records, facts = read_records(folder / "records.jsonl"), read_facts(folder)
@@ -260,12 +261,13 @@ def test_records_report_and_card_say_epsilon_and_no_loss(tmp_path):
     assert [record.delta for record in records] == [1e-3] * 3
     spent = [record.epsilon for record in records]
     assert spent[0] == 0
-    assert 0 < spent[1] < spent[2] <= 5
-    assert spent[2] > 4.8
+    assert 0 < spent[1] < spent[2] < 5
+    assert facts["attackers"] == "noise times 2 by agent 1"
     assert facts["privacy"].startswith(f"(ε = {spent[2]:.3g}, δ = 0.001) for every training example")
-    assert facts["privacy"] in (folder / "report.html").read_text(encoding="utf-8")
     export(folder, "averaged", tmp_path / "model")
-    assert facts["privacy"] in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    for page in (folder / "report.html", tmp_path / "model" / "README.md"):
+        assert facts["privacy"] in page.read_text(encoding="utf-8")
+        assert facts["attackers"] in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
