@@ -167,12 +167,12 @@ def test_without_sampling_the_loss_is_that_of_the_gaussian_mechanism(noise, step
 
 
 def test_noise_is_what_the_library_finds():
-    ours = noise_for(3.0, 0.5, 20, 1e-3)
+    ours = noise_for(1.0, 0.05, 1000, 1e-5)
     theirs = get_noise_multiplier(
-        target_epsilon=3.0, target_delta=1e-3, sample_rate=0.5, steps=20, accountant="prv", epsilon_tolerance=0.01
+        target_epsilon=1.0, target_delta=1e-5, sample_rate=0.05, steps=1000, accountant="prv", epsilon_tolerance=0.01
     )
     assert ours == pytest.approx(theirs, rel=0.01)
-    assert 2.95 < epsilon_of(ours, 0.5, 20, 1e-3) <= 3.0
+    assert 0.98 < epsilon_of(ours, 0.05, 1000, 1e-5) <= 1.0
     assert epsilon_of(1e-4, 0.2, 150, 1e-3) > 1e6  # the bound of another accountant, without its memory
     with pytest.raises(UserError, match=r"privacy.epsilon: 1e-09 needs noise that drowns everything"):
         noise_for(1e-9, 1.0, 150, 1e-12)
