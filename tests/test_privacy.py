@@ -166,6 +166,7 @@ def test_without_sampling_the_loss_is_that_of_the_gaussian_mechanism(noise, step
     assert exact <= epsilon_of(noise, 1.0, steps, delta) <= exact + 0.02
 
 
+@pytest.mark.filterwarnings("ignore:Optimal order")
 def test_noise_is_what_the_library_finds():
     ours = noise_for(1.0, 0.05, 1000, 1e-5)
     theirs = get_noise_multiplier(
@@ -302,8 +303,10 @@ def test_what_no_accountant_covers_is_refused():
         build_run(build(RunConfig, {"privacy": on, "task": {"name": "causal-lm", "packing": True}}))
     with pytest.raises(UserError, match=r"training.learning_rate: auto"):
         build_run(build(RunConfig, {"privacy": on, "training": {"learning_rate": "auto"}}))
-    with pytest.raises(UserError, match="privacy: a federation's file does not carry it yet"):
+    with pytest.raises(UserError, match="privacy: not in a federation yet"):
         terms_of(build(RunConfig, {"privacy": on}))
+    with pytest.raises(UserError, match="privacy: not in a federation yet"):
+        Account(PrivacyConfig(**on), TRAINING, SHARDS, 4).refuse(None, sees_all=False)
     task = Mixing()
     with pytest.raises(UserError, match="privacy: TwoLayers does not keep the examples of a batch apart"):
         Run(

@@ -158,7 +158,7 @@ class Run:
         self.algorithm = self.exchange.algorithm  # fitted to the graph
         taught, shards = self.honest.taught(task, shards)
         self.account = Account(privacy or PrivacyConfig(), training, shards, rounds)
-        self.account.refuse_brought(init_adapters)
+        self.account.refuse(init_adapters, self.sees_all)
         self.trainer = trainer_class(self.account)(
             taught,
             self.attached,

@@ -24,6 +24,7 @@ from decaf_lora.config import (
     explain,
 )
 from decaf_lora.errors import UserError
+from decaf_lora.privacy.accounting import MESH
 
 SHARED_TASK = (
     *("name", "model", "classes", "templates", "answers", "length_normalized", "chat_template", "packing"),
@@ -148,7 +149,7 @@ def refuse(config: RunConfig) -> None:
     if "pooled" in config.baseline:
         raise UserError("baseline: pooled needs everybody's data; each agent trains the baseline alone by itself.")
     if config.privacy.on:
-        raise UserError("privacy: a federation's file does not carry it yet; leave it out, or simulate.")
+        raise UserError(MESH)
     if config.attackers.kind is not None:
         raise UserError("attackers: they are for a simulation in one process; leave them out of a federation.")
     if config.init_adapters:

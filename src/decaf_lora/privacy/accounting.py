@@ -38,6 +38,10 @@ def _opacus() -> ModuleType:
 
 MOST_NOISE = 10_000.0
 """A noise multiplier beyond which nothing could be learnt."""
+MESH = (
+    "privacy: not in a federation yet, where an agent that goes back to its checkpoint would send the same noise with "
+    "another model, and both together show its gradients; simulate, or leave it out."
+)
 LOOSE = 30.0
 """An epsilon above which no digit matters; there the memory of the PRV accountant grows without end."""
 
@@ -127,8 +131,18 @@ class Account:
         }
         """Agent -> sigma."""
 
-    def refuse_brought(self, directories: Sequence[object] | None) -> None:
-        """UserError where agents start from adapters of their own, which no noise covers; one for all is public."""
+    def refuse(self, directories: Sequence[object] | None, sees_all: bool) -> None:
+        """Checks that all that the agents send is covered.
+
+        Args:
+            directories: the adapters that the agents start from, if there are any; one for all is public.
+            sees_all: whether the agents keep step, so that a run that goes on sends what it has sent before.
+
+        Raises:
+            UserError: agents start from adapters of their own, or live in a mesh.
+        """
+        if self.on and not sees_all:
+            raise UserError(MESH)
         if self.on and directories is not None and len({str(path) for path in directories}) > 1:
             raise UserError(
                 "privacy: the agents bring adapters of their own, which may tell of their examples; start from one "
