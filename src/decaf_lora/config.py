@@ -432,6 +432,15 @@ class RunConfig(Frozen):
                 raise ValueError(f"{named} sets task.{field} to {value}, but it is {given[field]}; leave it out")
         return {**values, "task": {**given, **wanted}}
 
+    @model_validator(mode="after")
+    def _counts_every_look(self) -> RunConfig:
+        if self.privacy.on and self.training.learning_rate == "auto":
+            raise ValueError(
+                "training.learning_rate auto looks at the examples many times, which privacy.epsilon does not count; "
+                "give a number"
+            )
+        return self
+
     @field_validator("graph", "partition", mode="before")
     @classmethod
     def _with_options(cls, value: Any, info: ValidationInfo) -> Any:

@@ -115,11 +115,6 @@ class Account:
                 f"privacy.delta: {self.delta:g} lets one of {largest} examples be published whole; give less than "
                 f"{1 / largest:.2g}."
             )
-        if training.learning_rate == "auto":
-            raise UserError(
-                "training.learning_rate: auto looks at the examples many times, which privacy.epsilon would not count; "
-                "give a number."
-            )
         self.rates = {i: min(1.0, training.batch_size / len(shard)) for i, shard in shards.items()}
         steps = local_steps(training, list(shards.values())).tolist()
         self._steps = dict(zip(shards, steps, strict=True))

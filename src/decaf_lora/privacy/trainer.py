@@ -93,7 +93,11 @@ class PrivateTrainer(Trainer):
     def snapshot(self) -> Tensors:
         """As `Trainer.snapshot`, with the secrets and the noise of the agents."""
         keys = torch.tensor([stream.key for stream in self.private], dtype=torch.int64)
-        return super().snapshot() | {"privacy/keys": keys, "privacy/noise": torch.from_numpy(self.noise.copy())}
+        return super().snapshot() | {"privacy/keys": keys, "privacy/noise": self._noise_as_bits()}
+
+    def _noise_as_bits(self) -> Tensor:
+        """(n,) the noise, exactly, also on devices without float64."""
+        return torch.from_numpy(self.noise.view(np.int64).copy())
 
     def restore(self, tensors: Tensors) -> None:
         """As `Trainer.restore`.
@@ -101,7 +105,7 @@ class PrivateTrainer(Trainer):
         Raises:
             UserError: the run was begun with other noise, as for another number of rounds.
         """
-        if not np.array_equal(tensors["privacy/noise"].cpu().numpy(), self.noise):
+        if not torch.equal(tensors["privacy/noise"].cpu(), self._noise_as_bits()):
             raise UserError(
                 "resume: privacy.epsilon was planned for another number of rounds or steps, and noise that is drawn "
                 "cannot be made more; give the rounds of before, or begin a new run."
