@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def warn_truncated(counts: dict[str, int], limit: int, sizes: dict[str, int]) -> None:
