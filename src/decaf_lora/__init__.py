@@ -42,10 +42,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, peft with transformers two more; `decaf --help` needs neither.
     if name in _LAZY:
-        from decaf_lora.libraries import uncollected
-
-        with uncollected():
-            return getattr(importlib.import_module(f"decaf_lora.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(f"decaf_lora.{_LAZY[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"decaf_lora.{name}")
     raise AttributeError(f"module 'decaf_lora' has no attribute {name!r}")

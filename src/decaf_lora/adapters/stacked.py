@@ -23,7 +23,6 @@ from torch.func import functional_call
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
-from decaf_lora.libraries import load_peft
 from decaf_lora.randomness import torch_generator
 
 if TYPE_CHECKING:
@@ -315,7 +314,6 @@ def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attac
             names), a layer that is not linear, a rank larger than a layer, configurations that match different layers,
             or a model that another run has wrapped.
     """
-    load_peft()
     from decaf_lora.adapters.matching import matched
 
     if any(isinstance(module, StackedLora | StackedExtra) for module in model.modules()):

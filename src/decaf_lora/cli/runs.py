@@ -20,7 +20,6 @@ from decaf_lora.cli.options import Output, check_options, configured, parsed, re
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError, unix_only
-from decaf_lora.libraries import uncollected
 from decaf_lora.runs.events import Interrupted, Watch, all_of, nobody
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -28,8 +27,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def run_command(args: list[str]) -> int:
     config, output, name = configured(RunConfig, "run", args, Output)
-    with uncollected():
-        from decaf_lora.runs.folder import run
+    from decaf_lora.runs.folder import run
 
     jobs = () if config.training.learning_rate == "auto" else ("jobs",)  # the trials of its search
     refuse_unused(output, *jobs, *(() if output.engine == "torchrun" else ("backend", "wire", "timeout")))
@@ -156,8 +154,7 @@ def refuse_launcher(has_out: bool) -> None:
 
 def compare_command(args: list[str]) -> int:
     config, output, name = configured(CompareConfig, "compare", args, Output)
-    with uncollected():
-        from decaf_lora.runs.compare import cells, compare, default_jobs
+    from decaf_lora.runs.compare import cells, compare, default_jobs
 
     assert isinstance(config, CompareConfig)
     if output.engine != "simulate":

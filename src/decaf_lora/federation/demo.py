@@ -27,7 +27,6 @@ from decaf_lora.config import AlgorithmConfig, RunConfig
 from decaf_lora.errors import UserError
 from decaf_lora.federation import agent, commands, file, keys, status
 from decaf_lora.federation.site import Site
-from decaf_lora.libraries import load_peft
 
 NAMES = ("alice", "bob", "carol", "dave", "erin")
 KILLED = "carol"
@@ -73,8 +72,9 @@ def run(out: Path, *, rounds: int = 30, show: Callable[[RenderableType], None] =
         rounds: of the federation.
         show: draws the table of the agents, twice a second.
     """
+    import peft  # noqa: F401 - for all agents, see below
+
     path = prepare(out, rounds)
-    load_peft()
     told = keys.fingerprint(file.read_signed(path).organiser)
     # A fork inherits the modules, peft among them; other systems start anew and import again.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

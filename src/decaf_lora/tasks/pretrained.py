@@ -22,7 +22,6 @@ from decaf_lora.adapters.files import refuse_damaged_model
 from decaf_lora.adapters.quiet import transformers_quiet
 from decaf_lora.config import TaskConfig
 from decaf_lora.errors import UserError
-from decaf_lora.libraries import load_peft
 
 Loader = Callable[[TaskConfig, Any, dict[str, Any]], tuple[Any, list[str]]]
 _loader: ContextVar[Loader | None] = ContextVar("loader", default=None)
@@ -199,7 +198,6 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _from_pretrained(config: TaskConfig, kind: Any, **options: Any) -> Any:
     from decaf_lora.data import looks_local
 
-    load_peft()
     if config.model is None:
         raise UserError("task.model: not set; name a model of the Hugging Face Hub or a local directory.")
     path = Path(config.model).expanduser()

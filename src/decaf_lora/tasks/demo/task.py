@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora.libraries import load_peft
 from decaf_lora.tasks.demo import digits_data
 from decaf_lora.tasks.image_text import Images, ImageText
 
@@ -20,7 +19,6 @@ class Digits(ImageText):
     """`ImageText` on the embedded model and scikit-learn's digits; reads nothing from the network."""
 
     def __init__(self, shift: bool = True) -> None:
-        load_peft()
         from transformers import AutoTokenizer, CLIPModel
 
         model = CLIPModel.from_pretrained(digits_data.MODEL_DIR, dtype=torch.float32)
