@@ -11,7 +11,7 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {"errors", "precision", "randomness", "timing", "yaml_file", "frozen", "validation"},
+    {"errors", "extras", "precision", "randomness", "timing", "yaml_file", "frozen", "validation"},
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},

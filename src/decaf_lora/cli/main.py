@@ -37,6 +37,7 @@ from decaf_lora.cli.runs import (
 from decaf_lora.cli.starting import init_command
 from decaf_lora.cli.tuning import tune_command
 from decaf_lora.errors import UserError, nearest, out_of_memory
+from decaf_lora.extras import missing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,8 +87,8 @@ def _answer(args: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except (MemoryError, RuntimeError) as error:
-        line = out_of_memory(error)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        line = missing(error) if isinstance(error, ImportError) else out_of_memory(error)
         if debug or line is None:
             raise
         console.print(f"decaf: {line}", markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from decaf_lora.cli.options import Output, check_options, configured, parsed, re
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError, unix_only
+from decaf_lora.extras import need
 from decaf_lora.runs.events import Interrupted, Watch, all_of, nobody
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -27,6 +28,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def run_command(args: list[str]) -> int:
     config, output, name = configured(RunConfig, "run", args, Output)
+    need("report", "report")  # at the end, when it would be too late to say so
     from decaf_lora.runs.folder import run
 
     jobs = () if config.training.learning_rate == "auto" else ("jobs",)  # the trials of its search
@@ -154,6 +156,7 @@ def refuse_launcher(has_out: bool) -> None:
 
 def compare_command(args: list[str]) -> int:
     config, output, name = configured(CompareConfig, "compare", args, Output)
+    need("report", "report")
     from decaf_lora.runs.compare import cells, compare, default_jobs
 
     assert isinstance(config, CompareConfig)

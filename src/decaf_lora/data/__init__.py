@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from decaf_lora.extras import missing
+
 if TYPE_CHECKING:
     from decaf_lora.data.examples import Examples, load, needs_text, needs_tokens, spread
     from decaf_lora.data.images import Pixels, decode_image, image_folder
@@ -33,7 +35,10 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     # `datasets` takes seconds to import, with pandas and pyarrow; the demo reads no table.
     if name in _LAZY:
-        return getattr(importlib.import_module(f"decaf_lora.data.{_LAZY[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"decaf_lora.data.{_LAZY[name]}"), name)
+        except ImportError as error:
+            raise missing(error) or error from error
     raise AttributeError(f"module 'decaf_lora.data' has no attribute {name!r}")
 
 

@@ -18,7 +18,7 @@ from typing import Final, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from decaf_lora import errors, randomness
+from decaf_lora import errors, extras, randomness
 
 Split = Literal["base", "train", "test"]
 
@@ -98,8 +98,10 @@ def _source() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     root = Path(package.origin).parent if package and package.origin else Path()
     file = root / "datasets" / "data" / "digits.csv.gz"
     if not file.is_file():  # another release may keep its digits elsewhere
-        from sklearn.datasets import load_digits
-
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise extras.missing(error) or error from error
         digits = load_digits()
         return digits.images, digits.target.astype(np.int64)
     table = np.loadtxt(file, delimiter=",")
