@@ -20,7 +20,7 @@ FLOORS = (
     {"exchange"},
     {"data"},
     {"tasks"},
-    {"optimizers", "batches", "separation", "training", "consensus"},
+    {"optimizers", "batches", "separation", "calibration", "untouched", "evaluation", "training", "consensus"},
     {"records", "statistics"},
     {"report"},
     {"run"},

@@ -64,7 +64,7 @@ class Run:
         evaluate_every: number of rounds from one evaluation of the agents' models and of the averaged model to the
             next. The last round is always evaluated.
         measure_every: the same for consensus distance, interference and truncation tail.
-        eval_batch_size: number of test examples of an agent in one forward pass.
+        eval_batch_size: the most test examples in a forward pass, over all agents in it.
         engine: makes, from the number of agents, the engine that they live in.
         phases: gives a context manager for each phase, "train", "exchange", "combine", "measure" and "evaluate", which
             is open while the phase lasts; None: the timer that fills the records' `seconds`.
@@ -165,7 +165,7 @@ class Run:
         try:
             self.adapter: Adapter = self.exchange.begin(self._first_adapter(common_start, init_adapters))
             self.state: State = self.exchange.init(self.adapter)
-            self.trainer.prepare(self.adapter)
+            self.trainer.prepare(self.adapter, rounds * self.trainer.steps_in_round)
         except BaseException:
             self.close()  # so that the task can serve another run
             raise

@@ -58,6 +58,14 @@ class Task(ABC):
     tables: Mapping[str, Any] = MappingProxyType({})
     """"train" and "test" -> the `datasets.Dataset` of the examples, in their order; empty if there is none."""
 
+    kept: dict[str, Tensor] | None = None
+    """While agents go through a test set in several passes: a place for what depends on their adapters and not on the
+    examples, which a later pass of the same agents finds again. None at any other time."""
+
+    def keep(self, place: dict[str, Tensor] | None) -> None:
+        """Sets `kept`. Called by whoever scores."""
+        self.kept = place
+
     def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
         """The values of a column of the data, for partitions that split by one.
 
@@ -206,6 +214,11 @@ def _pretrained(model: nn.Module) -> dict[str, Any]:
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
         "quantized": bool(getattr(model, "is_quantized", False)),
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {k: t.to(device) for k, t in batch.items()}
 
 
 def repeat_for_agents(batch: Batch, agents: int) -> Batch:

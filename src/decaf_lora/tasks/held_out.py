@@ -42,6 +42,9 @@ class HeldOut(Task):
         if "train" in task.tables:
             self.tables = {"train": task.tables["train"]}
 
+    def keep(self, place: dict[str, Tensor] | None) -> None:
+        self._task.keep(place)
+
     def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
         values = self._task.column(name, "train")
         return values if split == "train" else values[self._examples]

@@ -151,6 +151,8 @@ class ImageText(Task):
         """(agents or 1, C, d) unit text features of the classes."""
         if self._cached_text is not None:
             return self._cached_text
+        if self.kept and "text" in self.kept:  # of the same agents, in an earlier pass over the test set
+            return self.kept["text"]
         copies = agents if self._text_adapted else 1
         tokens = {k: t.to(device).repeat(copies, 1) for k, t in self._tokens.items()}
         with torch.set_grad_enabled(self._text_adapted and torch.is_grad_enabled()):
@@ -159,6 +161,8 @@ class ImageText(Task):
         features = nn.functional.normalize(features.mean(2), dim=-1)
         if not self._text_adapted:
             self._cached_text = features
+        elif self.kept is not None:
+            self.kept["text"] = features
         return features
 
 
