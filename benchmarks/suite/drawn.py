@@ -10,17 +10,19 @@ from decaf_lora.randomness import numpy_generator
 from decaf_lora.tasks.base import Batch
 from decaf_lora.tasks.demo.task import Digits
 
-EACH = 4
+EACH, TESTS = 4, 100
 
 
 class Drawn(Digits):
-    """The demo's task on `examples` training examples that are drawn with replacement, and on the demo's test set."""
+    """The demo's task on `examples` training examples, drawn with replacement, and the first 100 of its test examples."""
 
     def __init__(self, examples: int) -> None:
         super().__init__()
         self._rows = numpy_generator(0, "drawn").integers(0, len(self.labels), examples)
         self.name, self.labels = "drawn", self.labels[self._rows]
-        self.content = f"{self.content}, {examples} drawn"
+        assert self.test_labels is not None
+        self.num_test, self.test_labels = TESTS, self.test_labels[:TESTS]
+        self.content = f"{self.content}, {examples} drawn, {TESTS} tests"
 
     def train_batch(self, indices: np.ndarray) -> Batch:
         return super().train_batch(self._rows[np.asarray(indices)])
