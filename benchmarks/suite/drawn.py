@@ -14,7 +14,11 @@ EACH, TESTS = 4, 100
 
 
 class Drawn(Digits):
-    """The demo's task on `examples` training examples, drawn with replacement, and the first 100 of its test examples."""
+    """The demo's task on training examples drawn with replacement, and on the first 100 of its test examples.
+
+    Args:
+        examples: of training.
+    """
 
     def __init__(self, examples: int) -> None:
         super().__init__()

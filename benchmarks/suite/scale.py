@@ -1,8 +1,8 @@
 """Does the cost of an agent grow with their number?
 
 `decaf run` on the demo's model, with four examples an agent, drawn with replacement, and 100 test examples (drawn.py):
-what is counted is the command, with its records, its checkpoint and its report. Seconds are those of a round (local steps, exchange, consensus
-measures) for each agent and step, from the second round on; the two sizes that are compared take turns.
+what is counted is the command, with its records, its checkpoint and its report. Seconds are those of a round (local
+steps, exchange, consensus measures) for each agent and step, from the second round on; the sizes take turns.
 """
 
 from __future__ import annotations
