@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
@@ -37,6 +36,9 @@ from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.timing import Phases, Timer
 from decaf_lora.training import Trainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class Run:
@@ -97,7 +99,7 @@ class Run:
         agents = partition.num_agents
         topology = algorithm.topology
         for field, given in (("lora.ranks", lora), ("init_adapters", init_adapters)):
-            if given is not None and not isinstance(given, LoraConfig) and len(given) != agents:
+            if isinstance(given, Sequence) and len(given) != agents:
                 raise UserError(f"{field}: {len(given)} given for {agents} agents; give one for each.")
         if topology == "graph" and schedule.num_agents != agents:
             raise UserError(

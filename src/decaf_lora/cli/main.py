@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `decaf`; None: those of this process, which ends with the command.
     """
+    if arguments is None:
+        # The libraries are a million objects that stay. Python's collector would go over them again and again while
+        # they come in, a second of the start.
+        gc.set_threshold(50_000)
     code = _answer(list(sys.argv[1:] if arguments is None else arguments))
     if arguments is None and threading.current_thread() is threading.main_thread():
         # All is saved and said. A further Ctrl-C ends the process at once, and not with a traceback of what ends it.

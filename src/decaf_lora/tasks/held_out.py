@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora.data import spread
 from decaf_lora.errors import UserError
 from decaf_lora.partition import Own, Partition
 from decaf_lora.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class HeldOut(Task):
