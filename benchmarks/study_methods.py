@@ -34,7 +34,6 @@ Estimate: about 8 runs a cell, 11 s of one core for a run of the demo and 21 s f
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,10 +41,10 @@ from typing import Any
 
 import results_minilm
 import study_runs
-from decaf_lora import statistics as paired_statistics
+from decaf_lora import statistics
 from decaf_lora.config import RunConfig
 from decaf_lora.recipes import digits
-from study_runs import RATE, SEEDS, Cell, Records, Row, Study, results
+from study_runs import NOT_YET, RATE, SEEDS, Cell, Records, Row, Study, results, shown
 
 HERE = Path(__file__).parent
 PARTITIONS = {"dirichlet": "dirichlet:0.1", "classes": "by-class", "iid": "iid"}
@@ -209,7 +208,6 @@ def equal_bytes() -> list[Cell]:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 TITLES = {"dirichlet": "Dirichlet(0.1)", "classes": "whole classes", "iid": "IID"}
-NOT_YET = "not run yet"
 
 
 def tables(records: Records) -> str:
@@ -251,16 +249,6 @@ def _cell(done: Done, task: str, partition: str, name: str, place: str) -> str:
     if there is None:
         return "as alternating" if name == "alternating, both" and place == "exact" else "–"
     return shown(done.get((task, partition, name, there)))
-
-
-def shown(rows: Sequence[Row] | None, column: str = "score") -> str:
-    """Mean and standard deviation over the seeds, without the zero before the point."""
-    if rows is None:
-        return NOT_YET
-    values = [row[column] for row in rows]
-    if any(value is None for value in values):
-        return f"{sum(value is None for value in values)} of {len(values)} diverged"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}".replace("0.", ".")
 
 
 def _bytes(done: Done, task: str, name: str, method: Method) -> list[str]:
@@ -305,7 +293,7 @@ def _difference(ours: Sequence[Row] | None, theirs: Sequence[Row] | None) -> str
     if ours is None or theirs is None:
         return NOT_YET
     scores = [{row["seed"]: row["score"] for row in rows if row["score"] is not None} for rows in (ours, theirs)]
-    found = paired_statistics.paired(*scores)
+    found = statistics.paired(*scores)
     if found is None or found.low is None or found.high is None:
         return "diverged"
     return f"{found.mean:+.3f} ({found.low:+.2f} to {found.high:+.2f})"

@@ -32,10 +32,7 @@ from decaf_lora.tune.halving import LOST, Merit, Plan, Point, Standing, standing
 
 RATE = "training.learning_rate"
 SEEDS = (0, 1, 2)
-CHOOSERS = (0, 1)
-"""Seeds of the search: all values with the first, the two best with the others."""
-EXTENSIONS = 4
-"""Values that a search may add beyond the first ones of a field."""
+CHOOSERS, EXTENSIONS = (0, 1), 4
 SHARE = 0.2
 """Of every agent's training examples, held out by the search."""
 TYPICAL = 1.5
@@ -53,6 +50,8 @@ class Cell:
         axes: dotted field -> the first values of the search, ascending.
         seeds: of the runs on the test set.
         own: whether the search looks at the agents' scores on data like their own, as personal models ask for.
+        choosers: seeds of the search: all values with the first, the two best with the others.
+        extensions: values that the search may add beyond the first ones of a field.
     """
 
     name: tuple[str, ...]
@@ -61,6 +60,8 @@ class Cell:
     axes: Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...] = SEEDS
     own: bool = False
+    choosers: tuple[int, ...] = CHOOSERS
+    extensions: int = EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Job:
 
 
 Row = dict[str, Any]
+NOT_YET = "not run yet"
 
 
 class Records:
@@ -120,14 +122,14 @@ class Records:
 
 def searched(cell: Cell, records: Records) -> Standing:
     """Where the search of a cell stands with the first seed."""
-    plan = Plan(cell.axes, (1,), extensions=EXTENSIONS)
+    plan = Plan(cell.axes, (1,), extensions=cell.extensions)
     scores: dict[tuple[int, int], Merit] = {}
     while True:
         now = standing(plan, scores)
         found = {
             pair: _merit([row])
             for pair in now.wanted
-            if (row := records.of(Job(cell, now.points[pair[0]], CHOOSERS[0], True))) is not None
+            if (row := records.of(Job(cell, now.points[pair[0]], cell.choosers[0], True))) is not None
         }
         if not found:
             return now
@@ -138,10 +140,10 @@ def following(cell: Cell, records: Records) -> Job | None:
     """The next run of a cell; None if the cell is finished, or all its trials have diverged."""
     now = searched(cell, records)
     if now.wanted:
-        return Job(cell, now.points[now.wanted[0][0]], CHOOSERS[0], True)
+        return Job(cell, now.points[now.wanted[0][0]], cell.choosers[0], True)
     if now.best is None:
         return None
-    for seed in CHOOSERS[1:]:
+    for seed in cell.choosers[1:]:
         for point in _finalists(cell, now, records):
             if records.of(job := Job(cell, point, seed, True)) is None:
                 return job
@@ -158,7 +160,7 @@ def chosen(cell: Cell, records: Records) -> Point | None:
         return None
     merits: list[tuple[Merit, Point]] = []
     for point in _finalists(cell, now, records):
-        rows = [records.of(Job(cell, point, seed, True)) for seed in CHOOSERS]
+        rows = [records.of(Job(cell, point, seed, True)) for seed in cell.choosers]
         if any(row is None for row in rows):
             return None
         merits.append((_merit([row for row in rows if row is not None]), point))
@@ -184,16 +186,16 @@ def runs_left(cell: Cell, records: Records) -> float:
         return 0
     now = searched(cell, records)
     if not now.wanted:
-        second = len(_finalists(cell, now, records)) * (len(CHOOSERS) - 1)
+        second = len(_finalists(cell, now, records)) * (len(cell.choosers) - 1)
         done = sum(
             records.of(Job(cell, point, seed, True)) is not None
             for point in _finalists(cell, now, records)
-            for seed in CHOOSERS[1:]
+            for seed in cell.choosers[1:]
         )
         return second - done + sum(records.of(job) is None for job in finals(cell, records) or _assumed(cell))
-    tried = sum(records.of(Job(cell, point, CHOOSERS[0], True)) is not None for point in now.points)
-    expected = math.prod(map(len, cell.axes.values())) + TYPICAL
-    return max(1, expected - tried) + 2 * (len(CHOOSERS) - 1) + len(cell.seeds)
+    tried = sum(records.of(Job(cell, point, cell.choosers[0], True)) is not None for point in now.points)
+    expected = math.prod(map(len, cell.axes.values())) + min(TYPICAL, cell.extensions)
+    return max(1, expected - tried) + 2 * (len(cell.choosers) - 1) + len(cell.seeds)
 
 
 def _assumed(cell: Cell) -> list[Job]:
@@ -206,7 +208,7 @@ def _finalists(cell: Cell, now: Standing, records: Records) -> list[Point]:
     ranked = [
         (_merit([row]), point)
         for point in now.points
-        if (row := records.of(Job(cell, point, CHOOSERS[0], True))) is not None
+        if (row := records.of(Job(cell, point, cell.choosers[0], True))) is not None
     ]
     ranked.sort(key=lambda pair: pair[0], reverse=True)
     return [point for merit, point in ranked[:2] if merit != LOST]
@@ -271,6 +273,16 @@ def _mean(values: Sequence[float | None] | None) -> float | None:
     if not values or any(value is None or not math.isfinite(value) for value in values):
         return None
     return statistics.fmean(value for value in values if value is not None)
+
+
+def shown(rows: Sequence[Row] | None, column: str = "score") -> str:
+    """Mean and standard deviation over the seeds, without the zero before the point."""
+    if rows is None:
+        return NOT_YET
+    values = [row[column] for row in rows]
+    if any(value is None for value in values):
+        return f"{sum(value is None for value in values)} of {len(values)} diverged"
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}".replace("0.", ".")
 
 
 @dataclass(frozen=True)
