@@ -49,7 +49,7 @@ class Cell:
         values: dotted field -> value that differs from the base.
         axes: dotted field -> the first values of the search, ascending.
         seeds: of the runs on the test set.
-        own: whether the search looks at the agents' scores on data like their own, as personal models ask for.
+        own: whether the search scores an agent on the examples that it has given itself, as personal models ask for.
         choosers: seeds of the search: all values with the first, the two best with the others.
         extensions: values that the search may add beyond the first ones of a field.
     """
@@ -228,7 +228,7 @@ def configured(job: Job, base: RunConfig) -> RunConfig:
 
     values: dict[str, Any] = {**job.cell.values, **job.point, "seed": job.seed}
     if job.held_out:
-        values |= {"validation_share": SHARE, "test": "alike" if job.cell.own else "all"}
+        values |= {"validation_share": SHARE, "test": "both" if job.cell.own else "all"}
     rounds = values.get("rounds", base.rounds)
     return with_values(base, {**values, "evaluate_every": rounds, "measure_every": rounds})
 

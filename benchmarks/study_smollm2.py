@@ -112,7 +112,7 @@ def base(data: Path, cache: Path = CACHE) -> RunConfig:
 
 
 DTYPE: Any = "bfloat16"
-ROUNDS, STEPS = 20, 3
+ROUNDS, STEPS = 30, 3
 
 PLACES = {
     "exact": {"graph": "base:5", "gossip_steps": "period"},
