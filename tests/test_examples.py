@@ -58,6 +58,24 @@ def test_trainer_on_a_folder(example, tmp_path, capsys):
         trainer.main(["--data", str(tmp_path / "nowhere")])
 
 
+def test_own_data_ends_in_a_verdict_and_predictions(example, tmp_path, capsys):
+    row = example("own_data").main(["--rounds", "2", "--out", str(tmp_path)])
+    assert row["mean_score"] >= row["worst_score"]
+    assert re.search(r"accuracy [0-9.]+ together, [0-9.]+ alone \(start", capsys.readouterr().out)
+    assert len((tmp_path / "predictions" / "predictions.csv").read_text().splitlines()) == 61
+    with pytest.raises(SystemExit):
+        example("own_data").main(["--table", "visits.csv"])
+
+
+def test_federation(example, tmp_path, capsys):
+    scores = example("federation").main(["--rounds", "2", "--out", str(tmp_path / "federation")])
+    assert {name: len(three) for name, three in scores.items()} == {"alice": 3, "bob": 3, "carol": 3}
+    assert (tmp_path / "federation" / "carol" / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert "alice$ decaf federation status fed.yaml --name alice" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        example("federation").main(["--out", str(tmp_path / "federation")])
+
+
 def test_the_notebook_runs(tmp_path):
     nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert.preprocessors")
     notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from decaf_lora.config import RunConfig, build
+from decaf_lora.errors import UserError
 from decaf_lora.init import named_after, write
 from decaf_lora.records import read_records
 from decaf_lora.yaml_file import read_yaml
@@ -89,6 +90,18 @@ def test_a_column_of_sites_with_another_name(tmp_path):
     assert written(tmp_path, "text", data)[0].partition == "iid"
     config, _ = written(tmp_path, "text", data, site_column="Haus")
     assert (config.partition, config.agents) == ("column:Haus", 2)
+
+
+def test_a_column_that_is_named_is_nothing_else(tmp_path):
+    rows = [(text, label, "AB"[i % 2]) for i, (text, label) in enumerate(ROWS)]
+    data = table(tmp_path / "a.csv", rows, ("note", "kind", "place"))
+    config, _ = written(tmp_path, "text", data, site_column="place", text_column="note")
+    assert (config.task.text_column, config.task.label_column) == ("note", "kind")
+    assert (config.partition, config.agents) == ("column:place", 2)
+    with pytest.raises(UserError, match=r"^site_column: 'kind' is also the label_column; a column has one use\.$"):
+        written(tmp_path, "text", data, site_column="kind", label_column="kind")
+    with pytest.raises(UserError, match=r"^text_column: 'kind' is also the label_column; a column has one use\.$"):
+        written(tmp_path, "llm", data, text_column="kind", label_column="kind")
 
 
 def test_folders_of_tables_have_their_own_test_set(tmp_path):

@@ -50,6 +50,12 @@ class Asked:
         if kind not in MODELS:
             raise UserError(f"kind: {kind!r} is not known; choose one of: {', '.join(MODELS)}.")
         self.kind, self.data, self.model, self.given = kind, data, model, given
+        self._uses: dict[str, str] = {}  # column -> the field that names it
+        for use in ("label_column", "text_column", "site_column"):
+            if (name := given.get(use)) is not None and name in self._uses:
+                raise UserError(f"{use}: {name!r} is also the {self._uses[name]}; a column has one use.")
+            if name is not None:
+                self._uses[name] = use
         self.reading = {k: v for k in ("delimiter", "encoding", "subset") if (v := given.get(k)) is not None}
 
     def columns(self) -> tuple[list[Column], bool, list[str]]:
@@ -71,6 +77,10 @@ class Asked:
                     raise UserError(f"data: {self.data} has no split called train; rename its files.") from error
         return columns_of(table), has_test, [str(warning.message) for warning in told]
 
+    def free(self, columns: list[Column]) -> list[Column]:
+        """Those that can be the label: the user has given them no other use."""
+        return [column for column in columns if self._uses.get(column.name, "label_column") == "label_column"]
+
 
 def find(asked: Asked) -> Found:
     """What the file holds, and a run that fits it.
@@ -88,7 +98,7 @@ def find(asked: Asked) -> Found:
 
 def _text(asked: Asked) -> Found:
     columns, has_test, told = asked.columns()
-    label = label_of(columns, asked.given.get("label_column"))
+    label = label_of(asked.free(columns), asked.given.get("label_column"))
     site = site_of(columns, [label.name], asked.given.get("site_column"))
     asked_text = asked.given.get("text_column")
     text = text_of(columns, asked_text, [label.name, *([site.name] if site else [])])
@@ -161,7 +171,7 @@ def _images(asked: Asked) -> Found:
         where = "a folder with a folder of images for each class" if path.is_dir() else "a table with paths of images"
         raise UserError(f"data: {asked.data} is not {where}.")
     others = [c for c in columns if c.name != image.name]
-    label = label_of(others, asked.given.get("label_column"))
+    label = label_of(asked.free(others), asked.given.get("label_column"))
     if image.name != "image":
         task["image_column"] = image.name
     if label.name != "label":
