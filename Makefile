@@ -17,7 +17,7 @@ $(BIN)/python:
 # torch goes first and alone: with its release in place nothing else pulls another build of it.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e ".[all]"
 	@touch $@
 
 $(STAMP_TEST): $(STAMP)

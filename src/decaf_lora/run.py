@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
@@ -37,6 +36,9 @@ from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.timing import Phases, Timer
 from decaf_lora.training import Trainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class Run:
@@ -62,7 +64,7 @@ class Run:
         evaluate_every: number of rounds from one evaluation of the agents' models and of the averaged model to the
             next. The last round is always evaluated.
         measure_every: the same for consensus distance, interference and truncation tail.
-        eval_batch_size: number of test examples of an agent in one forward pass.
+        eval_batch_size: the most test examples in a forward pass, over all agents in it.
         engine: makes, from the number of agents, the engine that they live in.
         phases: gives a context manager for each phase, "train", "exchange", "combine", "measure" and "evaluate", which
             is open while the phase lasts; None: the timer that fills the records' `seconds`.
@@ -97,7 +99,7 @@ class Run:
         agents = partition.num_agents
         topology = algorithm.topology
         for field, given in (("lora.ranks", lora), ("init_adapters", init_adapters)):
-            if given is not None and not isinstance(given, LoraConfig) and len(given) != agents:
+            if isinstance(given, Sequence) and len(given) != agents:
                 raise UserError(f"{field}: {len(given)} given for {agents} agents; give one for each.")
         if topology == "graph" and schedule.num_agents != agents:
             raise UserError(
@@ -163,7 +165,7 @@ class Run:
         try:
             self.adapter: Adapter = self.exchange.begin(self._first_adapter(common_start, init_adapters))
             self.state: State = self.exchange.init(self.adapter)
-            self.trainer.prepare(self.adapter)
+            self.trainer.prepare(self.adapter, rounds * self.trainer.steps_in_round)
         except BaseException:
             self.close()  # so that the task can serve another run
             raise

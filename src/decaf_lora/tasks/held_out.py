@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora.data import spread
 from decaf_lora.errors import UserError
 from decaf_lora.partition import Own, Partition
 from decaf_lora.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class HeldOut(Task):
@@ -41,6 +43,9 @@ class HeldOut(Task):
         self.content = f"{task.content}, held out of the training examples"
         if "train" in task.tables:
             self.tables = {"train": task.tables["train"]}
+
+    def keep(self, place: dict[str, Tensor] | None) -> None:
+        self._task.keep(place)
 
     def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
         values = self._task.column(name, "train")
