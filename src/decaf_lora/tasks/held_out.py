@@ -38,6 +38,8 @@ class HeldOut(Task):
         self.name, self.model, self.labels, self.num_test = task.name, task.model, task.labels, len(examples)
         self.score_name, self.lower_is_better = f"held-out {task.score_name}", task.lower_is_better
         self.classes, self.interface = task.classes, task.interface
+        if task.test_labels is not None:  # else the labels of the task only split its examples, and are no classes
+            self.test_labels = np.asarray(task.labels)[self._examples]
         self.content = f"{task.content}, held out of the training examples"
         if "train" in task.tables:
             self.tables = {"train": task.tables["train"]}
