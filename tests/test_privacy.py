@@ -306,7 +306,7 @@ def test_what_no_accountant_covers_is_refused():
     with pytest.raises(UserError, match="privacy: not in a federation yet"):
         terms_of(build(RunConfig, {"privacy": on}))
     with pytest.raises(UserError, match="privacy: not in a federation yet"):
-        Account(PrivacyConfig(**on), TRAINING, SHARDS, 4).refuse(None, sees_all=False)
+        Account(PrivacyConfig(**on), TRAINING, SHARDS, 4, in_step=False)
     task = Mixing()
     with pytest.raises(UserError, match="privacy: TwoLayers does not keep the examples of a batch apart"):
         Run(

@@ -159,7 +159,7 @@ class TaskConfig(Section):
     skip_bad: bool = False
     """Leave out images that do not decode, with a warning that counts and names them. Otherwise they are an error."""
     eval_batch_size: int = Field(256, ge=1)
-    """Number of test examples of one agent in one forward pass."""
+    """The most test examples in a forward pass, over all agents in it."""
 
     @field_validator("max_train", "max_test")
     @classmethod

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
@@ -37,6 +36,9 @@ from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
 from decaf_lora.threats import AttackersConfig, PrivacyConfig
 from decaf_lora.timing import Phases, Timer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class Run:
@@ -62,7 +64,7 @@ class Run:
         evaluate_every: number of rounds from one evaluation of the agents' models and of the averaged model to the
             next. The last round is always evaluated.
         measure_every: the same for consensus distance, interference and truncation tail.
-        eval_batch_size: number of test examples of an agent in one forward pass.
+        eval_batch_size: the most test examples in a forward pass, over all agents in it.
         attackers: agents that lie, in a simulation; they are not scored, and are no part of the averaged model.
         privacy: differential privacy of every example; training losses are then not recorded.
         engine: makes, from the number of agents, the engine that they live in.
@@ -101,7 +103,7 @@ class Run:
         agents = partition.num_agents
         topology = algorithm.topology
         for field, given in (("lora.ranks", lora), ("init_adapters", init_adapters)):
-            if given is not None and not isinstance(given, LoraConfig) and len(given) != agents:
+            if isinstance(given, Sequence) and len(given) != agents:
                 raise UserError(f"{field}: {len(given)} given for {agents} agents; give one for each.")
         if topology == "graph" and schedule.num_agents != agents:
             raise UserError(
@@ -157,8 +159,7 @@ class Run:
         )
         self.algorithm = self.exchange.algorithm  # fitted to the graph
         taught, shards = self.honest.taught(task, shards)
-        self.account = Account(privacy or PrivacyConfig(), training, shards, rounds)
-        self.account.refuse(init_adapters, self.sees_all)
+        self.account = Account(privacy or PrivacyConfig(), training, shards, rounds, init_adapters, self.sees_all)
         self.trainer = trainer_class(self.account)(
             taught,
             self.attached,
@@ -172,7 +173,7 @@ class Run:
         try:
             self.adapter: Adapter = self.exchange.begin(self._first_adapter(common_start, init_adapters))
             self.state: State = self.exchange.init(self.adapter)
-            self.trainer.prepare(self.adapter)
+            self.trainer.prepare(self.adapter, rounds * self.trainer.steps_in_round)
         except BaseException:
             self.close()  # so that the task can serve another run
             raise
@@ -291,8 +292,7 @@ class Run:
         if measured and exchanged and not mixes_first:
             self._measure(exchanged.inbox)
         assert self._losses is not None
-        # No noise covers the losses, so private ones stay where they are.
-        mean_losses = self._losses.cpu() / torch.from_numpy(self.trainer.local_steps) * (not self.account.on)
+        mean_losses = self.account.told_of(self._losses.cpu() / torch.from_numpy(self.trainer.local_steps))
         gathered = self.engine.gather({"losses": mean_losses, **self._measures})
         surveyed = self._survey(evaluated, measured)
         return Record(

@@ -7,18 +7,16 @@ and backward. The result does not change.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora import optimizers, separation
+from decaf_lora import calibration, optimizers, separation
 from decaf_lora.adapters.adapter import Adapter, Factor
 from decaf_lora.adapters.names import Tensors, put, take
 from decaf_lora.adapters.stacked import Attached, DropoutMasks
@@ -26,10 +24,11 @@ from decaf_lora.algorithms.contract import Round
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
-from decaf_lora.errors import TrainingError, UserError
-from decaf_lora.precision import work_device
+from decaf_lora.errors import TrainingError
+from decaf_lora.evaluation import Evaluator
+from decaf_lora.precision import autocast, work_device
 from decaf_lora.randomness import derive_seed
-from decaf_lora.tasks.base import Batch, Task, repeat_for_agents
+from decaf_lora.tasks.base import Batch, Task, to_device
 
 GROUPS: tuple[Factor, ...] = ("A", "B", "core", "extras")
 
@@ -69,7 +68,7 @@ class Trainer:
         agents: numbers, in the run, of the n agents of this process.
         shards: (m_i,) indices of each agent's training examples, in the same order.
         seed: of batches and dropout.
-        eval_batch_size: test examples in a pass.
+        eval_batch_size: the most test examples in a forward pass, over all agents in it.
         steps_in_round: the largest number of local steps of any agent in the run, where other processes that keep step
             hold some of them; None: of these n agents.
     """
@@ -86,7 +85,8 @@ class Trainer:
         steps_in_round: int | None = None,
     ) -> None:
         self.task, self.attached, self.config = task, attached, config
-        self.agents, self.seed, self.eval_batch_size = list(agents), seed, eval_batch_size
+        self.agents, self.seed = list(agents), seed
+        self.evaluator = Evaluator(task, attached, eval_batch_size, config.precision)
         self.streams = [BatchStream(s, config.batch_size, seed, a) for a, s in zip(agents, shards, strict=True)]
         self.local_steps = local_steps(config, shards)
         self.steps_in_round = int(self.local_steps.max()) if steps_in_round is None else steps_in_round
@@ -101,11 +101,15 @@ class Trainer:
         """Where the model is."""
         return self.attached.device
 
-    def prepare(self, adapter: Adapter) -> None:
+    def prepare(self, adapter: Adapter, steps: int | None = None) -> None:
         """Gets ready to train; to be called once, before the first round.
 
         It allocates the optimizer's state, checks that agents stay apart in a pass (`separation.check`), and where
         `training.agents_per_pass` is "auto" measures the best number.
+
+        Args:
+            adapter: of the n agents.
+            steps: local steps of the whole run: a short one does without measuring. None: a long one.
 
         Raises:
             UserError: as `separation.check` does.
@@ -126,7 +130,7 @@ class Trainer:
                 stacklevel=2,
             )
         elif auto:
-            self.agents_per_pass = self._calibrate(adapter)
+            self.agents_per_pass = self._calibrate(adapter, steps)
 
     @property
     def agents_per_pass(self) -> int:
@@ -140,7 +144,7 @@ class Trainer:
     def _two_examples(self) -> Batch:
         """A training example of the first agent here and one of the last; different ones if they hold two in all."""
         first, last = self.streams[0].shard[0], self.streams[-1].shard[-1]
-        return self._to_device(self.task.train_batch(np.array([first, last])))
+        return to_device(self.task.train_batch(np.array([first, last])), self.device)
 
     def train_round(
         self,
@@ -252,35 +256,23 @@ class Trainer:
             moments.first, moments.second, moments.steps = own["first"], own["second"], own["steps"]
         self.steps_taken = tensors["steps_taken"].cpu().numpy().copy()
 
-    @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> Tensor:
         """(n,) scores of the adapters on the whole test set, in float64 on the CPU.
 
-        If all adapters are equal, only one is scored.
+        Equal adapters are scored once.
 
         Raises:
             UserError: the test set is empty.
         """
-        n, totals = adapter.num_agents, None
-        if n > 1 and _all_equal(adapter):  # as at a common start, and after a server's average
-            return self.evaluate(adapter.select([0])).repeat(n)
-        per_pass = max(1, self.agents_per_pass or n)
-        for start in range(0, self.task.num_test, self.eval_batch_size):
-            indices = np.arange(start, min(start + self.eval_batch_size, self.task.num_test))
-            batch = self._to_device(self.task.test_batch(indices))
-            parts = []
-            for low in range(0, n, per_pass):
-                some = adapter.select(slice(low, min(low + per_pass, n)))
-                with self.attached.bind(some), self._autocast():
-                    tiled = repeat_for_agents(batch, some.num_agents)
-                    parts.append(self.task.statistics(tiled, some.num_agents).cpu().double())
-            both = torch.cat(parts)
-            totals = both if totals is None else totals + both
-        if totals is None:
-            raise UserError("task: the test set is empty; give at least one test example.")
-        return self.task.score(totals)
+        return self.evaluator.scores(adapter, self.evaluated_together)
 
-    @torch.no_grad()
+    @property
+    def evaluated_together(self) -> int:
+        """The most agents in a pass of an evaluation. It does not depend on how fast passes were in `prepare`."""
+        if self._one_by_one:
+            return 1
+        return len(self.streams) if self.config.agents_per_pass == "auto" else self.config.agents_per_pass
+
     def evaluate_own(self, adapter: Adapter, tests: Sequence[np.ndarray]) -> Tensor:
         """(n,) scores of the adapters, each on its own test examples, in float64 on the CPU.
 
@@ -288,16 +280,7 @@ class Trainer:
             adapter: of n agents, or of one that is scored on all.
             tests: n arrays (m_i,) of indices of test examples, m_i at least 1.
         """
-        totals = []
-        for place, own in enumerate(tests):
-            with self.attached.bind(adapter.select([place if adapter.num_agents > 1 else 0])), self._autocast():
-                parts = [
-                    self.task.statistics(self._to_device(self.task.test_batch(indices)), 1).double().cpu()
-                    # A copy: torch warns of indices that cannot be written to.
-                    for indices in np.split(own.copy(), range(self.eval_batch_size, len(own), self.eval_batch_size))
-                ]
-            totals.append(torch.stack(parts).sum(0))
-        return self.task.score(torch.cat(totals))
+        return self.evaluator.own_scores(adapter, tests)
 
     def score_of(self, adapter: Adapter, tests: Sequence[np.ndarray] | None = None) -> float:
         """The score of a single model on all test examples, or the mean of its scores on each of `tests`."""
@@ -320,28 +303,39 @@ class Trainer:
         gradients = {g: torch.zeros_like(flats[g]) for g in trained}
         losses = torch.zeros(len(batches), device=self.device)
         for rows in self._passes(active):
-            k = len(rows)
             index: slice | Tensor = torch.from_numpy(rows)
-            if rows[-1] - rows[0] + 1 == k:
+            if rows[-1] - rows[0] + 1 == len(rows):
                 index = slice(int(rows[0]), int(rows[-1]) + 1)
-            leaves = {g: flats[g][index].detach().requires_grad_(g in trained) for g in flats}
-            bound = Adapter(
-                self._unpack("A", leaves),
-                self._unpack("B", leaves),
-                {name: s[index] for name, s in adapter.scale.items()},
-                self._unpack("extras", leaves),
-                core=self._unpack("core", leaves),
-            )
-            batch = self._to_device(self.task.train_batch(np.concatenate([batches[i] for i in rows])))
-            with self.attached.bind(bound, self._masks(rows)):
-                with self._autocast():
-                    loss = self.task.losses(batch, k)
-                grads = torch.autograd.grad(loss.float().sum(), [leaves[g] for g in trained], allow_unused=True)
-            losses[index] = loss.detach().float()
+            grads, losses[index] = self._pass(flats, adapter, trained, batches, rows, index)
             for group, grad in zip(trained, grads, strict=True):
                 if grad is not None:
                     gradients[group][index] = grad
         return gradients, losses
+
+    def _pass(
+        self,
+        flats: dict[str, Tensor],
+        adapter: Adapter,
+        trained: list[str],
+        batches: list[np.ndarray],
+        rows: np.ndarray,
+        index: slice | Tensor,
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        """Gradients (k, P) of the trained groups and losses (k,) of the k agents at `rows`, the same as `index`."""
+        leaves = {g: flats[g][index].detach().requires_grad_(g in trained) for g in flats}
+        bound = Adapter(
+            self._unpack("A", leaves),
+            self._unpack("B", leaves),
+            {name: s[index] for name, s in adapter.scale.items()},
+            self._unpack("extras", leaves),
+            core=self._unpack("core", leaves),
+        )
+        batch = to_device(self.task.train_batch(np.concatenate([batches[i] for i in rows])), self.device)
+        with self.attached.bind(bound, self._masks(rows)):
+            with autocast(self.config.precision, self.device):
+                loss = self.task.losses(batch, len(rows))
+            grads = torch.autograd.grad(loss.float().sum(), [leaves[g] for g in trained], allow_unused=True)
+        return grads, loss.detach().float()
 
     def _passes(self, active: np.ndarray) -> Iterator[np.ndarray]:
         rows = np.flatnonzero(active)
@@ -389,39 +383,24 @@ class Trainer:
 
         return masks
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.precision == "float32":
-            return contextlib.nullcontext()  # not every device has an autocast to switch off
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {k: t.to(self.device) for k, t in batch.items()}
-
-    def _calibrate(self, adapter: Adapter) -> int:
-        """The number of agents a pass for which a step of all agents is fastest, by the better of two timings each."""
-        n = len(self.streams)
-        candidates = sorted({1, 2, 5, 10, 20, 50, n} & set(range(1, n + 1)))
+    def _calibrate(self, adapter: Adapter, steps: int | None) -> int:
+        """The number of agents a pass with which steps are fastest; timed unless there are only few steps."""
+        n, batch_size = len(self.streams), self.config.batch_size
+        candidates = calibration.sizes(n, batch_size, self.device)
         if len(candidates) == 1:
             return 1
-        flats = {g: layout.pack(getattr(adapter, g)) for g, layout in self._layouts.items()}
-        batches = [s.batch(0) for s in self.streams]
-        active = np.ones(n, dtype=bool)
-        best, best_seconds = 1, float("inf")
-        for candidate in candidates:
-            self.agents_per_pass = candidate
-            seconds = float("inf")
-            for repeat in range(3):
-                start = time.perf_counter()
-                self._gradients(flats, adapter, list(flats), batches, active)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if repeat:  # the first call warms up
-                    seconds = min(seconds, time.perf_counter() - start)
-            if seconds < best_seconds:
-                best, best_seconds = candidate, seconds
-        return best
+        if steps is not None and steps < calibration.SHORT:
+            return calibration.untimed(candidates, batch_size)
+        # Only as many agents as the largest pass takes.
+        some = adapter.select(slice(0, candidates[-1]))
+        flats = {g: layout.pack(getattr(some, g)) for g, layout in self._layouts.items()}
+        batches = [s.batch(0) for s in self.streams[: candidates[-1]]]
 
+        def seconds(agents: int) -> float:
+            start = time.perf_counter()
+            self._pass(flats, some, list(flats), batches, np.arange(agents), slice(0, agents))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
 
-def _all_equal(adapter: Adapter) -> bool:
-    """Whether all agents hold the same adapter."""
-    return all(bool((t == t[:1]).all()) for t in [*adapter.tensors().values(), *adapter.scale.values()])
+        return calibration.fastest(candidates, seconds)

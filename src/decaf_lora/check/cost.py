@@ -20,7 +20,7 @@ from decaf_lora.run import Run
 def seconds_of_example(run: Run) -> float:
     """Seconds to score one model on one test example: a batch is scored twice, and the second time counts."""
     trainer = run.trainer
-    count = min(run.task.num_test, trainer.eval_batch_size)
+    count = min(run.task.num_test, trainer.evaluator.batch_size)
     for _ in range(2):
         began = time.perf_counter()
         trainer.evaluate_own(run.adapter.select([0]), [np.arange(count)])

@@ -116,6 +116,11 @@ class Graph:
         indices = np.flatnonzero(self.weights[agent])
         return indices, self.weights[agent, indices]
 
+    def rows(self) -> list[list[tuple[int, float]]]:
+        """For every agent the (sender, weight) pairs that it averages over, itself included."""
+        senders = map(self.senders, range(self.num_agents))
+        return [list(zip(who.tolist(), weights.tolist(), strict=True)) for who, weights in senders]
+
     def neighbours(self, agent: int) -> list[int]:
         """The other agents that `agent` listens to, ascending."""
         return [int(sender) for sender in self.senders(agent)[0] if sender != agent]
@@ -124,10 +129,12 @@ class Graph:
         """How many other agents `agent` listens to."""
         return int(self.degrees[agent])
 
-    @property
+    @cached_property
     def degrees(self) -> NDArray[np.int64]:
-        """(N,) how many other agents each agent listens to."""
-        return self._links.sum(axis=1)
+        """(N,) how many other agents each agent listens to; read-only."""
+        degrees = self._links.sum(axis=1)
+        degrees.flags.writeable = False
+        return degrees
 
     @property
     def edges(self) -> list[tuple[int, int]]:

@@ -201,7 +201,7 @@ class _Planner:
             parts = self._parts(run, weights, max(kept), phases["train"])
             bytes_per_round = self._bytes_per_round(run, record.bytes_sent)
         alike, most = self._end_alike(run), count + (count > 1)
-        evaluate = phases["forward"].flops / ((1 if alike else per_pass) * task.num_test)
+        evaluate = phases["forward"].flops / (self._evaluated(run) * task.num_test)
         start_alike = config.start == "common" and not config.init_adapters
         models = [min(2, most) if equal else most for equal in (start_alike, alike)]
         return Plan(
@@ -244,14 +244,15 @@ class _Planner:
         phases[name] = phase
 
     def _one_step_and_pass(self, run: Run, phases: dict[str, Cost]) -> None:
-        """Shortens the round of `run` to one step and one pass.
+        """Shortens the round of `run` to one step and one pass, and the evaluation to two passes.
 
-        Steps follow one another, and so do passes; each frees the memory that it took. So one stands for all.
+        Steps follow one another, and so do passes; each frees the memory that it took. So one stands for all. Of an
+        evaluation two are needed, since the first keeps what the later ones use.
         """
         trainer = run.trainer
         trainer.steps_in_round, trainer.local_steps = 1, np.ones_like(trainer.local_steps)
         passes, evaluate = trainer._passes, trainer.evaluate
-        evaluated = 1 if self._end_alike(run) else trainer.agents_per_pass
+        evaluated = self._evaluated(run)
 
         def evaluate_one_pass(adapter: Adapter) -> Tensor:
             n = adapter.num_agents
@@ -261,6 +262,11 @@ class _Planner:
                 return evaluate(adapter.select(slice(0, evaluated))).new_zeros(n)
 
         replace_methods(trainer, _passes=lambda active: islice(passes(active), 1), evaluate=evaluate_one_pass)
+
+    def _evaluated(self, run: Run) -> int:
+        """Agents of the first two passes of the evaluation; the test set of the plan is one batch."""
+        n = 1 if self._end_alike(run) else len(run.engine.agents)
+        return min(n, 2 * run.trainer.evaluator.agents_in_pass(run.task.num_test, run.trainer.evaluated_together))
 
     def _numbers(self, task: Task) -> list[str]:
         base = "4 bits" if self.config.task.quantization else str(next(task.model.parameters()).dtype)

@@ -19,10 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from decaf_lora.batches import local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import UserError
+from decaf_lora.extras import lacking
 from decaf_lora.threats import PrivacyConfig
 
 
@@ -32,7 +35,7 @@ def _opacus() -> ModuleType:
             warnings.simplefilter("ignore")
             import opacus.accountants.utils
     except ImportError as error:
-        raise UserError("privacy: it needs opacus; install it with: pip install 'decaf-lora[privacy]'.") from error
+        raise lacking("opacus", "privacy", "privacy") from error
     return opacus.accountants
 
 
@@ -96,17 +99,33 @@ class Account:
         training: batch size and local steps.
         shards: (m_i,) examples of each agent that is known here, by agent.
         rounds: of the run.
+        brought: the adapters that the agents start from, if there are any; one for all is public.
+        in_step: whether the agents keep step, so that a run that goes on sends what it has sent before.
 
     Raises:
-        UserError: opacus is missing, or delta or epsilon cannot be had.
+        UserError: opacus is missing; delta or epsilon cannot be had; agents start from adapters of their own, or live
+            in a mesh.
     """
 
     def __init__(
-        self, config: PrivacyConfig, training: TrainingConfig, shards: Mapping[int, np.ndarray], rounds: int
+        self,
+        config: PrivacyConfig,
+        training: TrainingConfig,
+        shards: Mapping[int, np.ndarray],
+        rounds: int,
+        brought: Sequence[object] | None = None,
+        in_step: bool = True,
     ) -> None:
         self.config, self.on = config, config.on
         if not self.on:
             return
+        if not in_step:
+            raise UserError(MESH)
+        if brought is not None and len({str(path) for path in brought}) > 1:
+            raise UserError(
+                "privacy: the agents bring adapters of their own, which may tell of their examples; start from one "
+                "that is public for all (init_adapters), or from fresh ones."
+            )
         assert config.delta is not None
         self.delta = config.delta
         largest = max(len(shard) for shard in shards.values())
@@ -126,30 +145,16 @@ class Account:
         }
         """Agent -> sigma."""
 
-    def refuse(self, directories: Sequence[object] | None, sees_all: bool) -> None:
-        """Checks that all that the agents send is covered.
-
-        Args:
-            directories: the adapters that the agents start from, if there are any; one for all is public.
-            sees_all: whether the agents keep step, so that a run that goes on sends what it has sent before.
-
-        Raises:
-            UserError: agents start from adapters of their own, or live in a mesh.
-        """
-        if self.on and not sees_all:
-            raise UserError(MESH)
-        if self.on and directories is not None and len({str(path) for path in directories}) > 1:
-            raise UserError(
-                "privacy: the agents bring adapters of their own, which may tell of their examples; start from one "
-                "that is public for all (init_adapters), or from fresh ones."
-            )
-
     def epsilon(self, rounds: int) -> float | None:
         """The largest privacy loss of the agents after `rounds` rounds; None where nothing is private."""
         if not self.on:
             return None
         of_each = {(self.noise[i], rate, self._steps[i] * rounds) for i, rate in self.rates.items()}
         return max(epsilon_of(*one, self.delta) for one in of_each)
+
+    def told_of(self, losses: Tensor) -> Tensor:
+        """The losses (n,) as other processes may see them: no noise covers them, so private ones become 0."""
+        return torch.zeros_like(losses) if self.on else losses
 
     def spent(self, rounds: int) -> dict[str, float]:
         """Fields of the record after `rounds` rounds."""

@@ -26,13 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_lora import separation
+from decaf_lora import calibration, separation
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import DropoutMasks
 from decaf_lora.errors import UserError
+from decaf_lora.precision import autocast
 from decaf_lora.privacy.accounting import Account
 from decaf_lora.randomness import derive_seed, numpy_generator, torch_generator
+from decaf_lora.tasks.base import to_device
 from decaf_lora.training import Trainer
 
 
@@ -76,7 +78,7 @@ class PrivateTrainer(Trainer):
         self.private = [PoissonStream(shard, rate, key) for (shard, rate), key in zip(shards, keys, strict=True)]
         self.streams = list(self.private)  # type: ignore[arg-type]
 
-    def prepare(self, adapter: Adapter) -> None:
+    def prepare(self, adapter: Adapter, steps: int | None = None) -> None:
         """As `Trainer.prepare`.
 
         Raises:
@@ -88,7 +90,12 @@ class PrivateTrainer(Trainer):
                 f"privacy: {type(self.task.model).__name__} does not keep the examples of a batch apart in a layer "
                 "that is trained, so an example has no gradient of its own to clip; use another model."
             )
-        super().prepare(adapter)
+        super().prepare(adapter, steps)
+
+    def _calibrate(self, adapter: Adapter, steps: int | None) -> int:
+        """A number of agents a pass that bounds the memory of their examples' gradients; nothing is timed."""
+        batch_size = self.config.batch_size
+        return calibration.untimed(calibration.sizes(len(self.streams), batch_size, self.device), batch_size)
 
     def snapshot(self) -> Tensors:
         """As `Trainer.snapshot`, with the secrets and the noise of the agents."""
@@ -188,9 +195,9 @@ class PrivateTrainer(Trainer):
             self._unpack("extras", leaves),
             core=self._unpack("core", leaves),
         )
-        batch = self._to_device(self.task.train_batch(indices))
+        batch = to_device(self.task.train_batch(indices), self.device)
         with self.attached.bind(bound, self._masks_of(rows, positions)):
-            with self._autocast():
+            with autocast(self.config.precision, self.device):
                 loss = self.task.losses(batch, len(rows))
             wanted = [leaves[g] for g in trained]
             found = torch.autograd.grad(loss.float().sum(), wanted, allow_unused=True)

@@ -67,6 +67,7 @@ _Matrix = Annotated[list[list[float]] | None, pydantic.AfterValidator(_rectangul
 class _Graph(pydantic.BaseModel):
     name: str
     weights: _Matrix = None
+    rows: list[list[tuple[int, float]]] | None = None
     sigma_2: float | None = None
 
 

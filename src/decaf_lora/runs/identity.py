@@ -25,6 +25,9 @@ from decaf_lora.errors import UserError
 if TYPE_CHECKING:
     from decaf_lora.run import Run
 
+MANY = 1000
+"""From so many agents on, run.json has the rows of the mixing matrix in place of the matrix, and no sigma_2."""
+
 SAMPLES = 512
 """Number of values of each parameter that go into the hash of the base model."""
 
@@ -48,11 +51,7 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
     return {
         "algorithm": run.algorithm.name,
         "setting": None if config is None else config.setting,
-        "graph": {
-            "name": schedule.name if config is None else config.graph,
-            "weights": schedule.at(0).weights.tolist(),
-            "sigma_2": None if schedule.period is None else schedule.sigma_2,
-        },
+        "graph": {"name": schedule.name if config is None else config.graph, **_mixing(schedule)},
         "partition": {
             "name": split.name if config is None else config.partition,
             "label_table": split.label_table().tolist(),
@@ -84,6 +83,16 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
         "majority_score": task.majority_score(),
         "uses_graph": run.algorithm.topology == "graph",
         "agents_per_pass": run.trainer.agents_per_pass,
+    }
+
+
+def _mixing(schedule: graphs.Schedule) -> dict[str, Any]:
+    """The mixing matrix of the first round, and sigma_2; of many agents only what costs no (N, N) numbers."""
+    if schedule.num_agents >= MANY:
+        return {"rows": schedule.at(0).rows(), "sigma_2": None}
+    return {
+        "weights": schedule.at(0).weights.tolist(),
+        "sigma_2": None if schedule.period is None else schedule.sigma_2,
     }
 
 

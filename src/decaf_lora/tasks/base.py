@@ -13,14 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from decaf_lora.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Batch = dict[str, Tensor]
 """Tensors by name; the first axis of each is the examples'."""
@@ -56,6 +58,14 @@ class Task(ABC):
     tables: Mapping[str, Any] = MappingProxyType({})
     """"train" and "test" -> the `datasets.Dataset` of the examples, in their order; empty if there is none."""
 
+    kept: dict[str, Tensor] | None = None
+    """While agents go through a test set in several passes: a place for what depends on their adapters and not on the
+    examples, which a later pass of the same agents finds again. None at any other time."""
+
+    def keep(self, place: dict[str, Tensor] | None) -> None:
+        """Sets `kept`. Called by whoever scores."""
+        self.kept = place
+
     def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
         """The values of a column of the data, for partitions that split by one.
 
@@ -84,6 +94,8 @@ class Task(ABC):
 
     def default_lora(self) -> LoraConfig:
         """The LoRA configuration if the user gives none. By default PEFT's own, which knows many architectures."""
+        from peft import LoraConfig
+
         return LoraConfig()
 
     def on_attach(self, sites: list[str]) -> None:  # noqa: B027 - an optional hook
@@ -202,6 +214,11 @@ def _pretrained(model: nn.Module) -> dict[str, Any]:
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
         "quantized": bool(getattr(model, "is_quantized", False)),
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {k: t.to(device) for k, t in batch.items()}
 
 
 def repeat_for_agents(batch: Batch, agents: int) -> Batch:

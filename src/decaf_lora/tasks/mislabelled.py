@@ -7,14 +7,16 @@ is wrong trains on these numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class Mislabelled(Task):
@@ -45,6 +47,12 @@ class Mislabelled(Task):
     def wrong(self, shard: np.ndarray) -> np.ndarray:
         """The numbers (m,) of the wrong copies of the examples `shard` (m,)."""
         return np.asarray(shard) + self._size
+
+    def keep(self, place: dict[str, Tensor] | None) -> None:
+        self._task.keep(place)
+
+    def on_attach(self, sites: list[str]) -> None:
+        self._task.on_attach(sites)
 
     def default_lora(self) -> LoraConfig:
         return self._task.default_lora()
