@@ -1,4 +1,5 @@
 # make demo: install and run the demo.  make test: install and run the tests.  make check: all that CI checks.
+# make bench: measure a cell or two of each row of docs/performance.md, beside Flower and PEFT (40 minutes, 2 cores).
 # make model: verify the mesh's protocol (needs spin and gcc).
 PYTHON ?= python3
 VENV := .venv
@@ -6,8 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PEERS := .venv-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install demo test faults soak fuzz mutate check lint format model proto clean docs package
+.PHONY: install demo test bench faults soak fuzz mutate check lint format model proto clean docs package
 
 install: $(STAMP)
 
@@ -17,7 +20,7 @@ $(BIN)/python:
 # torch goes first and alone: with its release in place nothing else pulls another build of it.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e ".[all]"
 	@touch $@
 
 $(STAMP_TEST): $(STAMP)
@@ -29,6 +32,19 @@ demo: $(STAMP)
 
 test: $(STAMP_TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# Flower and Ray want other releases of what they share with us, so the peers have an environment of their own.
+$(PEERS)/.installed: benchmarks/suite/peers/requirements.txt constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) -c constraints.txt torch
+	$(PEERS_PIP) -c constraints.txt transformers peft
+	$(PEERS_PIP) -r benchmarks/suite/peers/requirements.txt
+	@touch $@
+
+# What is in the results for this commit already is not measured again, so it goes on where it was stopped. BENCH=--full
+# for the whole grid, BENCH=--again for new numbers.
+bench: $(STAMP_TEST) $(PEERS)/.installed
+	$(BIN)/python -m benchmarks.suite $(BENCH); failed=$$?; $(BIN)/python -m benchmarks.suite --page; exit $$failed
 
 # Kills a run at every write, resumes it and compares bits; slow lines and hostile bytes between the agents of a mesh;
 # real agents that are killed, stopped and cut off. `make test` has a sample of each. Twenty minutes, and an hour if
@@ -79,4 +95,4 @@ proto: $(STAMP_TEST)
 	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/decaf_lora/engines/links/mesh.proto
 
 clean:
-	rm -rf $(VENV) build model/build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build model/build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

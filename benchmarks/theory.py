@@ -71,7 +71,27 @@ def mixing() -> Numbers:
             x = schedule.at(number).weights @ x
             left.append(float(np.linalg.norm(x) / np.linalg.norm(apart)))
         disagreement[spec] = left
+    small = [graphs.parse(spec, 8, 0) for spec in SPECS]
+    for rule in ("core", "fedsa"):
+        contraction += [
+            (f"{g.name} ({g.num_agents}), {rule}", g.sigma_2, tests.contraction(g, 400, rule)) for g in small
+        ]
     return {"contraction": contraction, "disagreement": disagreement}
+
+
+def clipped() -> Numbers:
+    """How far one liar takes clipped gossip from honest gossip, against the bound; distances from 0.3 to 100."""
+    distances = np.logspace(-0.5, 2, 11).tolist()
+    found: Numbers = {"distances": distances, "share": [], "on_a_line": []}
+    for tau in distances:
+        errors, bounds, _ = tests.clipped_gossip(tau)
+        near = bounds > 1e-6  # the others do not hear the liar, and nothing is clipped
+        found["share"].append(float((errors[near] / bounds[near]).max()))
+        errors, bounds, _ = tests.clipped_gossip(tau, line=True)
+        found["on_a_line"].append(float((errors / bounds).max()))
+    errors, _, papers = tests.clipped_gossip(None)
+    found["papers_share"] = float((errors[papers > 0] / papers[papers > 0]).max())
+    return found
 
 
 def mean_and_tail() -> Numbers:
@@ -209,7 +229,7 @@ def read(path: Path) -> dict[tuple[Any, ...], Numbers]:
 def statements(found: Numbers) -> list[Row]:
     """The page's table."""
     error = max(abs(measured - sigma) for _, sigma, measured in found["mixing"]["contraction"])
-    mean, products = found["mean_and_tail"], found["factors_or_products"]
+    clipped_, mean, products = found["clipped"], found["mean_and_tail"], found["factors_or_products"]
     residual = max(abs(tail - norm) for tail, norm in mean["tail_and_residual"])
     runs = [found[f"convergence {n}"][name] for n in SIZES for name in ("dlora", "decaf")]
     slopes = [float(np.mean(run["slopes"])) for run in runs]
@@ -237,6 +257,19 @@ def statements(found: Numbers) -> list[Row]:
             f"{len(found['mixing']['contraction'])} graphs, largest error {error:.1e}",
             "1e-6",
             error < 1e-6,
+        ),
+        (
+            "clipped gossip strays from honest gossip by its bound at most",
+            f"{min(clipped_['share']):.2f} to {max(clipped_['share']):.2f} of it; on a line "
+            f"{min(clipped_['on_a_line']):.6f}",
+            "1, on a line equal",
+            max(clipped_["share"]) <= 1 + 1e-9 and max(abs(x - 1) for x in clipped_["on_a_line"]) < 1e-9,
+        ),
+        (
+            "at the paper's distance by 2 √(δ Σ Π d²) at most",
+            f"{clipped_['papers_share']:.2f} of it",
+            "1",
+            clipped_["papers_share"] <= 1,
         ),
         (
             "Base-(k+1) averages exactly",
@@ -601,6 +634,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], Numbers]] = {
         "mixing": mixing,
+        "clipped": clipped,
         "mean_and_tail": mean_and_tail,
         "factors_or_products": factors_or_products,
         **{f"convergence {n}": functools.partial(convergence, n) for n in SIZES},

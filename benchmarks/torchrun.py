@@ -109,16 +109,11 @@ def exchange(agents: int, graph: str, wire: str) -> None:
 
 def overlap(agents: int, rounds: int, repeats: int) -> None:
     """In a process of torchrun: rank 0 prints the seconds of whole runs, waiting and overlapped in turn."""
-    import numpy as np
-    import torch
-    from peft import LoraConfig
-    from torch import Tensor, nn
-
     from decaf_lora import Run, TrainingConfig, algorithms, graphs, partition
     from decaf_lora.adapters.adapter import Tensors
     from decaf_lora.engines import Pending, Torchrun, connect
     from decaf_lora.graphs import Graph
-    from decaf_lora.tasks.base import Task, accuracy_statistics, cross_entropy
+    from suite.models import Points
 
     class Waiting(Torchrun):
         """Waits for what it starts."""
@@ -131,45 +126,10 @@ def overlap(agents: int, rounds: int, repeats: int) -> None:
             collected = super().collect(tensors).wait()
             return Pending(lambda: collected)
 
-    class Deep(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = x + torch.tanh(layer(x)) / LAYERS
-            return x
-
-    class Random(Task):
-        """Random points, and a model with as many and as wide layers as the messages above are for."""
-
-        name, num_test = "random", 48
-
-        def __init__(self) -> None:
-            self.model = Deep()
-            self.labels = np.arange(16 * agents) % 4
-            self.x = torch.randn(len(self.labels), WIDTH)
-
-        def default_lora(self) -> LoraConfig:
-            return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=r"layers\.\d+")
-
-        def train_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-            return {"x": self.x[indices], "y": torch.from_numpy(self.labels[indices])}
-
-        test_batch = train_batch
-
-        def losses(self, batch: dict[str, Tensor], agents: int) -> Tensor:
-            return cross_entropy(self.model(batch["x"])[:, :4], batch["y"], agents)
-
-        def statistics(self, batch: dict[str, Tensor], agents: int) -> Tensor:
-            return accuracy_statistics(self.model(batch["x"])[:, :4], batch["y"], agents)
-
     with connect(device="cpu") as processes:
-        torch.manual_seed(0)
         seconds: dict[str, list[float]] = {"waiting": [], "overlapped": []}
         exposed: dict[str, list[float]] = {"waiting": [], "overlapped": []}
-        task = Random()
+        task = Points(16 * agents, LAYERS, WIDTH, RANK, tests=48)
         shards = partition.iid(task.labels, agents, seed=0)
         training = TrainingConfig(steps=1, batch_size=2, agents_per_pass=4)
         for _ in range(repeats):

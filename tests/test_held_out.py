@@ -113,6 +113,21 @@ def test_own_scores_are_of_the_agents_own_examples():
             assert last.own_scores[agent] == pytest.approx(of_each[agent])
 
 
+def test_scores_on_data_alike_are_of_held_out_examples_of_the_agents_classes():
+    values = {"task": {"name": "digits"}, "agents": 3, "partition": "by-class", "rounds": 1, "test": "alike"}
+    values |= {"validation_share": 0.1, "training": {"steps": 1, "agents_per_pass": 3}}
+    with build_run(RunConfig.model_validate(values)) as run:
+        *_, last = run.train()
+        labels = run.task.labels[run.task._examples]
+        for agent, shard in enumerate(run.partition.shards):
+            # By class an agent holds all examples of its classes, so its own are the held-out ones of these classes.
+            own = np.flatnonzero(np.isin(labels, np.unique(run.task.labels[shard])))
+            chosen = run.partition.alike_tests(run.task.test_labels, 0)[agent]
+            assert set(chosen) <= set(own)
+            right = run.trainer.evaluate_own(run.adapter.select([agent]), [chosen])
+            assert last.own_scores[agent] == pytest.approx(right.item())
+
+
 def test_one_agent_of_a_mesh_cannot_hold_out_for_all():
     own = partition.Own(0, 3, np.arange(10), TASK.labels)
     with pytest.raises(UserError, match="own agent only"):

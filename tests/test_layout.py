@@ -11,7 +11,7 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {"errors", "precision", "randomness", "timing", "yaml_file", "frozen", "validation"},
+    {"errors", "extras", "precision", "randomness", "timing", "yaml_file", "frozen", "validation", "threats"},
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},
@@ -20,7 +20,8 @@ FLOORS = (
     {"exchange"},
     {"data"},
     {"tasks"},
-    {"optimizers", "batches", "separation", "calibration", "untouched", "evaluation", "training", "consensus"},
+    {"optimizers", "batches", "separation", "calibration", "untouched", "evaluation", "training", "consensus"}
+    | {"attackers", "privacy"},
     {"records", "statistics"},
     {"report"},
     {"run"},

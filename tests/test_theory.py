@@ -10,7 +10,7 @@ import torch
 from decaf_lora import algorithms, consensus, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter
 from quadratic import LAYER, many_agents, slope, square_gradients, windows
-from rounds import one_round
+from rounds import begun, one_round
 from samples import LAYERS, make_adapter, products
 
 
@@ -27,28 +27,127 @@ def with_layer(a, b, scale=1.0):
 # --- mixing -------------------------------------------------------------------------------------------------
 
 
-def contraction(graph, rounds=120):
+LINEAR = {"dlora_fa": "B", "core": "core", "fedsa": "A"}
+"""Rules that mix one factor alone, and which. The product is linear in it, given the other ones."""
+
+
+def contraction(graph, rounds=120, rule="dlora_fa"):
     """What a round leaves of the consensus distance, after `rounds` of them from a random start.
 
-    With a frozen common A mixing is linear in the product. For symmetric graphs repeated rounds are a power
+    With one factor mixed, and the others equal for all, mixing is linear in the product. (Under fedsa B is personal:
+    equal B's show what is left of the disagreement about A.) For symmetric graphs repeated rounds are a power
     iteration for the second eigenvalue.
     """
-    algorithm, adapter = algorithms.dlora_fa(), make_adapter(graph.num_agents, common_a=True)
+    algorithm = algorithms.make(rule)
+    adapter = make_adapter(graph.num_agents, common_a=rule == "dlora_fa")
+    if rule == "fedsa":
+        adapter = adapter.with_tensors({f"B/{k}": b[:1].expand_as(b).clone() for k, b in adapter.B.items()})
+    adapter = begun(algorithm, adapter)
     for _ in range(rounds):
-        before = consensus.distance(adapter)
+        before = consensus.distance(adapter.folded())
         adapter, _ = one_round(algorithm, adapter, graph)
-        after = consensus.distance(adapter)
+        after = consensus.distance(adapter.folded())
         # Scaled up about the mean: what is measured is a ratio, and must not sink into rounding.
-        grown = {f"B/{k}": b.mean(0) + (b - b.mean(0)) / max(graph.sigma_2, 0.1) for k, b in adapter.B.items()}
+        mixed = adapter.tensors(frozenset({LINEAR[rule]}))
+        grown = {name: t.mean(0) + (t - t.mean(0)) / max(graph.sigma_2, 0.1) for name, t in mixed.items()}
         adapter = adapter.with_tensors(grown)
     return after / before
 
 
-@pytest.mark.parametrize("spec", ["ring", "line", "star", "torus:2x4", "bipartite:6+2", "hypercube"])
-def test_disagreement_contracts_by_sigma_2_a_round(spec):
+@pytest.mark.parametrize(
+    ("spec", "rule"),
+    [(spec, "dlora_fa") for spec in ("ring", "line", "star", "torus:2x4", "bipartite:6+2", "hypercube")]
+    + [(spec, rule) for spec in ("ring", "bipartite:6+2") for rule in ("core", "fedsa")],
+)
+def test_disagreement_contracts_by_sigma_2_a_round(spec, rule):
     """From any start the consensus distance shrinks in the long run by exactly sigma_2 a round."""
     graph = graphs.parse(spec, 8, 0)
-    assert contraction(graph) == pytest.approx(graph.sigma_2, abs=1e-6)
+    assert contraction(graph, rule=rule) == pytest.approx(graph.sigma_2, abs=1e-6)
+
+
+def test_with_fedsa_personal_factors_stay_apart():
+    """Only the disagreement about A goes away: the products end at B_i Abar, apart by their B's alone."""
+    adapter = make_adapter(4)
+    mean = {layer: a.mean(0) for layer, a in adapter.A.items()}
+    adapter, _ = one_round(algorithms.fedsa(), adapter, graphs.complete(4))
+    for layer in LAYERS:
+        torch.testing.assert_close(products(adapter, layer), 2 * adapter.B[layer] @ mean[layer], rtol=0, atol=1e-9)
+
+
+# --- clipped gossip -----------------------------------------------------------------------------------------
+
+
+def clipped_gossip(tau, seed=0, n=9, line=False):
+    """One exchange of clipped gossip with a liar, far away: how far it leaves the honest agents from honest gossip.
+
+    Models are cores, in which mixing is exact. The weight of the liar, agent 0, is delta. Without it, an agent would
+    have mixed x_i + sum_j Pi_ij (x_j - x_i) over the honest j.
+
+    Args:
+        tau: the clipping distance; None: sqrt(sum_j Pi_ij d_ij^2 / delta), the paper's, of each agent by itself.
+        seed: of the models.
+        n: agents.
+        line: whether the honest models, and the liar's on the other side, lie on one line from agent 1's.
+
+    Returns:
+        Of the honest agents (n - 1,), or with `line` of agent 1 (1,): the error; sum_j Pi_ij (d_ij - tau)_+ + delta
+        tau; and 2 sqrt(delta sum_j Pi_ij d_ij^2).
+    """
+    graph = graphs.parse("random-regular:4", n, seed) if not line else graphs.complete(n)
+    adapter = begun(algorithms.core(), make_adapter(n, seed))
+    first = {name: t[1] for name, t in adapter.tensors(frozenset({"core", "extras"})).items()}
+    places = 1 + torch.arange(n, dtype=torch.float64)
+    places[:2] = torch.tensor([-1e4, 0.0])
+    if line:
+        parts = {name: t + places.view(-1, *[1] * t.dim()) * torch.ones_like(t) for name, t in first.items()}
+    else:
+        parts = {name: torch.cat([1e4 * t[:1], t[1:]]) for name, t in adapter.tensors(frozenset({"core"})).items()}
+    adapter = adapter.with_tensors(parts)
+    x = flattened_models(adapter)
+    weights = torch.from_numpy(graph.weights.copy())
+    apart = (x[:, None] - x).norm(dim=-1)
+    honest = [1] if line else list(range(1, n))
+    errors, bounds, papers = [], [], []
+    for i in honest:
+        delta, others = weights[i, 0], [j for j in range(1, n) if j != i]
+        squares = (weights[i, others] * apart[i, others].square()).sum()
+        own_tau = tau if tau is not None else float((squares / delta).sqrt()) if delta else 1e9
+        out, _ = one_round(algorithms.core() | algorithms.clipped(own_tau), adapter, graph)
+        gossip = x[i] + (weights[i, others, None] * (x[others] - x[i])).sum(0)
+        errors.append(float((flattened_models(out)[i] - gossip).norm()))
+        over = (weights[i, others] * (apart[i, others] - own_tau).clamp_min(0)).sum()
+        bounds.append(float(over + delta * own_tau))
+        papers.append(float(2 * (delta * squares).sqrt()))
+    return np.array(errors), np.array(bounds), np.array(papers)
+
+
+def flattened_models(adapter):
+    """(n, P) the products of all layers and the extras of every agent in a row."""
+    parts = [products(adapter.folded(), layer).flatten(1) for layer in LAYERS]
+    return torch.cat([*parts, *(t.flatten(1) for t in adapter.extras.values())], 1)
+
+
+@pytest.mark.parametrize("tau", [0.3, 3.0, 10.0, 30.0])
+def test_clipped_gossip_strays_by_its_bound_at_most(tau):
+    """sum_j Pi_ij (d_ij - tau)_+ for what honest neighbours lose, and delta tau for what the liar gains."""
+    errors, bounds, _ = clipped_gossip(tau)
+    assert (errors <= bounds * (1 + 1e-9) + 1e-9).all()
+    assert (errors > 0.1 * bounds).any()
+
+
+@pytest.mark.parametrize("tau", [0.5, 5.0, 50.0])
+def test_the_bound_of_clipped_gossip_is_reached_on_a_line(tau):
+    errors, bounds, _ = clipped_gossip(tau, line=True)
+    np.testing.assert_allclose(errors, bounds, rtol=1e-9)
+
+
+@pytest.mark.parametrize("line", [False, True])
+def test_at_the_papers_distance_the_error_is_of_the_order_of_the_disagreement(line):
+    errors, bounds, papers = clipped_gossip(None, line=line)
+    heard = papers > 0  # the liar's neighbours; the others are not clipped at all
+    assert (errors[heard] <= bounds[heard] * (1 + 1e-9)).all()
+    assert (bounds[heard] <= papers[heard] * (1 + 1e-9)).all()
+    assert (errors[~heard] < 1e-9).all()
 
 
 @pytest.mark.parametrize("spec", ["ring", "base:2", "one-peer-exponential", "random-matching", "failing:0.3:ring"])

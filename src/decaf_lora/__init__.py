@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `decaf --help` needs neither.
+    # torch takes a second to import, peft with transformers two more; `decaf --help` needs neither.
     if name in _LAZY:
         return getattr(importlib.import_module(f"decaf_lora.{_LAZY[name]}"), name)
     if name in _MODULES:

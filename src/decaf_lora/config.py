@@ -25,6 +25,7 @@ from pydantic import (
 from decaf_lora import kinds
 from decaf_lora.errors import UserError
 from decaf_lora.frozen import Frozen
+from decaf_lora.threats import AttackersConfig, PrivacyConfig
 from decaf_lora.validation import OWN as OWN
 from decaf_lora.validation import checked
 from decaf_lora.validation import explain as explain
@@ -367,6 +368,8 @@ class RunConfig(Frozen):
     lora: LoraOptions = LoraOptions()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     training: TrainingConfig = TrainingConfig()
+    attackers: AttackersConfig = AttackersConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     agents: int = Field(10, ge=1, le=100_000)
     """Number of agents."""
     graph: str = "ring"
@@ -428,6 +431,15 @@ class RunConfig(Frozen):
             if given.get(field) not in (None, value):
                 raise ValueError(f"{named} sets task.{field} to {value}, but it is {given[field]}; leave it out")
         return {**values, "task": {**given, **wanted}}
+
+    @model_validator(mode="after")
+    def _counts_every_look(self) -> RunConfig:
+        if self.privacy.on and self.training.learning_rate == "auto":
+            raise ValueError(
+                "training.learning_rate auto looks at the examples many times, which privacy.epsilon does not count; "
+                "give a number"
+            )
+        return self
 
     @field_validator("graph", "partition", mode="before")
     @classmethod

@@ -6,6 +6,8 @@ consensus distance = sqrt( (1/N) sum_i || s_i B_i A_i - Pbar ||_F^2 ), over all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -84,20 +86,33 @@ def averaged(adapter: Adapter) -> Adapter:
     )
 
 
-def chosen(adapters: Adapter, agent: int | str) -> Adapter:
+def chosen(adapters: Adapter, agent: int | str, attackers: Sequence[int] = ()) -> Adapter:
     """One agent's adapter, or the averaged one (`AVERAGED`), alone on the leading axis.
+
+    Args:
+        adapters: of all agents.
+        agent: a number, or `AVERAGED`.
+        attackers: agents that are no part of the average.
 
     Raises:
         UserError: there is no such agent.
     """
     check_agent(agent, adapters.num_agents)
-    return adapters.select([agent]) if isinstance(agent, int) else averaged(adapters)
+    if isinstance(agent, int):
+        return adapters.select([agent])
+    honest = [one for one in range(adapters.num_agents) if one not in attackers]
+    return averaged(adapters.select(honest) if attackers else adapters)
 
 
 def check_agent(agent: int | str, num_agents: int) -> None:
     """Raises UserError unless `agent` is a number from 0 to `num_agents` - 1, or `AVERAGED`."""
     if agent != AVERAGED and not (isinstance(agent, int) and 0 <= agent < num_agents):
         raise UserError(f"agent: {agent!r} is not in this run; use 0 to {num_agents - 1} or '{AVERAGED}'.")
+
+
+def rms(values: Tensor | None) -> float | None:
+    """The root mean square of what was measured of each agent; None if nothing was."""
+    return None if values is None else float(double(values).square().mean().sqrt())
 
 
 def largest(adapter: Adapter) -> int:

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora import consensus
@@ -24,6 +22,7 @@ from decaf_lora.adapters.names import Tensors, flattened, parted, put, take
 from decaf_lora.adapters.portable import outline, write_adapter
 from decaf_lora.algorithms.inbox import Inbox
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
+from decaf_lora.attackers import Honest
 from decaf_lora.batches import local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Engine, Pending, Simulate
@@ -32,11 +31,14 @@ from decaf_lora.exchange import Exchange, Exchanged, Started, exchanges_of_round
 from decaf_lora.graphs import Graph, Schedule, as_schedule, complete
 from decaf_lora.optimizers import learning_rate
 from decaf_lora.partition import Given, Own, Partition, named_alike
-from decaf_lora.precision import double
+from decaf_lora.privacy import Account, trainer_class
 from decaf_lora.records import Record
 from decaf_lora.tasks.base import Task
+from decaf_lora.threats import AttackersConfig, PrivacyConfig
 from decaf_lora.timing import Phases, Timer
-from decaf_lora.training import Trainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class Run:
@@ -63,6 +65,8 @@ class Run:
             next. The last round is always evaluated.
         measure_every: the same for consensus distance, interference and truncation tail.
         eval_batch_size: the most test examples in a forward pass, over all agents in it.
+        attackers: agents that lie, in a simulation; they are not scored, and are no part of the averaged model.
+        privacy: differential privacy of every example; training losses are then not recorded.
         engine: makes, from the number of agents, the engine that they live in.
         phases: gives a context manager for each phase, "train", "exchange", "combine", "measure" and "evaluate", which
             is open while the phase lasts; None: the timer that fills the records' `seconds`.
@@ -89,6 +93,8 @@ class Run:
         evaluate_every: int = 5,
         measure_every: int = 1,
         eval_batch_size: int = 256,
+        attackers: AttackersConfig | None = None,
+        privacy: PrivacyConfig | None = None,
         engine: Callable[[int], Engine] = Simulate,
         phases: Phases | None = None,
     ) -> None:
@@ -97,7 +103,7 @@ class Run:
         agents = partition.num_agents
         topology = algorithm.topology
         for field, given in (("lora.ranks", lora), ("init_adapters", init_adapters)):
-            if given is not None and not isinstance(given, LoraConfig) and len(given) != agents:
+            if isinstance(given, Sequence) and len(given) != agents:
                 raise UserError(f"{field}: {len(given)} given for {agents} agents; give one for each.")
         if topology == "graph" and schedule.num_agents != agents:
             raise UserError(
@@ -114,6 +120,8 @@ class Run:
         """Whether this process sees all agents; in a mesh it sees its own agent only."""
         if not self.sees_all:
             refuse_alone(algorithm, schedule, steps)
+        self.honest = Honest(attackers or AttackersConfig())
+        algorithm = self.honest.among(algorithm, agents, len(self.engine.agents), seed)
         if isinstance(partition, Own) and self.engine.agents != [partition.agent]:
             raise UserError(
                 f"partition: it holds the examples of agent {partition.agent} alone, but this process trains "
@@ -150,8 +158,10 @@ class Run:
             phase=self.phase,
         )
         self.algorithm = self.exchange.algorithm  # fitted to the graph
-        self.trainer = Trainer(
-            task,
+        taught, shards = self.honest.taught(task, shards)
+        self.account = Account(privacy or PrivacyConfig(), training, shards, rounds, init_adapters, self.sees_all)
+        self.trainer = trainer_class(self.account)(
+            taught,
             self.attached,
             training,
             self.engine.agents,
@@ -206,9 +216,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -284,16 +292,16 @@ class Run:
         if measured and exchanged and not mixes_first:
             self._measure(exchanged.inbox)
         assert self._losses is not None
-        mean_losses = self._losses.cpu() / torch.from_numpy(self.trainer.local_steps)
+        mean_losses = self.account.told_of(self._losses.cpu() / torch.from_numpy(self.trainer.local_steps))
         gathered = self.engine.gather({"losses": mean_losses, **self._measures})
         surveyed = self._survey(evaluated, measured)
         return Record(
             round=number,
-            losses=gathered["losses"].tolist(),
+            losses=None if self.account.on else self.honest.only(gathered["losses"].tolist()),
             **surveyed,
-            interference=_rms(gathered.get("interference")),
-            tail=_rms(gathered.get("tail")),
-            recompression=_rms(gathered.get("recompression")),
+            interference=consensus.rms(gathered.get("interference")),
+            tail=consensus.rms(gathered.get("tail")),
+            recompression=consensus.rms(gathered.get("recompression")),
             bytes_sent=self._bytes_sent,
             wire_bytes=self._wire_bytes,
             learning_rate=learning_rate(self.training, (number - 1) / self.rounds),
@@ -392,20 +400,24 @@ class Run:
         own = self.test == "own"
         if evaluated:
             with self.phase("evaluate"):
-                scores = owns = self._own_scores() if self.test != "all" else None
+                scores = owns = self.honest.only(self._own_scores()) if self.test != "all" else None
                 if not own:
-                    scores = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})["scores"].tolist()
+                    every = self.engine.gather({"scores": self.trainer.evaluate(self.adapter)})
+                    scores = self.honest.only(every["scores"].tolist())
         if self.engine.is_main and self.sees_all and (evaluated or measured):
             with self.phase("measure"):
-                adapters = as_adapter(self._collected()).folded()
+                adapters = self.honest.adapters(as_adapter(self._collected()).folded())
                 if measured:
                     distance = consensus.distance(adapters) if adapters.num_agents > 1 else 0.0
             if scores is not None:
                 with self.phase("evaluate"):
-                    averaged = fmean(scores)
+                    averaged = fmean(score for score in scores if score is not None)
                     if adapters.num_agents > 1:
-                        averaged = self.trainer.score_of(consensus.averaged(adapters), self._tests if own else None)
-        return {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
+                        tests = self.honest.places(self._tests) if own else None
+                        averaged = self.trainer.score_of(consensus.averaged(adapters), tests)
+        found = {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}
+        spent = self.account.spent(self.round) if evaluated else {}
+        return {**found, **spent, "attackers": list(self.honest.attackers) or None}
 
     def _own_scores(self) -> list[float]:
         """(N,) every agent's score on its own test examples; pooled training scores its one model on each agent's."""
@@ -447,9 +459,11 @@ class Run:
         if adapters is not None:
             place = known.index(agent) if isinstance(agent, int) else agent
             made = {"algorithm": self.algorithm.name, "agents": self.partition.num_agents, "rounds": self.round}
+            made |= {"privacy": kept} if (kept := self.account.told(self.round)) else {}
             if self.partition.names and isinstance(agent, int):
                 made["model"] = f"agent {agent}, {self.partition.names[agent]}"
-            write_adapter(Path(directory), consensus.chosen(adapters, place), agent, self.outline(), made)
+            one = consensus.chosen(adapters, place, self.honest.attackers)
+            write_adapter(Path(directory), one, agent, self.outline(), made)
 
     def outline(self) -> dict[str, Any]:
         """What an export needs beside the tensors, in JSON's types: `adapters.portable.outline`."""
@@ -480,6 +494,7 @@ class Run:
             "agents_per_pass": self.trainer.agents_per_pass,
             "engine": self.engine.snapshot(),
             "outline": self.outline(),
+            "attackers": list(self.honest.attackers),
         }
         return self.engine.collect({k: t.cpu() for k, t in tensors.items()}).wait(), values
 
@@ -503,7 +518,3 @@ class Run:
         self.timer.seconds = dict(values["seconds"])
         self._bytes_sent, self._wire_bytes = float(values.get("bytes_sent", 0.0)), values.get("wire_bytes")
         self.trainer.agents_per_pass = int(values["agents_per_pass"])
-
-
-def _rms(values: Tensor | None) -> float | None:
-    return None if values is None else float(double(values).square().mean().sqrt())

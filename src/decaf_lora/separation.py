@@ -77,6 +77,31 @@ def check(task: Task, attached: Attached, adapter: Adapter, batch: Batch, togeth
     return _equal(both, same, EQUAL) and _equal(both, alone, ROUNDED, each_tensor=False)
 
 
+def examples_apart(task: Task, attached: Attached, adapter: Adapter, batch: Batch) -> bool:
+    """Whether an example's loss and gradient are the same whichever example goes through the model beside it.
+
+    Only the neighbour is replaced, so that the shapes, and with them the rounding, stay.
+
+    Args:
+        task: gives model and loss.
+        attached: the adapted layers of the model.
+        adapter: of the agents; gives shapes and scales.
+        batch: two training examples, on the model's device.
+    """
+    two = _random(attached, adapter)
+    with _exact(), _forked(attached):
+        try:
+            both = _results(task, attached, two, batch)
+            beside_itself = [
+                _results(task, attached, two, {k: t[[i, i]] for k, t in batch.items()}).of(i) for i in range(2)
+            ]
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except (RuntimeError, ValueError, IndexError):
+            return False
+    return isinstance(both.loss, FakeTensor) or _equal(both, beside_itself, EQUAL)
+
+
 def _divides(task: Task, attached: Attached, adapter: Adapter, batch: Batch, agents: int) -> bool:
     """Whether no layer refuses the shapes of so many agents with an example each."""
     try:

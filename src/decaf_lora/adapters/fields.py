@@ -7,16 +7,17 @@ never means something else here than it means in PEFT.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from typing import TYPE_CHECKING, Any
 
 from decaf_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 HONOURED = frozenset(
     {
@@ -39,8 +40,6 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 MOST = 2**31
 """The largest rank and alpha that are taken for one. Larger numbers are faults of a file, and fit no tensor."""
-
-_DEFAULTS = {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
 
 
 def check_own(config: LoraConfig) -> None:
@@ -92,9 +91,18 @@ def check_saved(values: Any, path: str, field: str) -> dict[str, Any]:
 
 def _refused(values: Mapping[str, Any]) -> list[str]:
     """Fields that are neither honoured nor without effect, and that are not off; also fields of later PEFT versions."""
+    defaults = _defaults()
     asked = sorted(values.keys() - HONOURED - WITHOUT_EFFECT)
     off: list[Any] = [None, False, [], {}, ""]
-    return [name for name in asked if values[name] != _DEFAULTS.get(name) and values[name] not in off]
+    return [name for name in asked if values[name] != defaults.get(name) and values[name] not in off]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """The fields of a `LoraConfig` in which nothing was set."""
+    from peft import LoraConfig
+
+    return {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
 
 
 def _faults(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -149,6 +157,8 @@ def _listed(value: Any) -> list[Any]:
 
 def left_out(values: Mapping[str, Any], layers: Sequence[str]) -> list[str]:
     """Those of an adapter's `layers` that PEFT would not adapt under these fields, and whose factors it would drop."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     targets = values.get("target_modules")
     if targets is None or targets == "all-linear":  # what these mean depends on the model; all layers that are there
         targets = [layer.rpartition(".")[2] for layer in layers]

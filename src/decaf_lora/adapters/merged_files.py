@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
 from decaf_lora.adapters.alike import check_alike, labels_of
 from decaf_lora.adapters.card import write_card
 from decaf_lora.adapters.fold import fold
@@ -80,6 +78,8 @@ def write_merged(to: Path, merged: Merged, found: Sequence[Saved], base: str | N
     Raises:
         UserError: `to` is not empty or cannot be written, or the base cannot take the adapter (`fold`).
     """
+    from peft import LoraConfig
+
     made = {
         "model": "merged adapter",
         "merged from": ", ".join(one.directory.name for one in found),

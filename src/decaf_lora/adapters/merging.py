@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -134,6 +133,8 @@ def _config(found: Sequence[Saved], rank: int, scale: float, ranks: dict[str, in
 
     A layer that is too small for the rank has its own, with the same lora_alpha / r.
     """
+    from peft import LoraConfig
+
     small = {layer: own for layer, own in ranks.items() if own != rank}
     said = ("base_model_name_or_path", "revision")
     named = [{k: v for k, v in one.config.items() if k in said and v} for one in found]

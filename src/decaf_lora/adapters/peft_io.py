@@ -6,9 +6,9 @@ import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 from decaf_lora import lowrank
@@ -16,6 +16,9 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.saved import PREFIX, Saved, read_adapter
 from decaf_lora.adapters.stacked import Attached
 from decaf_lora.errors import UserError, listed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def save_peft(adapter: Adapter, agent: int, config: LoraConfig, directory: Path, base_model: str | None = None) -> None:

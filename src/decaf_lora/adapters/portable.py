@@ -15,9 +15,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
 from safetensors import SafetensorError
 
 from decaf_lora.adapters.adapter import Adapter
@@ -25,6 +24,9 @@ from decaf_lora.adapters.card import write_card
 from decaf_lora.adapters.peft_io import save_peft
 from decaf_lora.adapters.stacked import Attached
 from decaf_lora.errors import UserError, remedy
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Facts = Mapping[str, Any]
 """Plain values in JSON's types."""
@@ -77,6 +79,8 @@ def write_adapter(directory: Path, adapter: Adapter, agent: int | str, outline: 
         outline: what `outline` returns.
         made: rows of the model card on how the adapter was made, name -> text.
     """
+    from peft import LoraConfig
+
     configs = outline["configs"]
     index = outline["averaged"] if not isinstance(agent, int) else agent if len(configs) > 1 else 0
     save_peft(adapter, 0, LoraConfig.from_peft_type(**copy.deepcopy(configs[index])), directory)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from decaf_lora.adapters.fields import check_saved, left_out
 from decaf_lora.adapters.files import read_safetensors, refuse_pointer, tensor_names
@@ -39,6 +38,8 @@ class Saved:
         return float(self._of(layer, "alpha_pattern", "lora_alpha")) / root(self.rank(layer))
 
     def _of(self, layer: str, patterns: str, otherwise: str) -> Any:
+        from peft.utils.other import get_pattern_key
+
         given = self.config.get(patterns) or {}
         return given.get(get_pattern_key(list(given), layer), self.config[otherwise])
 
@@ -73,6 +74,8 @@ def rank_fields(directory: Path, field: str = "init_adapters") -> dict[str, Any]
     Raises:
         UserError: as `read_config` does; or the weights are missing or damaged.
     """
+    from peft.utils.other import get_pattern_key
+
     config = read_config(directory, field)
     layers = layers_of(tensor_names(_weights(Path(directory), field), field))
     fields: dict[str, Any] = {name: config[name] for name in ("r", "lora_alpha", "use_rslora") if name in config}

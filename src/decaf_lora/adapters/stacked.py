@@ -14,18 +14,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from decaf_lora.adapters.adapter import Adapter
-from decaf_lora.adapters.matching import Site, matched
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.errors import UserError
 from decaf_lora.randomness import torch_generator
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from decaf_lora.adapters.matching import Site
 
 DropoutMasks = Callable[[str, tuple[int, ...], torch.device], Tensor]
 """(layer, (k, b, d_in), device) -> (k, b, d_in) mask, already divided by the keep probability."""
@@ -311,9 +314,11 @@ def attach(model: nn.Module, config: LoraConfig | Sequence[LoraConfig]) -> Attac
             names), a layer that is not linear, a rank larger than a layer, configurations that match different layers,
             or a model that another run has wrapped.
     """
+    from decaf_lora.adapters.matching import matched
+
     if any(isinstance(module, StackedLora | StackedExtra) for module in model.modules()):
         raise UserError(f"task: another run holds this {type(model).__name__}; call close() on it first.")
-    configs = [config] if isinstance(config, LoraConfig) else list(config)
+    configs = list(config) if isinstance(config, Sequence) else [config]
     keys = [repr(sorted(one.to_dict().items(), key=lambda item: item[0])) for one in configs]
     # Matching takes long, so equal configurations are matched once.
     found = {key: matched(model, one) for key, one in dict(zip(keys, configs, strict=True)).items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ from decaf_lora.cli.runs import (
 from decaf_lora.cli.starting import init_command
 from decaf_lora.cli.tuning import tune_command
 from decaf_lora.errors import UserError, nearest, out_of_memory
+from decaf_lora.extras import missing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `decaf`; None: those of this process, which ends with the command.
     """
+    if arguments is None:
+        # The libraries are a million objects that stay. Python's collector would go over them again and again while
+        # they come in, a second of the start.
+        gc.set_threshold(50_000)
     code = _answer(list(sys.argv[1:] if arguments is None else arguments))
     if arguments is None and threading.current_thread() is threading.main_thread():
         # All is saved and said. A further Ctrl-C ends the process at once, and not with a traceback of what ends it.
@@ -81,8 +87,8 @@ def _answer(args: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except (MemoryError, RuntimeError) as error:
-        line = out_of_memory(error)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        line = missing(error) if isinstance(error, ImportError) else out_of_memory(error)
         if debug or line is None:
             raise
         console.print(f"decaf: {line}", markup=False, soft_wrap=True)

@@ -20,15 +20,17 @@ from decaf_lora.cli.options import Output, check_options, configured, parsed, re
 from decaf_lora.cli.progress import display
 from decaf_lora.config import CompareConfig, RunConfig
 from decaf_lora.errors import UserError, unix_only
+from decaf_lora.extras import need
 from decaf_lora.runs.events import Interrupted, Watch, all_of, nobody
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def run_command(args: list[str]) -> int:
+    config, output, name = configured(RunConfig, "run", args, Output)
+    need("report", "report")  # at the end, when it would be too late to say so
     from decaf_lora.runs.folder import run
 
-    config, output, name = configured(RunConfig, "run", args, Output)
     jobs = () if config.training.learning_rate == "auto" else ("jobs",)  # the trials of its search
     refuse_unused(output, *jobs, *(() if output.engine == "torchrun" else ("backend", "wire", "timeout")))
     if output.engine == "torchrun":
@@ -153,9 +155,10 @@ def refuse_launcher(has_out: bool) -> None:
 
 
 def compare_command(args: list[str]) -> int:
+    config, output, name = configured(CompareConfig, "compare", args, Output)
+    need("report", "report")
     from decaf_lora.runs.compare import cells, compare, default_jobs
 
-    config, output, name = configured(CompareConfig, "compare", args, Output)
     assert isinstance(config, CompareConfig)
     if output.engine != "simulate":
         raise UserError(
@@ -238,8 +241,6 @@ def recipes_command(args: list[str]) -> int:
 
 
 def export_command(args: list[str]) -> int:
-    from decaf_lora.runs.export import export as write_export
-
     def export(run: Positional[Path], to: Path, agent: str = "averaged", merge: bool = False) -> tuple[Any, ...]:
         """Writes one agent's adapter, the averaged model, or all agents' adapters, as PEFT directories.
 
@@ -253,6 +254,8 @@ def export_command(args: list[str]) -> int:
 
     check_options(args, ["to", "agent", "merge", "no-merge", "help"])
     run, to, agent, merge = parsed(export, "decaf export", args)
+    from decaf_lora.runs.export import export as write_export
+
     written = write_export(run, agent, to, merge=merge)
     what = "model" if merge else "adapter"
     whose = f"agent {agent}" if agent != "averaged" else agent
@@ -261,9 +264,6 @@ def export_command(args: list[str]) -> int:
 
 
 def merge_command(args: list[str]) -> int:
-    from decaf_lora.adapters import merge as write_merged
-    from decaf_lora.adapters.merging import describe
-
     def merge(
         adapters: Positional[tuple[Path, ...]],
         to: Path,
@@ -284,14 +284,15 @@ def merge_command(args: list[str]) -> int:
 
     check_options(args, ["to", "weights", "rank", "base", "help"])
     adapters, to, weights, rank, base = parsed(merge, "decaf merge", args)
+    from decaf_lora.adapters import merge as write_merged
+    from decaf_lora.adapters.merging import describe
+
     merged = write_merged(adapters, to, weights=weights or None, rank=rank, base=base)
     print(f"{describe(merged, len(adapters))}; in {to}")
     return 0
 
 
 def report_command(args: list[str]) -> int:
-    from decaf_lora.report import write_figures, write_report
-
     def report(
         run: Positional[Path], figures: Path | None = None, format: Literal["png", "pdf", "svg"] | None = None
     ) -> tuple[Path, Path | None, str | None]:
@@ -306,6 +307,8 @@ def report_command(args: list[str]) -> int:
 
     check_options(args, ["figures", "format", "help"])
     run, figures, kind = parsed(report, "decaf report", args)
+    from decaf_lora.report import write_figures, write_report
+
     if kind is not None and figures is None:
         raise UserError("format: it is that of the files of --figures; name their folder, as in --figures DIR.")
     print(write_report(run))

@@ -24,21 +24,23 @@ if TYPE_CHECKING:
 
 
 def tune_command(args: list[str]) -> int:
-    from decaf_lora.runs.compare import default_jobs
-    from decaf_lora.tune.searching import Search, settings_of
-
     over, rest = over_apart(args)
     rest, folder = resumed(rest)
     if folder is not None and (not rest or rest[0].startswith("-")):
         config, output, settings = _saved(folder, rest, over)
     else:
         config, output, name = configured(RunConfig, "tune", rest, Tuning)
+        from decaf_lora.tune.searching import settings_of
+
         if output.resume and output.out is None:
             raise UserError("resume: name the folder of the search, as in `--resume runs/mine`.")
         folder = output.out or Path("runs") / f"{name.replace('/', '-')}-tune-{time.strftime('%Y%m%d-%H%M%S')}"
         more = {"keep": output.keep, "rungs": output.rungs, "extensions": output.extensions}
         settings = settings_of(config, over, output.seeds, **more)
     refuse_launcher(False)
+    from decaf_lora.runs.compare import default_jobs
+    from decaf_lora.tune.searching import Search
+
     err = Console(stderr=True, highlight=False)
 
     def tell(line: str) -> None:

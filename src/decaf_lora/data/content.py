@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-from datasets import Dataset
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
 
 _known: dict[tuple[Any, ...], str] = {}
 """State of a file (`_state`) -> its hash, for files that this process has read. The state includes `st_ctime`, which
@@ -80,6 +81,8 @@ def of_each_image(rows: Dataset, column: str, folder: str = "") -> list[bytes]:
 
 
 def _parts(column: pa.ChunkedArray, folder: str) -> Iterator[bytes]:
+    import pyarrow as pa
+
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         values = column.to_pylist()
         yield repr([None if v is None else len(v) for v in values]).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from decaf_lora.config import TaskConfig
 from decaf_lora.data.faults import Faults
 from decaf_lora.data.places import PLACE, refuse_place, suffix_of
 from decaf_lora.errors import UserError
+from decaf_lora.extras import need
 
 Record = tuple[int, Any]
 """(line or number of an example in its file, its value)."""
@@ -73,8 +73,7 @@ def read_excel(raw: bytes, path: Path, config: TaskConfig, wanted: Sequence[str]
     Raises:
         UserError: openpyxl is missing, the file cannot be read or is empty, or it is not clear which sheet is meant.
     """
-    if importlib.util.find_spec("openpyxl") is None:
-        raise UserError(f"task.data: {path} needs openpyxl; pip install 'decaf-lora[excel]', or save it as CSV.")
+    need("data", "task.data")
     import openpyxl
 
     try:

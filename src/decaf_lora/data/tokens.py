@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def warn_truncated(counts: dict[str, int], limit: int, sizes: dict[str, int]) -> None:
@@ -39,7 +41,8 @@ class Ragged:
         values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
         lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
         offsets = np.concatenate([[0], *lengths]).astype(np.int64).cumsum()
-        return cls(np.concatenate(values).astype(np.int32) if values else np.zeros(0, np.int32), offsets)
+        empty = np.zeros(0, np.int32)
+        return cls(np.concatenate([empty, *values], dtype=np.int32, casting="unsafe"), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -56,7 +59,9 @@ class Ragged:
         return np.diff(self.offsets)
 
     def take(self, indices: NDArray[np.int64]) -> Ragged:
-        """Sequences `indices` (m,) as an array of their own."""
+        """Sequences `indices` (m,) as an array of their own; this one if they are all, in order."""
+        if np.array_equal(indices, np.arange(len(self))):
+            return self
         values = [self[i] for i in indices] or [self.values[:0]]
         return Ragged(np.concatenate(values), np.concatenate([[0], self.lengths[indices].cumsum()]))
 

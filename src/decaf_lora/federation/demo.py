@@ -72,9 +72,11 @@ def run(out: Path, *, rounds: int = 30, show: Callable[[RenderableType], None] =
         rounds: of the federation.
         show: draws the table of the agents, twice a second.
     """
+    import peft  # noqa: F401 - for all agents, see below
+
     path = prepare(out, rounds)
     told = keys.fingerprint(file.read_signed(path).organiser)
-    # A fork inherits the modules; other systems start anew and import again.
+    # A fork inherits the modules, peft among them; other systems start anew and import again.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     began, story = time.monotonic(), list[Happened]()
 

@@ -24,6 +24,7 @@ from decaf_lora.config import (
     explain,
 )
 from decaf_lora.errors import UserError
+from decaf_lora.privacy.accounting import MESH
 
 SHARED_TASK = (
     *("name", "model", "classes", "templates", "answers", "length_normalized", "chat_template", "packing"),
@@ -147,6 +148,10 @@ def refuse(config: RunConfig) -> None:
         raise UserError(f"gossip_steps: write the number of exchanges in a round instead of period; use {GOOD}.")
     if "pooled" in config.baseline:
         raise UserError("baseline: pooled needs everybody's data; each agent trains the baseline alone by itself.")
+    if config.privacy.on:
+        raise UserError(MESH)
+    if config.attackers.kind is not None:
+        raise UserError("attackers: they are for a simulation in one process; leave them out of a federation.")
     if config.init_adapters:
         raise UserError("init_adapters: a federation starts from fresh adapters; leave it out.")
     if config.validation_share is not None:

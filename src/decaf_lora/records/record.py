@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -21,19 +21,22 @@ from decaf_lora.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One round of one run. A list has one entry for each agent. None means not measured, or not finite."""
+    """One round of one run. A list has one entry for each agent. None means not measured, not finite, or a liar's."""
 
     round: int
     losses: list[float | None] | None = None  # mean over the local steps; round 0 has none
     scores: list[float | None] | None = None  # None when the round was not evaluated
     own_scores: list[float | None] | None = None  # on each agent's own test examples, where asked for
     averaged_score: float | None = None
+    attackers: list[int] | None = None  # agents that lied; their losses and scores are None and count nowhere
     consensus_distance: float | None = None
     interference: float | None = None
     tail: float | None = None
     recompression: float | None = None  # norm of what was cut between the exchanges of the round
     bytes_sent: float  # by one agent in this round, mean over agents
     wire_bytes: float | None = None  # of bytes_sent: those between processes, as encoded; None in one process
+    epsilon: float | None = None  # privacy lost so far, the largest of the agents'; None when nothing is private
+    delta: float | None = None
     learning_rate: float
     seconds: dict[str, float]  # phase -> seconds
     # Only for an agent that does not see all others:
@@ -42,6 +45,11 @@ class Record:
     waited: dict[str, float] | None = None  # neighbour's number -> seconds until it was certain that it takes part
     missed: dict[str, dict[str, str]] | None = None  # exchange, from 1 -> number of a neighbour not heard -> why
     rejected: list[str] | None = None  # messages that were refused: whose, and why
+
+    def counted(self, values: Sequence[float | None] | None) -> list[float | None]:
+        """The values of all agents without the attackers'; one value for all stays."""
+        liars = self.attackers or ()
+        return [v for agent, v in enumerate(values or ()) if agent not in liars or len(values or ()) <= max(liars)]
 
 
 _RECORD = pydantic.TypeAdapter(Record)
@@ -98,6 +106,8 @@ class _Facts(pydantic.BaseModel):
     num_train: int | None = None
     num_test: int | None = None
     names: list[str] | None = None
+    attackers: str | None = None
+    privacy: str | None = None
 
 
 _FACTS = pydantic.TypeAdapter(_Facts)

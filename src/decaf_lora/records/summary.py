@@ -150,7 +150,7 @@ def summary_row(facts: Mapping[str, Any], records: Sequence[Record]) -> SummaryR
         majority_score=facts.get("majority_score"),
         score_name=str(facts.get("score_name") or "score"),
         scores=list(scores) or None,
-        own_score=None if last is None else _mean(last.own_scores),
+        own_score=None if last is None else _mean(last.counted(last.own_scores)),
     )
 
 
@@ -160,8 +160,8 @@ def row_name(facts: Mapping[str, Any]) -> str:
 
 
 def mean_score(record: Record) -> float | None:
-    """Mean score over agents; None if the round was not evaluated, or a score is missing or not finite."""
-    return _mean(record.scores)
+    """Mean score over honest agents; None if the round was not evaluated, or a score is missing or not finite."""
+    return _mean(record.counted(record.scores))
 
 
 def _mean(scores: Sequence[float | None] | None) -> float | None:

@@ -46,7 +46,7 @@ def curve(runs: Sequence[RunRecords], value: Callable[[Record], Values], agents:
         {
             record.round: [np.nan if number is None else number for number in values]
             for record in run.records
-            if (values := value(record))
+            if (values := record.counted(value(record)))
         }
         for run in runs
     ]

@@ -35,6 +35,8 @@ def facts_shown(runs: Sequence[RunRecords]) -> dict[str, str]:
         "Data": _distinct(_data(run.facts) for run in runs),
         "Algorithms" if len(runs) > 1 else "Algorithm": _distinct(called(run.algorithm, 60) for run in runs),
         "Agents": _distinct(run.facts.get("agents") for run in peers),
+        "Attackers": _distinct(run.facts.get("attackers") for run in peers),
+        "Privacy": _distinct(run.facts.get("privacy") for run in peers),
         "Rank": _distinct(run.facts.get("rank") for run in peers if not run.facts.get("ranks")),
         "Ranks": _distinct(", ".join(map(str, ranks)) for run in peers if (ranks := run.facts.get("ranks"))),
         "Rounds": _distinct(run.facts.get("rounds") for run in runs),

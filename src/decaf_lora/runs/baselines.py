@@ -23,6 +23,8 @@ def check(config: RunConfig, simulated: bool = True) -> None:
     """
     if config.setting is not None and KINDS.written(config.setting) in KINDS:
         raise UserError(f"setting: an algorithm is called {config.setting}; give the run a name of its own.")
+    if config.baseline and config.attackers.kind is not None:
+        raise UserError("baseline: it compares every agent, and attackers are not scored; leave one of the two out.")
     for kind in config.baseline:
         if config.algorithm.name == BASELINES[kind]:
             raise UserError(f"baseline: {config.algorithm.name} is the baseline {kind!r} itself; leave it out.")

@@ -50,6 +50,8 @@ def build_run(
     from decaf_lora.run import Run
 
     _ = config.training.peak  # refuses auto before anything is loaded
+    if config.privacy.on and config.task.packing:
+        raise UserError("task.packing: a block holds several texts, and privacy is of one example; leave it out.")
     algorithm = algorithms.make(config.algorithm.name, **config.algorithm.options())
     graph = graph or graphs.parse(config.graph, config.agents, config.seed)
     task = _task(config.task, device or config.device)
@@ -79,6 +81,8 @@ def build_run(
         evaluate_every=config.evaluate_every,
         measure_every=config.measure_every,
         eval_batch_size=config.task.eval_batch_size,
+        attackers=config.attackers,
+        privacy=config.privacy,
         engine=engine or Simulate,
     )
     _warn_of_slow_bfloat16(config, run.trainer.device)  # last: a mistake is then one line, without a warning before it

@@ -57,7 +57,8 @@ def export(directory: Path, agent: int | str, to: Path, *, merge: bool = False) 
             own = {**made, **_score(record, one, outline)}
             if names and isinstance(one, int):
                 own["model"] = f"agent {one}, {names[one]}"
-            _write(aside / f"agent-{one}" if agent == ALL else aside, chosen(adapters, one), one, outline, own, merge)
+            place = aside / f"agent-{one}" if agent == ALL else aside
+            _write(place, chosen(adapters, one, values.get("attackers", ())), one, outline, own, merge)
     return [to / f"agent-{one}" for one in agents] if agent == ALL else [to]
 
 
@@ -144,6 +145,10 @@ def _made(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         versions = None
     if isinstance(versions, dict):  # they only inform
         made |= {name: versions[name] for name in ("decaf_lora", "torch", "transformers", "peft") if versions.get(name)}
+    if kept := facts.get("privacy"):
+        made["privacy, at most"] = kept
+    if lies := facts.get("attackers"):
+        made["attackers in the simulation"] = lies
     return {**made, "rounds": values["round"]}
 
 
@@ -154,6 +159,8 @@ def _record(directory: Path, round_: int) -> Record | None:
 def _score(record: Record | None, agent: int | str, outline: Mapping[str, Any]) -> dict[str, str]:
     """The model's own score at the checkpoint, if it was evaluated there."""
     if record is None or record.scores is None:
+        return {}
+    if isinstance(agent, int) and agent in (record.attackers or ()):
         return {}
     score = record.scores[agent] if isinstance(agent, int) else record.averaged_score
     return {str(outline["task"]["score_name"]): "not finite" if score is None else f"{score:.4f}"}

@@ -58,6 +58,8 @@ def facts_of(run: Run, config: RunConfig | None = None) -> dict[str, Any]:
             "classes": [names[c] if names else str(c) for c in split.classes],
         },
         "agents": agents,
+        "attackers": run.honest.told(),
+        "privacy": run.account.told(run.rounds),
         "names": list(split.names),
         "ranks": []
         if run.attached.uniform

@@ -19,7 +19,10 @@ from decaf_lora.errors import UserError
 from decaf_lora.records import BASELINES
 from decaf_lora.runs.identity import is_python
 
-COMMON = ("task", "agents", "partition", "seed", "test", "device", "baseline", "baseline_learning_rate", "setting")
+COMMON = (
+    *("task", "agents", "attackers", "partition", "seed", "test", "device"),
+    *("baseline", "baseline_learning_rate", "setting"),
+)
 """Fields that all rows of a comparison share, and no setting overrides."""
 _NAME = re.compile(r"[\w][\w .,+=-]{0,59}")
 
@@ -61,7 +64,7 @@ def _dotted(given: dict[str, Any], where: str, prefix: str = "") -> dict[str, An
     found: dict[str, Any] = {}
     for key, value in given.items():
         field = f"{prefix}{key}"
-        is_section = isinstance(value, dict) and field in ("lora", "algorithm", "training", "task")
+        is_section = isinstance(value, dict) and field in ("lora", "algorithm", "training", "privacy", "task")
         for inner, of in (_dotted(value, where, f"{field}.") if is_section else {field: value}).items():
             if inner in found:
                 raise UserError(f"{where}.{inner}: it is given twice; keep one.")
@@ -87,7 +90,7 @@ def applied(config: CompareConfig, name: str, fields: dict[str, Any], **cell: An
             raise UserError(f"algorithm.name: {key} is the reference of all settings; name it in algorithms.")
         rate = config.learning_rates.get(key, config.training.learning_rate)
         values = {field: getattr(config, field) for field in RunConfig.model_fields if field != "algorithm"}
-        nested = {field: dict(values[field].model_dump()) for field in ("lora", "training")}
+        nested = {field: dict(values[field].model_dump()) for field in ("lora", "training", "privacy")}
         nested["training"]["learning_rate"] = rate
         nested["algorithm"] = {"name": key, **algorithms.accepted(key, config.algorithm.options())}
         values |= {**cell, "baseline": (), "baseline_learning_rate": None, "setting": name}

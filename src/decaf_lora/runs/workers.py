@@ -28,7 +28,7 @@ from filelock import FileLock
 from decaf_lora.errors import UserError
 from decaf_lora.runs import build, signals
 
-_PRELOAD = ("decaf_lora.runs.several", "decaf_lora.run", "decaf_lora.tasks", "decaf_lora.report")
+_PRELOAD = ("decaf_lora.runs.several", "decaf_lora.run", "decaf_lora.tasks", "decaf_lora.report", "peft")
 
 GRACE = 20.0
 """Seconds that a worker whose parent is gone has to save a checkpoint."""

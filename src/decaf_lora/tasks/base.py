@@ -13,14 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from decaf_lora.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Batch = dict[str, Tensor]
 """Tensors by name; the first axis of each is the examples'."""
@@ -92,6 +94,8 @@ class Task(ABC):
 
     def default_lora(self) -> LoraConfig:
         """The LoRA configuration if the user gives none. By default PEFT's own, which knows many architectures."""
+        from peft import LoraConfig
+
         return LoraConfig()
 
     def on_attach(self, sites: list[str]) -> None:  # noqa: B027 - an optional hook

@@ -14,18 +14,16 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from decaf_lora import data
 from decaf_lora.config import TaskConfig
-from decaf_lora.data import Examples, Ragged
+from decaf_lora.data import Ragged
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task
 from decaf_lora.tasks.pretrained import (
@@ -37,6 +35,11 @@ from decaf_lora.tasks.pretrained import (
 )
 from decaf_lora.tasks.scores import ClassScore
 from decaf_lora.tasks.sequences import IGNORED, Sequences, encode_prompts, encode_texts, packed, parts_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from decaf_lora.data import Examples
 
 
 def perplexity(score: float) -> float:
@@ -61,6 +64,8 @@ class CausalTask(Task):
 
     def default_lora(self) -> LoraConfig:
         """Rank 8 on the attention layers that PEFT adapts in this family."""
+        from peft import LoraConfig
+
         return LoraConfig(r=8, lora_alpha=16, target_modules=family_targets(self.model), task_type="CAUSAL_LM")
 
     def train_batch(self, indices: np.ndarray) -> Batch:
@@ -328,6 +333,8 @@ def _prompt_columns(config: TaskConfig) -> list[tuple[str, str]]:
 
 
 def _load(config: TaskConfig) -> tuple[Any, Any, int]:
+    from transformers import AutoModelForCausalLM
+
     tokenizer = pretrained_tokenizer(config)
     if config.chat_template and not tokenizer.chat_template:
         raise UserError("task.chat_template: the tokenizer of task.model has no chat template.")

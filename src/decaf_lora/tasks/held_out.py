@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import LoraConfig
 from torch import Tensor
 
 from decaf_lora.data import spread
 from decaf_lora.errors import UserError
 from decaf_lora.partition import Own, Partition
 from decaf_lora.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class HeldOut(Task):
@@ -36,6 +38,8 @@ class HeldOut(Task):
         self.name, self.model, self.labels, self.num_test = task.name, task.model, task.labels, len(examples)
         self.score_name, self.lower_is_better = f"held-out {task.score_name}", task.lower_is_better
         self.classes, self.interface = task.classes, task.interface
+        if task.test_labels is not None:  # else the labels of the task only split its examples, and are no classes
+            self.test_labels = np.asarray(task.labels)[self._examples]
         self.content = f"{task.content}, held out of the training examples"
         if "train" in task.tables:
             self.tables = {"train": task.tables["train"]}

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from decaf_lora import data
 from decaf_lora.config import TaskConfig
@@ -25,6 +23,9 @@ from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task, cross_entropy
 from decaf_lora.tasks.pretrained import pretrained_model, pretrained_tokenizer, refuse_unknown_tokens
 from decaf_lora.tasks.scores import ClassScore
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TEMPLATES = ("a photo of a {}.",)
 """The prompt of CLIP's authors, used when none is given."""
@@ -98,6 +99,8 @@ class ImageText(Task):
 
     def default_lora(self) -> LoraConfig:
         """LoRA on q, k, v of every text and vision block (Zanella & Ben Ayed 2024, arXiv 2405.18541)."""
+        from peft import LoraConfig
+
         return LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"])
 
     def on_attach(self, sites: list[str]) -> None:
@@ -165,6 +168,8 @@ class ImageText(Task):
 
 def make(config: TaskConfig) -> ImageText:
     """The task that `config` describes. In prompts, underscores of class names become spaces."""
+    from transformers import AutoModel
+
     templates = config.templates or TEMPLATES
     for template in templates:
         if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:

@@ -11,13 +11,11 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from decaf_lora import data
 from decaf_lora.adapters.stacked import IN_OWN_DTYPE
@@ -34,6 +32,9 @@ from decaf_lora.tasks.pretrained import (
     refuse_unknown_tokens,
 )
 from decaf_lora.tasks.scores import ClassScore
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 HEADS = ("classifier", "score")
 """Names of classification heads, as PEFT knows them."""
@@ -87,6 +88,8 @@ class SequenceClassification(Task):
 
     def default_lora(self) -> LoraConfig:
         """Rank 8 on the attention layers that PEFT adapts in this family, and the heads."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=8,
             lora_alpha=16,
@@ -138,6 +141,8 @@ class SequenceClassification(Task):
 
 def make(config: TaskConfig) -> SequenceClassification:
     """The task that `config` describes."""
+    from transformers import AutoModelForSequenceClassification
+
     columns = [("text_column", config.text_column)]
     if config.text_pair_column is not None:
         columns.append(("text_pair_column", config.text_pair_column))

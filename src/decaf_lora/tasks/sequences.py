@@ -6,6 +6,7 @@ to the answer. Sequences are padded on the right: a causal model does not look t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -51,17 +52,16 @@ def packed(tokens: Ragged, labels: np.ndarray, length: int) -> tuple[Sequences, 
     Returns:
         The blocks, and the label (n,) of each.
     """
-    blocks: list[NDArray[Any]] = []
-    of_block: list[Any] = []
-    for label in np.unique(labels):
-        joined = np.concatenate([tokens[i] for i in np.flatnonzero(labels == label)])
-        cut = [joined[i : i + length] for i in range(0, len(joined), length)]
-        cut = [block for block in cut if len(block) > 1]
-        blocks += cut
-        of_block += [label] * len(cut)
-    offsets = np.cumsum([0] + [len(block) for block in blocks])
-    values = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-    return Sequences(Ragged(values, offsets), np.ones(len(blocks), np.int64)), np.array(of_block, np.int64)
+    joined = tokens.take(np.argsort(labels, kind="stable"))
+    names, counts = np.unique(labels, return_counts=True)
+    ends = joined.offsets[np.cumsum(counts)]
+    of_each = [np.diff([*range(begin, end, length), end]) for begin, end in itertools.pairwise([0, *ends])]
+    sizes, of_block = np.concatenate(of_each), np.repeat(names, [len(of_label) for of_label in of_each])
+    fine, values = sizes > 1, joined.values
+    if not fine.all():
+        values = values[np.repeat(fine, sizes)]
+    blocks = Ragged(values, np.concatenate([[0], sizes[fine].cumsum()]))
+    return Sequences(blocks, np.ones(len(blocks), np.int64)), of_block[fine].astype(np.int64)
 
 
 def encode_texts(batch: Mapping[str, list[str]], tokenizer: Any, column: str, limit: int) -> dict[str, list[Any]]:

@@ -67,7 +67,7 @@ def clipped(tau: float | None = None) -> Transform:
             apart = _distances(adapter, inbox, receiver, others)
             finite = apart.isfinite()
             others, apart = others[finite], apart[finite]
-            bound = torch.tensor(tau).to(apart) if tau is not None else apart.median() if len(apart) else apart.sum()
+            bound = apart.new_tensor(tau) if tau is not None else apart.median() if len(apart) else apart.sum()
             share = weights[senders != own][finite] * torch.where(apart > bound, bound / apart, torch.ones_like(apart))
             rows.append((torch.cat([others, torch.tensor([own])]), torch.cat([share, 1 - share.sum()[None]])))
         return inbox.reweighted(rows), state

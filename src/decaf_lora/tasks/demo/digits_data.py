@@ -11,14 +11,14 @@ The split is over images, not writers (the source does not name them): one hand 
 
 import functools
 import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
 
-from decaf_lora import errors, randomness
+from decaf_lora import errors, extras, randomness
 
 Split = Literal["base", "train", "test"]
 
@@ -93,5 +93,16 @@ def _stratified_order(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 @functools.cache
 def _source() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Pixels (1797, 8, 8), whole numbers from 0 (ground) to 16 (ink), and labels (1797,)."""
-    digits = load_digits()
-    return digits.images, digits.target.astype(np.int64)
+    # scikit-learn takes longer to import than the whole model of the demo; its reader only reads this file.
+    package = importlib.util.find_spec("sklearn")
+    root = Path(package.origin).parent if package and package.origin else Path()
+    file = root / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():  # another release may keep its digits elsewhere
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise extras.missing(error) or error from error
+        digits = load_digits()
+        return digits.images, digits.target.astype(np.int64)
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)

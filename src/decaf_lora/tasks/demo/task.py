@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
 
 from decaf_lora.tasks.demo import digits_data
 from decaf_lora.tasks.image_text import Images, ImageText
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class Digits(ImageText):
     """`ImageText` on the embedded model and scikit-learn's digits; reads nothing from the network."""
 
     def __init__(self, shift: bool = True) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
         model = CLIPModel.from_pretrained(digits_data.MODEL_DIR, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(digits_data.MODEL_DIR)
         train, test = digits_data.load("train", shift=shift), digits_data.load("test", shift=shift)
@@ -35,6 +40,8 @@ class Digits(ImageText):
 
     def default_lora(self) -> LoraConfig:
         """Rank 2 on q, k, v of the vision encoder, scaling 1, as the paper's vision set-up."""
+        from peft import LoraConfig
+
         return LoraConfig(r=2, lora_alpha=2, target_modules=r"vision_model.*\.(q_proj|k_proj|v_proj)")
 
 

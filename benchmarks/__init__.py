@@ -1,0 +1,1 @@
+"""Studies and measurements; `python -m benchmarks.suite` is the one of speed and memory."""
