@@ -30,6 +30,8 @@ from .timing import ratio, shown, spread
 QUESTION = "What does a whole run of FedAvg cost?"
 AGAINST = "Flower's simulation with PEFT, as its examples do and with the model cached in the actor"
 WHY = {
+    "rounds, examples": "local steps cost both sides the same arithmetic; only what comes on top can be saved",
+    "rounds, cached": "local steps cost both sides the same arithmetic; only what comes on top can be saved",
     "whole process, examples": "imports, loading and the first evaluation are most of so short a run, on both sides",
     "whole process, cached": "imports, loading and the first evaluation are most of so short a run, on both sides",
 }

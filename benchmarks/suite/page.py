@@ -97,7 +97,7 @@ def _verdicts(results: Results) -> str:
         if not found:
             continue
         for bar in row.bars(found):
-            why = row.WHY.get(bar.name, "") if bar.met is False else ""
+            why = (row.WHY.get(bar.name) or "not explained yet") if bar.met is False else ""
             title = name.replace("_", " ")
             lines.append(f"| {title}: {bar.name} | {bar.bar} | {bar.measured} | {verdict(bar)} | {why} |")
     return "\n".join(lines) + "\n"
