@@ -489,8 +489,8 @@ def test_without_the_extra_it_says_what_to_install(place):
 
 
 def test_the_page_says_what_the_commands_say(place):
-    """Every command of docs/mesh.md exists, with its options."""
-    page = (Path(__file__).parents[2] / "docs/mesh.md").read_text()
+    """Every command of docs/mesh.md and of the README exists, with its options."""
+    page = "\n".join((Path(__file__).parents[2] / name).read_text() for name in ("docs/mesh.md", "README.md"))
     for line in re.findall(r"decaf federation (.*)", page):
         command = line.split("`")[0].split()
         if command:
