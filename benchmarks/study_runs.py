@@ -91,19 +91,22 @@ class Records:
     """The finished runs in a file.
 
     Args:
-        path: of the file, JSON lines. A torn last line, which a kill may leave, is dropped.
+        path: of the file, JSON lines. A torn last line, which a kill may leave, is not read, and goes with the next
+            line that is written: who only reads leaves the file to the process that writes it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         *lines, torn = text.split("\n")
-        if torn:
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._whole = "".join(f"{line}\n" for line in lines) if torn else None
         self.rows: dict[str, Row] = {row["key"]: row for row in map(json.loads, lines)}
 
     def add(self, row: Row) -> None:
         """Writes a line, and waits until the disk has it."""
+        if self._whole is not None:
+            self.path.write_text(self._whole, encoding="utf-8")
+            self._whole = None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()

@@ -29,7 +29,7 @@ PROMISED = {768: 300, 4096: 3000}
 
 def cells(scope: Scope, device: str) -> list[dict[str, Any]]:
     if scope == "quick":
-        return [_mix(24, 2, 3, [2]), {"what": "merge", "width": 16, "modules": 1}]
+        return [_mix(24, 2, 3, []), _mix(24, 2, 3, [2]), {"what": "merge", "width": 16, "modules": 1}]
     found = [_mix(768, 2, 3, []), _mix(4096, 4, 3, []), {"what": "merge", "width": 2048, "modules": 1}]
     if scope == "full":
         found += [_mix(768, 2, 10, []), _mix(4096, 4, 10, [])]
@@ -81,7 +81,7 @@ def _measure_mix(device: str, width: int, rank: int, contributors: int, batch: l
     best = U * s @ Vh
     errors = {}
     for name, run in runs.items():
-        new_A, new_B = (x.flatten(0, -3)[0].cpu().double().numpy() for x in run()[:2])
+        new_A, new_B = ((x.flatten(0, -3)[0] if batch else x).cpu().double().numpy() for x in run()[:2])
         errors[name] = float(np.linalg.norm(new_B @ new_A - best) / np.linalg.norm(best))
     return {
         "ms": {name: scaled(spread(values), 1e3) for name, values in seconds.items()},

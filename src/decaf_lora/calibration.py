@@ -58,7 +58,7 @@ def fastest(candidates: Sequence[int], seconds: Callable[[int], float]) -> int:
     seconds(best)  # the first pass of a size warms up
     for size in candidates[1:]:
         seconds(size)
-        if _ratio(lambda size=size: seconds(size) / size, lambda best=best: seconds(best) / best) <= FASTER:
+        if _ratio(seconds, size, best) <= FASTER:
             best, slower = size, 0
         else:
             slower += 1
@@ -67,15 +67,14 @@ def fastest(candidates: Sequence[int], seconds: Callable[[int], float]) -> int:
     return best
 
 
-def _ratio(one: Callable[[], float], other: Callable[[], float]) -> float:
-    """The median, over pairs, of what `one` takes divided by what `other` takes."""
+def _ratio(seconds: Callable[[int], float], size: int, other: int) -> float:
+    """The median, over pairs, of the time of an agent in a pass of `size` divided by that in a pass of `other`."""
     ratios: list[float] = []
     while len(ratios) < MOST_PAIRS:
-        if len(ratios) % 2:  # turn about, so that a machine that gets slower or faster favours neither
-            below, above = other(), one()
-        else:
-            above, below = one(), other()
-        ratios.append(above / below)
+        # Turn about, so that a machine that gets slower or faster favours neither.
+        first, second = (other, size) if len(ratios) % 2 else (size, other)
+        times = {first: seconds(first) / first, second: seconds(second) / second}
+        ratios.append(times[size] / times[other])
         if len(ratios) >= FEWEST_PAIRS and (max(ratios) < 1 - CLEAR or min(ratios) > 1 + CLEAR):
             break
     return median(ratios)

@@ -327,8 +327,8 @@ class TrainingConfig(Frozen):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: the forward and the backward pass run under autocast. Adapters and optimizer stay float32."""
     agents_per_pass: int | Literal["auto"] = "auto"
-    """Number of agents whose batches go through the model together. auto: times a few numbers first and takes the
-    fastest."""
+    """Number of agents whose batches go through the model together. auto: times a few numbers first, in pairs, and
+    takes the fastest; a run of fewer than 50 steps takes as many as make 128 examples."""
 
     @field_validator("learning_rate")
     @classmethod

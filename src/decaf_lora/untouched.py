@@ -60,16 +60,16 @@ class Untouched:
         own = {module: module.__dict__.get("forward") for module in [*self._modules, *extras]}
         try:
             for module in self._modules:
-                module.forward = self._keeping(module, module.forward)
+                module.__dict__["forward"] = self._keeping(module, module.forward)
             for extra in extras:
-                extra.forward = self._passing(extra.forward)
+                extra.__dict__["forward"] = self._passing(extra.forward)
             yield self
         finally:
             for module, forward in own.items():
                 if forward is None:
                     module.__dict__.pop("forward", None)
                 else:
-                    module.forward = forward
+                    module.__dict__["forward"] = forward
             self.forget()
 
     def forget(self) -> None:

@@ -19,6 +19,7 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, flattened
 from decaf_lora.algorithms import Round
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.calibration import sizes
 from decaf_lora.config import RunConfig, TrainingConfig
 from decaf_lora.engines import Simulate
 from decaf_lora.engines.base import Pending, Sizes
@@ -188,9 +189,9 @@ class _Planner:
             trainer = run.trainer
             steps, here, count = trainer.steps_in_round, len(run.engine.agents), run.engine.num_agents
             per_pass = min(trainer.agents_per_pass, here)
-            if self._is_auto and 1 < per_pass == here:
+            if self._is_auto and per_pass > 1:
                 self.assumptions.append(
-                    f"agents per pass: auto tries up to all {here} agents at once, which is what is planned; "
+                    f"agents per pass: auto tries up to {per_pass} of {here} agents at once, which is what is planned; "
                     "training.agents_per_pass bounds it"
                 )
             first = self._fill_caches(run)
@@ -300,7 +301,12 @@ class _Planner:
 
     def _training(self, here: int) -> TrainingConfig:
         training = self.config.training
-        return training.model_copy(update={"agents_per_pass": here}) if self._is_auto else training
+        if not self._is_auto:
+            return training
+        device = torch.device(
+            "cpu" if self.config.device == "cpu" else "cuda"
+        )  # elsewhere than on a CPU auto tries more
+        return training.model_copy(update={"agents_per_pass": sizes(here, training.batch_size, device)[-1]})
 
     @property
     def _is_auto(self) -> bool:
