@@ -25,7 +25,7 @@ bring() {
 }
 bring torch torch
 bring core "$wheel"
-for extra in report demo data mesh; do bring "$extra" "$wheel[$extra]"; done
+for extra in report demo data mesh privacy; do bring "$extra" "$wheel[$extra]"; done
 cd "$alone" # nothing of the repository is in reach
 env -u PYTHONPATH "$alone/env/bin/decaf" compare digits --seeds 0 --rounds "$rounds" --out demo
 test -s demo/report.html

@@ -1,6 +1,7 @@
 """What trackers are told, read back with their own readers: every round once, also after a resume."""
 
 import contextlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -121,7 +122,8 @@ class TestTrackio:
 
 class TestMistakes:
     def test_a_tracker_that_is_not_installed(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        found = importlib.util.find_spec
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else found(name))
         line = line_of(capsys, "run", "digits", *SMALL, "--log", "trackio", "--out", tmp_path / "r")
         assert 'log: trackio is not installed; pip install "decaf-lora[trackio]", or leave it out.' in line
         assert not (tmp_path / "r").exists()

@@ -197,6 +197,11 @@ def test_a_stopped_agent_comes_back(federation):
     assert own[late].weights or any(own[r].weights for r in own if r > late)
 
 
+def link(fed, own, other):
+    """What the agent `own` says of its link to `other`."""
+    return next(edge for edge in fed.said(own).neighbours if edge.name == other)
+
+
 def test_a_link_that_is_cut_is_mended(federation):
     with contextlib.ExitStack() as leave:
         proxies = []
@@ -207,10 +212,13 @@ def test_a_link_that_is_cut_is_mended(federation):
             return proxies[0].port
 
         fed = federation(THREE, through={"bob": through})  # alice dials bob, and bob dials carol
-        begin(fed, alice=5)
+        begin(fed, alice=5, bob=5)  # both, so that neither has sent its message of the round in which the link is cut
         fed.held("alice")
+        fed.held("bob")
         proxies[0].cut()
-        until(lambda: not next(edge for edge in fed.said("bob").neighbours if edge.name == "alice").up)
+        for own, other in (("alice", "bob"), ("bob", "alice")):
+            until(lambda own=own, other=other: not link(fed, own, other).up)
+        fed.release("bob")
         fed.hold("alice", at(15))
         fed.held("alice")
         proxies[0].mend()
