@@ -27,7 +27,7 @@ from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError
 from decaf_lora.evaluation import Evaluator
 from decaf_lora.precision import autocast, work_device
-from decaf_lora.randomness import derive_seed
+from decaf_lora.randomness import torch_generator
 from decaf_lora.tasks.base import Batch, Task, to_device
 
 GROUPS: tuple[Factor, ...] = ("A", "B", "core", "extras")
@@ -306,7 +306,8 @@ class Trainer:
             index: slice | Tensor = torch.from_numpy(rows)
             if rows[-1] - rows[0] + 1 == len(rows):
                 index = slice(int(rows[0]), int(rows[-1]) + 1)
-            grads, losses[index] = self._pass(flats, adapter, trained, batches, rows, index)
+            examples = np.concatenate([batches[i] for i in rows])
+            grads, losses[index] = self._pass(flats, adapter, trained, index, examples, self._masks(rows))
             for group, grad in zip(trained, grads, strict=True):
                 if grad is not None:
                     gradients[group][index] = grad
@@ -317,11 +318,14 @@ class Trainer:
         flats: dict[str, Tensor],
         adapter: Adapter,
         trained: list[str],
-        batches: list[np.ndarray],
-        rows: np.ndarray,
         index: slice | Tensor,
+        examples: np.ndarray,
+        masks: DropoutMasks | None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-        """Gradients (k, P) of the trained groups and losses (k,) of the k agents at `rows`, the same as `index`."""
+        """Gradients (k, P) of the trained groups and losses (k,) of the k agents at `index`.
+
+        `examples` are the numbers (k b,) of their training examples, agent by agent. An agent may appear several times.
+        """
         leaves = {g: flats[g][index].detach().requires_grad_(g in trained) for g in flats}
         bound = Adapter(
             self._unpack("A", leaves),
@@ -330,10 +334,10 @@ class Trainer:
             self._unpack("extras", leaves),
             core=self._unpack("core", leaves),
         )
-        batch = to_device(self.task.train_batch(np.concatenate([batches[i] for i in rows])), self.device)
-        with self.attached.bind(bound, self._masks(rows)):
+        batch = to_device(self.task.train_batch(examples), self.device)
+        with self.attached.bind(bound, masks):
             with autocast(self.config.precision, self.device):
-                loss = self.task.losses(batch, len(rows))
+                loss = self.task.losses(batch, bound.num_agents)
             grads = torch.autograd.grad(loss.float().sum(), [leaves[g] for g in trained], allow_unused=True)
         return grads, loss.detach().float()
 
@@ -368,16 +372,18 @@ class Trainer:
         So the masks are the same for every number of agents a pass, and when activation checkpointing computes a
         segment again.
         """
+        return self._drawn_by([(self.seed, "dropout", self.agents[i], int(self.steps_taken[i])) for i in rows])
+
+    def _drawn_by(self, names: Sequence[tuple[int, str, int, int]]) -> DropoutMasks | None:
+        """Dropout masks, for each agent of a pass drawn by its (seed, name ...) and the layer; None without dropout."""
         p = float(self.attached.config.lora_dropout)
         if not p:
             return None
-        keys = [(self.agents[i], int(self.steps_taken[i])) for i in rows]
 
         def masks(layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
             parts = []
-            for agent, taken in keys:
-                seed = derive_seed(self.seed, "dropout", agent, taken, layer)
-                generator = torch.Generator(device=device).manual_seed(seed)
+            for name in names:
+                generator = torch_generator(*name, layer, device=device)
                 parts.append(torch.empty(shape[1:], device=device).bernoulli_(1 - p, generator=generator))
             return torch.stack(parts).div_(1 - p)
 
@@ -398,7 +404,8 @@ class Trainer:
 
         def seconds(agents: int) -> float:
             start = time.perf_counter()
-            self._pass(flats, some, list(flats), batches, np.arange(agents), slice(0, agents))
+            examples, masks = np.concatenate(batches[:agents]), self._masks(np.arange(agents))
+            self._pass(flats, some, list(flats), slice(0, agents), examples, masks)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start

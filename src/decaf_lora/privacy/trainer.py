@@ -31,10 +31,8 @@ from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors
 from decaf_lora.adapters.stacked import DropoutMasks
 from decaf_lora.errors import UserError
-from decaf_lora.precision import autocast
 from decaf_lora.privacy.accounting import Account
 from decaf_lora.randomness import derive_seed, numpy_generator, torch_generator
-from decaf_lora.tasks.base import to_device
 from decaf_lora.training import Trainer
 
 
@@ -133,7 +131,13 @@ class PrivateTrainer(Trainer):
         gradients = {g: torch.zeros_like(flats[g]) for g in trained}
         losses = torch.zeros(len(batches), device=self.device)
         for rows, positions, indices in self._examples(batches, active):
-            grads, each = self._of_examples(flats, adapter, trained, rows, positions, indices)
+            # Each example is an agent of its own, so these are the gradients and losses of every example.
+            masks = self._masks_of(rows, positions)
+            found, each = self._pass(flats, adapter, trained, torch.from_numpy(rows), indices, masks)
+            grads = [
+                flats[group].new_zeros(len(rows), flats[group].shape[1]) if grad is None else grad
+                for group, grad in zip(trained, found, strict=True)
+            ]
             norms = torch.stack([g.square().sum(1) for g in grads]).sum(0).sqrt()
             shares = (self.clip / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)
             for agent in np.unique(rows).tolist():  # sums by agent, in an order that no device changes
@@ -176,46 +180,11 @@ class PrivateTrainer(Trainer):
         cuts = range(size, len(rows), size)
         return list(zip(*(np.split(values, cuts) for values in (rows, positions, indices)), strict=True))
 
-    def _of_examples(
-        self,
-        flats: dict[str, Tensor],
-        adapter: Adapter,
-        trained: list[str],
-        rows: np.ndarray,
-        positions: np.ndarray,
-        indices: np.ndarray,
-    ) -> tuple[list[Tensor], Tensor]:
-        """The gradient (e, P) of every example's own loss, for each trained group, and the losses (e,)."""
-        index = torch.from_numpy(rows)
-        leaves = {g: flats[g][index].detach().requires_grad_(g in trained) for g in flats}
-        bound = Adapter(
-            self._unpack("A", leaves),
-            self._unpack("B", leaves),
-            {name: s[index] for name, s in adapter.scale.items()},
-            self._unpack("extras", leaves),
-            core=self._unpack("core", leaves),
-        )
-        batch = to_device(self.task.train_batch(indices), self.device)
-        with self.attached.bind(bound, self._masks_of(rows, positions)):
-            with autocast(self.config.precision, self.device):
-                loss = self.task.losses(batch, len(rows))
-            wanted = [leaves[g] for g in trained]
-            found = torch.autograd.grad(loss.float().sum(), wanted, allow_unused=True)
-        grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(wanted, found, strict=True)]
-        return grads, loss.detach().float()
-
     def _masks_of(self, rows: np.ndarray, positions: np.ndarray) -> DropoutMasks | None:
         """Dropout masks, each a function of (secret, step, position in the batch, layer); None without dropout."""
-        p = float(self.attached.config.lora_dropout)
-        if not p:
-            return None
-        keys = [(self.private[i].key, int(self.steps_taken[i]), int(k)) for i, k in zip(rows, positions, strict=True)]
-
-        def masks(layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-            parts = []
-            for key, taken, position in keys:
-                generator = torch_generator(key, "dropout", taken, position, layer, device=device)
-                parts.append(torch.empty(shape[1:], device=device).bernoulli_(1 - p, generator=generator))
-            return torch.stack(parts).div_(1 - p)
-
-        return masks
+        return self._drawn_by(
+            [
+                (self.private[i].key, "dropout", int(self.steps_taken[i]), int(k))
+                for i, k in zip(rows, positions, strict=True)
+            ]
+        )
