@@ -12,7 +12,6 @@ import contextlib
 import io
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +20,9 @@ import yaml
 
 from decaf_lora.cli import main as decaf
 from decaf_lora.federation import status
+from decaf_lora.federation.demo import free_addresses
 
 SITES = ("alice", "bob", "carol")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def main(arguments=None):
@@ -65,9 +60,9 @@ def main(arguments=None):
     draft = ("--recipe", "task.yaml", "--agents", ",".join(SITES), "--graph", "complete")
     told = run("organiser", "federation", "init", "fed.yaml", *draft).split("fingerprint: ")[1].split()[0]
 
-    for who in SITES:
+    for who, address in zip(SITES, free_addresses(len(SITES)), strict=True):
         shutil.copy(machines["organiser"] / "fed.yaml", machines[who])
-        run(who, "federation", "request", "fed.yaml", "--name", who, "--listen", f"127.0.0.1:{free_port()}")
+        run(who, "federation", "request", "fed.yaml", "--name", who, "--listen", address)
         shutil.copy(machines[who] / f"{who}.request", machines["organiser"])
     run("organiser", "federation", "seal", "fed.yaml", *(f"{who}.request" for who in SITES))
 

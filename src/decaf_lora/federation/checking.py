@@ -148,9 +148,11 @@ def meet(signed: file.Signed, own: tls.Own, path: Path, bind: str | None, wait: 
         return
     try:
         end = time.monotonic() + wait
-        while time.monotonic() < end and not all(other.number in met.peers for other in others):
+        while time.monotonic() < end:
+            if met.peers.issuperset(other.number for other in others):
+                time.sleep(LINGER)
+                break
             time.sleep(0.1)
-        time.sleep(LINGER)
         for other in others:
             what, up = f"neighbour {other.name}", other.number in met.peers
             why = "it has not dialled this agent: is it running, and does it reach the port?"

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from decaf_lora.data import spread
 from decaf_lora.errors import UserError
 from decaf_lora.partition import Own, Partition
 from decaf_lora.tasks.base import Batch, Task
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from decaf_lora.tasks.wrapped import Wrapped
 
 
-class HeldOut(Task):
+class HeldOut(Wrapped):
     """A task whose test set is some of its training examples; the real test set is out of reach.
 
     Training examples keep their numbers, so shards of the task are shards of this one.
@@ -34,43 +31,21 @@ class HeldOut(Task):
     """
 
     def __init__(self, task: Task, examples: NDArray[np.int64]) -> None:
-        self._task, self._examples = task, np.asarray(examples)
-        self.name, self.model, self.labels, self.num_test = task.name, task.model, task.labels, len(examples)
-        self.score_name, self.lower_is_better = f"held-out {task.score_name}", task.lower_is_better
-        self.classes, self.interface = task.classes, task.interface
+        super().__init__(task)
+        self._examples, self.num_test = np.asarray(examples), len(examples)
+        self.score_name, self.interface = f"held-out {task.score_name}", task.interface
         if task.test_labels is not None:  # else the labels of the task only split its examples, and are no classes
             self.test_labels = np.asarray(task.labels)[self._examples]
         self.content = f"{task.content}, held out of the training examples"
         if "train" in task.tables:
             self.tables = {"train": task.tables["train"]}
 
-    def keep(self, place: dict[str, Tensor] | None) -> None:
-        self._task.keep(place)
-
     def column(self, name: str, split: Literal["train", "test"] = "train") -> np.ndarray:
         values = self._task.column(name, "train")
         return values if split == "train" else values[self._examples]
 
-    def default_lora(self) -> LoraConfig:
-        return self._task.default_lora()
-
-    def on_attach(self, sites: list[str]) -> None:
-        self._task.on_attach(sites)
-
-    def train_batch(self, indices: np.ndarray) -> Batch:
-        return self._task.train_batch(indices)
-
     def test_batch(self, indices: np.ndarray) -> Batch:
         return self._task.validation_batch(self._examples[indices])
-
-    def losses(self, batch: Batch, agents: int) -> Tensor:
-        return self._task.losses(batch, agents)
-
-    def statistics(self, batch: Batch, agents: int) -> Tensor:
-        return self._task.statistics(batch, agents)
-
-    def score(self, statistics: Tensor) -> Tensor:
-        return self._task.score(statistics)
 
     def describe(self) -> Mapping[str, Any]:
         return {**self._task.describe(), "num_test": self.num_test}

@@ -6,20 +6,14 @@ is wrong trains on these numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
-from torch import Tensor
 
 from decaf_lora.errors import UserError
 from decaf_lora.tasks.base import Batch, Task
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from decaf_lora.tasks.wrapped import Wrapped
 
 
-class Mislabelled(Task):
+class Mislabelled(Wrapped):
     """A task with a wrong copy of every training example. Scores are those of the task.
 
     Args:
@@ -30,9 +24,8 @@ class Mislabelled(Task):
     """
 
     def __init__(self, task: Task) -> None:
-        self._task, self._size = task, len(task.labels)
-        self.name, self.model, self.num_test = task.name, task.model, task.num_test
-        self.score_name, self.lower_is_better, self.classes = task.score_name, task.lower_is_better, task.classes
+        super().__init__(task)
+        self._size = len(task.labels)
         right = np.asarray(task.labels)
         some = np.arange(min(4, self._size))
         held = task.train_batch(some).get("labels")
@@ -48,33 +41,9 @@ class Mislabelled(Task):
         """The numbers (m,) of the wrong copies of the examples `shard` (m,)."""
         return np.asarray(shard) + self._size
 
-    def keep(self, place: dict[str, Tensor] | None) -> None:
-        self._task.keep(place)
-
-    def on_attach(self, sites: list[str]) -> None:
-        self._task.on_attach(sites)
-
-    def default_lora(self) -> LoraConfig:
-        return self._task.default_lora()
-
     def train_batch(self, indices: np.ndarray) -> Batch:
         batch = self._task.train_batch(indices % self._size)
         wrong = indices >= self._size
         labels = batch["labels"].clone()
         labels[wrong] = self._highest - labels[wrong]
         return {**batch, "labels": labels}
-
-    def test_batch(self, indices: np.ndarray) -> Batch:
-        return self._task.test_batch(indices)
-
-    def losses(self, batch: Batch, agents: int) -> Tensor:
-        return self._task.losses(batch, agents)
-
-    def statistics(self, batch: Batch, agents: int) -> Tensor:
-        return self._task.statistics(batch, agents)
-
-    def score(self, statistics: Tensor) -> Tensor:
-        return self._task.score(statistics)
-
-    def describe(self) -> Mapping[str, Any]:
-        return self._task.describe()
