@@ -30,8 +30,9 @@ $(STAMP_TEST): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/decaf compare digits
 
+# Three processes for two cores: many tests of agents and ranks wait for time to pass.
 test: $(STAMP_TEST)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 
 # Flower and Ray want other releases of what they share with us, so the peers have an environment of their own.
 $(PEERS)/.installed: benchmarks/suite/peers/requirements.txt constraints.txt

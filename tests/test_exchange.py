@@ -8,6 +8,7 @@ import torch
 
 from decaf_lora import algorithms, graphs, partition
 from decaf_lora.algorithms import Inbox, Round
+from decaf_lora.algorithms import inbox as inbox_module
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Pending, Simulate
 from decaf_lora.exchange import Exchange
@@ -91,6 +92,36 @@ def test_a_started_exchange_changes_nothing_until_it_is_finished():
         assert state[part].keys() == tensors.keys()
     assert all(torch.equal(t, again.adapter.tensors()[k]) for k, t in first.adapter.tensors().items())
     assert any(not torch.equal(first.state["int8"][k], t) for k, t in state["int8"].items())
+
+
+# --- sums over the senders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**20])
+@pytest.mark.parametrize("graph", [graphs.ring(5), graphs.complete(5), graphs.star(5)], ids=lambda graph: graph.name)
+def test_many_tensors_are_summed_at_once_as_each_alone(monkeypatch, graph, chunk):
+    """Alone, in any company and in float64's own arithmetic: a sum rounds in the same way wherever it is made."""
+    monkeypatch.setattr(inbox_module, "CHUNK", chunk)
+    shapes = {"head": (3,), "A/1": (2, 7), "A/2": (2, 7), "B/1": (9, 2), "A/3": (2, 7), "gain": ()}
+    draw = torch.Generator().manual_seed(0)
+    dtypes = [torch.float32, torch.float64, torch.bfloat16]
+    tensors = {
+        f"{name}/{dtype}": torch.randn(5, *shape, generator=draw).to(dtype)
+        for name, shape in shapes.items()
+        for dtype in dtypes
+    }
+    inbox = Inbox.from_weights(tensors, graph.weights, range(5), range(5))
+    found = inbox.averages(tensors)
+    assert list(found) == list(tensors)
+    for name, x in tensors.items():
+        assert torch.equal(found[name], inbox.average(name))
+        total = torch.zeros_like(x)
+        for receiver, row in enumerate(torch.tensor(graph.weights, dtype=x.dtype)):
+            for sender in graph.weights[receiver].nonzero()[0]:
+                total[receiver] = total[receiver] + x[sender] * row[sender]
+        assert torch.equal(found[name], total)
+        one = Inbox.from_weights({name: x}, graph.weights, range(5), [3]).average(name)
+        assert torch.equal(one[0], found[name][3])
 
 
 # --- who is missing -----------------------------------------------------------------------------------------

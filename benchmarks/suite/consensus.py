@@ -51,13 +51,14 @@ def measure(device: str, model: str, graph: str, agents: int) -> dict[str, Any]:
 
     shapes: dict[str, Any] = SHAPES[model]
     small = model == "small"
+    start = _drawn(shapes["sizes"], shapes["rank"], agents, device, apart=0)
     adapter = _drawn(shapes["sizes"], shapes["rank"], agents, device)
     tensors = adapter.tensors()
     schedule = as_schedule(graphs.parse(graph, agents, 0))
     runs: dict[str, Callable[[], object]] = {"copy": lambda: {name: t.clone() for name, t in tensors.items()}}
     for name in ("dlora", "decaf"):
         exchange = Exchange(algorithms.make(name), schedule, Simulate(agents))
-        state = exchange.init(adapter)
+        state = exchange.init(start)  # as in a run, whose agents start with one A
 
         def consensus(exchange: Any = exchange, state: Any = state) -> object:
             return exchange.finish(adapter, exchange.start(adapter, state, 1))
@@ -89,8 +90,8 @@ def measure(device: str, model: str, graph: str, agents: int) -> dict[str, Any]:
     return figures
 
 
-def _drawn(sizes: Any, rank: int, agents: int, device: str) -> Any:
-    """An adapter of random factors, whose agents share most of their product, as agents do."""
+def _drawn(sizes: Any, rank: int, agents: int, device: str, apart: float = 0.2) -> Any:
+    """An adapter of random factors, whose agents share most of their product, as agents do, and lie `apart`."""
     import torch
 
     from decaf_lora.adapters import Adapter
@@ -99,7 +100,7 @@ def _drawn(sizes: Any, rank: int, agents: int, device: str) -> Any:
 
     def factor(*shape: int) -> torch.Tensor:
         common = torch.randn(1, *shape, generator=generator)
-        return (common + 0.2 * torch.randn(agents, *shape, generator=generator)).to(device)
+        return (common + apart * torch.randn(agents, *shape, generator=generator)).to(device)
 
     layers = [(f"layer{size}.{number}", size) for size, count in sizes for number in range(count)]
     A = {name: factor(rank, size) / size**0.5 for name, size in layers}

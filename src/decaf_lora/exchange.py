@@ -400,14 +400,16 @@ class Exchange:
         In a composed exchange, averaged tensors go to all receivers of each hop. Stacked tensors are forwarded whole;
         since all agents know the schedule, every agent's stacked tensors reach each other agent once.
         """
-        whole = averaged = np.zeros(self.engine.num_agents)
+        stacks, (whole, averaged) = self.algorithm.stacks, np.zeros((2, self.engine.num_agents))
         for name, tensor in message.items():
-            axis, own = sizes.get(name, (0, [1]))
-            size = tensor[0].numel() * tensor.element_size() * np.asarray(own) / (tensor.shape[axis] if axis else 1)
-            if owner(name) in self.algorithm.stacks:
-                whole = whole + size
+            size: float | np.ndarray = tensor[0].numel() * tensor.element_size()
+            if name in sizes:
+                axis, own = sizes[name]
+                size = size * np.asarray(own) / tensor.shape[axis]
+            if owner(name) in stacks:
+                whole += size
             else:
-                averaged = averaged + size
+                averaged += size
         if graph.is_server:
             return float(np.mean((whole + averaged)[self.engine.reports]))
         receivers = np.asarray(graph.degrees)

@@ -43,7 +43,7 @@ FRESH_ROW_NORM = 1 / math.sqrt(3)
 ANCHOR_CONDITION = 1e4
 """Above this condition number of Aref V, "anchored" gives way to "orthonormal_rotated"."""
 
-_CHUNK = 2**20
+CHUNK = 2**20
 """Numbers of a batch copied to float64 at a time on a CPU: 8 MB, measured twice as fast as all at once."""
 
 
@@ -314,7 +314,7 @@ def _svd(A: Tensor, Bt: Tensor, weights: Tensor, rank: int, method: Method) -> t
     lead = A.shape[:-3]
     svd = _svd_gram if method == "gram" else _svd_qr
     # On a CPU in pieces that fit the cache; a GPU wants all the work at once, within reason.
-    chunk = _CHUNK if A.device.type == "cpu" else 64 * _CHUNK
+    chunk = CHUNK if A.device.type == "cpu" else 64 * CHUNK
     step = max(1, chunk // (m * r * (d_in + Bt.shape[-1])))
     if lead.numel() <= step or torch.broadcast_shapes(weights.shape[:-1], lead) != lead:
         Ut, s, Vt = svd(_rows(A), _rows(Bt), _per_row(weights, A), rank)

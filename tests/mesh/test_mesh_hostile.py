@@ -105,7 +105,7 @@ class Scene:
         self.alice.start(self.at_alice)
         until(lambda: self.alice.up(1) and self.bob.up(0))
 
-    def says(self, stream):
+    def says(self, stream, patience=PATIENCE):
         """Sends bytes until bob ends the connection; the code that it ends with."""
         options = [
             ("grpc.ssl_target_name_override", "bob"),
@@ -114,7 +114,7 @@ class Scene:
         ]
         with grpc.secure_channel(self.address, tls.dialling(self.mallory, self.pinned), options=options) as channel:
             call = channel.stream_stream("/decaf_lora.mesh.v1.Mesh/Talk")
-            answers = call(iter(stream), metadata=(("agent", "mallory"),), timeout=PATIENCE)
+            answers = call(iter(stream), metadata=(("agent", "mallory"),), timeout=patience)
             try:
                 for _ in answers:
                     pass
@@ -157,6 +157,19 @@ def test_a_liar_has_to_wait(scene):
     until(lambda: scene.bob.status(2).bad == 1)
     assert scene.says([codec.ALIVE]) is grpc.StatusCode.UNAVAILABLE
     scene.still_works()
+
+
+def test_who_is_cut_off_is_told_at_once(scene, monkeypatch):
+    """A connection may be over while its first bytes are on their way to the other end. gRPC then lost its end."""
+    begun = scene.bob._connection
+
+    def over(neighbour):
+        connection = begun(neighbour)
+        connection.end("enough")
+        return connection
+
+    monkeypatch.setattr(scene.bob, "_connection", over)
+    assert scene.says([codec.ALIVE], patience=20) is grpc.StatusCode.OK
 
 
 def test_mutated_frames_on_the_wire(scene):

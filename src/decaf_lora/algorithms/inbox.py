@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
+
+CHUNK = 2**20
+"""Numbers that are summed at a time on a CPU: 4 MB, which its caches hold."""
 
 
 class Group(NamedTuple):
@@ -192,19 +195,43 @@ class Inbox:
 
     def average(self, name: str) -> Tensor:
         """(n, ...) weighted sum of the senders' tensor `name` for every receiver."""
-        x = self.tensors[name]
-        out = x.new_empty((self.num_receivers, *x.shape[1:]))
+        return self._averages([name])[0]
+
+    def averages(self, names: Iterable[str]) -> Tensors:
+        """name -> (n, ...) weighted sums, as `average` gives them; many small tensors are summed at once."""
+        names, alike = list(names), dict[tuple[Any, ...], list[str]]()
+        for name in names:
+            x = self.tensors[name]
+            alike.setdefault((x.shape, x.dtype, x.device), []).append(name)
+        found = Tensors()
+        for same in alike.values():
+            x = self.tensors[same[0]]
+            step = max(1, (CHUNK if x.device.type == "cpu" else 64 * CHUNK) // max(1, x.numel()))
+            for start in range(0, len(same), step):
+                some = same[start : start + step]
+                found.update(zip(some, self._averages(some), strict=True))
+        return {name: found[name] for name in names}
+
+    def _averages(self, names: Sequence[str]) -> Sequence[Tensor]:
+        """The weighted sums of tensors of one shape, dtype and device."""
+        x = torch.stack([self.tensors[name] for name in names])  # (L, k, ...)
+        out = x.new_empty((len(names), self.num_receivers, *x.shape[2:]))
+        term = x.new_empty((len(names), *x.shape[2:]))
         for group in self.groups:
-            shape = (-1, *[1] * (x.dim() - 1))
-            weights = group.weights.to(device=x.device, dtype=x.dtype)
-            senders = group.senders.to(x.device)
-            # Separate multiply and add: a fused one rounds differently in vector bodies and tails, and the
-            # result of an agent must not depend on how many agents share the call.
-            total = x[senders[:, 0]] * weights[:, 0].view(shape)
-            for j in range(1, senders.shape[1]):
-                total = total + x[senders[:, j]] * weights[:, j].view(shape)
-            out[group.receivers] = total[group.expand]
-        return out
+            weights = group.weights.to(x.dtype).tolist()
+            receivers, first = group.receivers.tolist(), dict[int, int]()
+            for receiver, row in zip(receivers, group.expand.tolist(), strict=True):
+                if row in first:
+                    out[:, receiver] = out[:, first[row]]
+                    continue
+                first[row], total = receiver, out[:, receiver]
+                # Separate multiply and add: a fused one rounds differently in vector bodies and tails, and the
+                # result of an agent must not depend on how many agents or tensors share the call.
+                for number, (sender, weight) in enumerate(zip(group.senders[row].tolist(), weights[row], strict=True)):
+                    torch.mul(x[:, sender], weight, out=term if number else total)
+                    if number:
+                        total += term
+        return out.unbind()
 
     def stacked(self, names: Sequence[str], group: Group) -> Tensor:
         """(L, u, m, ...) the L tensors `names`, of equal shapes, of the m senders in each of the u rows of `group`."""
@@ -213,11 +240,6 @@ class Inbox:
     def scales(self, layers: Sequence[str], group: Group) -> Tensor | None:
         """(L, u, m) LoRA scales of the senders. None where agents do not differ in rank or scale, and so send none."""
         return self.stacked([f"scale/{k}" for k in layers], group) if f"scale/{layers[0]}" in self.tensors else None
-
-
-def average_all(inbox: Inbox, names: Iterator[str] | Sequence[str]) -> Tensors:
-    """name -> (n, ...) weighted sums, for every name."""
-    return {name: inbox.average(name) for name in names}
 
 
 def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:
@@ -236,12 +258,12 @@ def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:
     """
     names = [name for name in inbox.tensors if owner(name) != "scale"]
     if not adapter.ranks:
-        return average_all(inbox, names)
+        return inbox.averages(names)
     tensors = {name: inbox.tensors[name] for name in names}
     layers = {name: layer for name in names for factor, layer in [factor_and_layer(name)] if factor == "B"}
     for name, layer in layers.items():
         tensors[name] = tensors[name] * inbox.tensors[f"scale/{layer}"][:, None, None]
-    mixed = average_all(replace(inbox, tensors=tensors), names)
+    mixed = replace(inbox, tensors=tensors).averages(names)
     for name, layer in layers.items():
         mixed[name] = mixed[name] / adapter.scale[layer][:, None, None]
     return adapter.trim(mixed)

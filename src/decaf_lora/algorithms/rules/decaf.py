@@ -22,6 +22,7 @@ Z_i = sum_j (W_m .. W_1)_ij s_j B_j A_j. `relay_rank` R bounds the stack: betwee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -32,7 +33,7 @@ from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
 from decaf_lora.algorithms.contract import Combined, Order, Round, Rule, Setting, reset_moments
-from decaf_lora.algorithms.inbox import Group, Inbox, average_all
+from decaf_lora.algorithms.inbox import Group, Inbox
 from decaf_lora.algorithms.rules.dlora import send_factors
 from decaf_lora.algorithms.transforms.chain import Algorithm
 from decaf_lora.algorithms.transforms.table import Messages, with_options
@@ -103,7 +104,7 @@ def decaf(
 
     def combine(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> Combined:
         new_a, new_b, state, rest = dict(adapter.A), dict(adapter.B), dict(state), Tensors()
-        for layers in adapter.shape_groups():
+        for layers in _pieces(adapter, inbox):
             old_a = torch.stack([adapter.A[k] for k in layers])
             old_b = torch.stack([adapter.B[k] for k in layers])
             a_scale = torch.stack([state[f"a_scale/{k}"] for k in layers])
@@ -129,7 +130,7 @@ def decaf(
             if moments == "transport":
                 frames = lowrank.frame_change(old_a, old_b, mixed_a, mixed_b)
                 state.update({f"frame/{k}": _within(adapter, k, frames[i]) for i, k in enumerate(layers)})
-        extras = average_all(inbox, [name for name in inbox.tensors if owner(name) == "extras"])
+        extras = inbox.averages([name for name in inbox.tensors if owner(name) == "extras"])
         return Combined(replace(adapter, A=new_a, B=new_b).with_tensors(extras), state, rest)
 
     def transport(state: Tensors, first: Tensors, second: Tensors) -> tuple[Tensors, Tensors]:
@@ -185,6 +186,16 @@ def decaf_tracked(
         quasi_global=quasi_global,
         messages=messages,
     )
+
+
+def _pieces(adapter: Adapter, inbox: Inbox) -> Iterator[list[str]]:
+    """Names of layers of one shape, few enough for what a CPU combines at a time to stay in its cache."""
+    for layers in adapter.shape_groups():
+        A, B = inbox.tensors[f"A/{layers[0]}"], inbox.tensors[f"B/{layers[0]}"]
+        most = max((group.senders.numel() for group in inbox.groups), default=1)
+        chunk = lowrank.CHUNK if A.device.type == "cpu" else 64 * lowrank.CHUNK
+        step = max(1, chunk // (most * (A[0].numel() + B[0].numel())))
+        yield from (layers[start : start + step] for start in range(0, len(layers), step))
 
 
 def _stacked_products(tensors: Tensors, layers: list[str]) -> tuple[Tensor, Tensor]:
@@ -256,7 +267,7 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
         The message, name -> (n, ...), and the Frobenius norm (n,) of what was cut, over all layers.
     """
     stacked = {f"{factor}/{k}" for factor in "AB" for k in adapter.layers}
-    message = average_all(inbox, [k for k in inbox.tensors if k not in stacked and owner(k) != "scale"])
+    message = inbox.averages([k for k in inbox.tensors if k not in stacked and owner(k) != "scale"])
     cut = torch.zeros(inbox.num_receivers, dtype=torch.float64)
     for layers in adapter.shape_groups():
         a, b = adapter.A[layers[0]], adapter.B[layers[0]]
@@ -282,9 +293,9 @@ def _recompress(adapter: Adapter, inbox: Inbox, rank: int) -> tuple[Tensors, Ten
 
 def _turn(old: Adapter, inbox: Inbox, new: Adapter) -> Tensors:
     """layer -> (n, r, r): the frame change from the plain factor average of the inbox to the new factors."""
-    frames = {}
+    frames, mean = {}, inbox.averages(f"{factor}/{layer}" for layer in new.layers for factor in "AB")
     for layer in new.layers:
-        a, b, rank = inbox.average(f"A/{layer}"), inbox.average(f"B/{layer}"), new.A[layer].shape[1]
+        a, b, rank = mean[f"A/{layer}"], mean[f"B/{layer}"], new.A[layer].shape[1]
         a, b = a[:, :rank], b[..., :rank]
         if new.ranks:
             a, b = new.trim({f"A/{layer}": a, f"B/{layer}": b}).values()

@@ -192,7 +192,7 @@ class Algorithm:
         names = {transform.name for transform in self.transforms}
         own = {name: t for name, t in inbox.tensors.items() if owner(name) not in names}
         message, cut = self.rule.relay(adapter, replace(inbox, tensors=own), round_)
-        return message | {name: inbox.average(name) for name in inbox.tensors if name not in own}, cut
+        return message | inbox.averages(name for name in inbox.tensors if name not in own), cut
 
     def relayed(self, adapter: Adapter, state: State, inbox: Inbox, round_: Round) -> State:
         """The state after an exchange that is not the last of its round."""

@@ -87,7 +87,7 @@ def tracking(gamma: float = 1.0) -> Transform:
         return message | put(PREFIX, d), state | since | put("own/", own)
 
     def receive(adapter: Adapter, state: Tensors, inbox: Inbox, round_: Round) -> tuple[Inbox, Tensors]:
-        mixed = {name: inbox.average(PREFIX + name) for name in take("c/", state)}
+        mixed = take(PREFIX, inbox.averages(PREFIX + name for name in take("c/", state)))
         state = relayed(adapter, state, inbox, round_)
         return replace(inbox, tensors=leave(PREFIX, inbox.tensors)), state | put("mixing/", mixed)
 

@@ -257,6 +257,12 @@ class Links:
             async def close() -> None:
                 raise Ended("this agent stops")  # leaving this method ends the stream
 
+            # Not left to the first write: if the connection ends while that is under way, gRPC would send the metadata
+            # again with the end, fail, and leave the dialler waiting.
+            try:
+                await context.send_initial_metadata(())
+            except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
+                return  # the dialler has gone
             await self._carry(self._connection(neighbour), context.read, context.write, close)
 
     # Both
