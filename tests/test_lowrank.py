@@ -154,7 +154,7 @@ def test_batches_equal_single_calls_also_when_worked_in_pieces(monkeypatch):
     A, B, weights = factors(2, 5)
     for method in METHODS:
         whole = mix_truncate(A, B, weights, 2, method=method)
-        monkeypatch.setattr(lowrank, "_CHUNK", 4 * A[0, 0].numel() + 1)
+        monkeypatch.setattr(lowrank, "CHUNK", 4 * A[0, 0].numel() + 1)
         pieces = mix_truncate(A, B, weights, 2, method=method)
         monkeypatch.undo()
         for i in range(2):
