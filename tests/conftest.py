@@ -35,7 +35,7 @@ LONGEST = (
     "test_report",
     "test_algorithms",
 )
-"""Files that take half a minute and more, the longest first. A process that begins one of them last keeps all waiting."""
+"""Files that take half a minute and more, the longest first: a process that begins one last keeps all waiting."""
 
 
 def pytest_collection_modifyitems(items):

@@ -78,6 +78,22 @@ def test_averaged_is_the_best_rank_r_mean_of_products(n):
     torch.testing.assert_close(mean.extras["head"][0], adapter.extras["head"].mean(0))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_agents_agree_only_if_every_number_is_the_same(n):
+    same = adapters(n).select([0] * n)
+    assert consensus.agree(same)
+    for layer in SHAPES:  # then the averaged model is theirs
+        np.testing.assert_allclose(dense(consensus.averaged(same), layer)[0], dense(same, layer)[0], atol=1e-5)
+    for tensors in (same.A, same.B, same.scale, same.extras):
+        for name, tensor in list(tensors.items()):
+            other = tensor.clone()
+            other[-1].view(-1)[-1] += 1e-3
+            tensors[name] = other
+            assert consensus.agree(same) == (n == 1)
+            tensors[name] = tensor
+    assert consensus.agree(same)
+
+
 def test_chosen_is_an_agent_or_the_average():
     adapter = adapters(3)
     for agent in range(3):

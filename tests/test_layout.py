@@ -11,7 +11,7 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {"errors", "extras", "precision", "randomness", "timing", "yaml_file", "frozen", "validation", "threats"},
+    {"errors", "extras", "lazy", "precision", "randomness", "timing", "yaml_file", "frozen", "validation", "threats"},
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},

@@ -16,6 +16,8 @@ def test_the_version_is_written_once():
     assert "version" not in PROJECT["project"]
     assert PROJECT["tool"]["hatch"]["version"]["path"] == "src/decaf_lora/__init__.py"
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == decaf_lora.__version__
+    versions = re.findall(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == decaf_lora.__version__
 
 
 def test_the_readmes_links_lead_to_the_repository_on_an_index():

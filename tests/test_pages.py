@@ -1,7 +1,11 @@
 """Every command that README and site show: the option is there, the file too, and what runs in seconds is run."""
 
+import ast
+import contextlib
+import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from decaf_lora.cli import main
+from decaf_lora.integrations import GossipCallback
+from inputs import ROWS, model, table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -95,3 +101,151 @@ def test_a_command_is_as_the_program_has_it(pair, tmp_path, monkeypatch, capsys)
         shown = help_of(words, capsys)
         if words[0] == "federation":
             assert {option for option in options if option not in shown} == set()
+
+
+# --- what a page shows, done in its order ------------------------------------------------------------------
+
+
+SHORT = {
+    "digits": ("--rounds", "1", "--training.steps", "1", "--training.agents_per_pass", "10"),
+    "mine": ("--rounds", "2", "--training.steps", "1", "--training.agents_per_pass", "2"),
+}
+"""As written but for the length of the runs, to save minutes."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with a table, a small model, configurations of the names that pages use, and a finished run."""
+    desk = tmp_path_factory.mktemp("desk")
+    base = model("bert", desk)
+    table(desk / "mine.csv", [(text, label) for text, label in ROWS])
+    config = f"task: {{name: sequence-classification, model: {base}, data: {desk / 'mine.csv'}, test_share: 0.3}}\n"
+    config += "agents: 2\ngraph: ring\npartition: iid\nrounds: 2\ndevice: cpu\nlora: {r: 2, lora_alpha: 2}\n"
+    config += "training: {steps: 1, batch_size: 2, agents_per_pass: 2}\n"
+    for name in ("mine", "my", "support"):
+        (desk / f"{name}.yaml").write_text(config)
+    with contextlib.chdir(desk):
+        assert main(["run", "mine.yaml", "--out", "runs/mine"]) == 0
+        assert main(["compare", "mine.yaml", "--algorithms", "dlora", "--out", "runs/digits-20260101-120000"]) == 0
+        for number, who in enumerate(("alice", "bob", "carol")):
+            assert main(["export", "runs/mine", "--agent", str(number % 2), "--to", f"{who}/adapter"]) == 0
+    return desk
+
+
+def follow(page: str, desk: Path, monkeypatch, capsys, leave_out=(), replace=()) -> list[str]:
+    """Does what the commands of a page say, in their order; what was done."""
+    monkeypatch.chdir(desk)
+    done = []
+    for program, *words in commands_of(ROOT / "docs" / page):
+        line = shlex.join(words)
+        if program != "decaf" or any(re.search(pattern, line) for pattern in leave_out):
+            continue
+        for old, new in replace:
+            words = [new if word == old else word for word in words]
+        if words[:2] == ["run", "digits"]:
+            words += SHORT["digits"]
+        elif words[0] == "run" and "--rounds" not in words and words[1].endswith(".yaml"):
+            words += SHORT["mine"]
+        if words[0] == "merge":
+            shutil.rmtree("merged", ignore_errors=True)
+        assert main(words) == 0, (line, capsys.readouterr().err)
+        done.append(line)
+    assert done
+    return done
+
+
+def python_of(page: str) -> list[str]:
+    return re.findall(r"```(?:python|py)\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_quickstart(desk, tmp_path, monkeypatch, capsys):
+    table(tmp_path / "visits.csv", [(text, label) for text, label in ROWS])
+    table(tmp_path / "new.csv", ROWS[:6])
+    base = str(desk / "bert")
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for program, *words in commands_of(ROOT / "docs" / "quickstart.md"):
+        if program == "decaf" and words[:2] != ["federation", "demo"]:  # tests/mesh/test_mesh_agent.py has it
+            words += SHORT["digits"] if words[:2] == ["run", "digits"] else ()
+            words += ["--model", base] if words[0] == "init" else []
+            words += SHORT["mine"] if words[:2] == ["run", "visits.yaml"] else ()
+            assert main(words) == 0, (words, capsys.readouterr().err)
+            done.append(words[0])
+    assert done == ["run", "run", "export", "export", "init", "check", "run", "predict"]
+    for made in ("adapters/agent-3/adapter_model.safetensors", "model/model.safetensors", "runs/visits/report.html"):
+        assert Path(made).is_file()
+    assert len(Path("predictions/predictions.csv").read_text().splitlines()) == 7
+    (code,) = python_of("quickstart.md")
+    exec(compile(code, "quickstart.md", "exec"), {})
+    assert Path("adapter/adapter_config.json").is_file()
+
+
+def test_folders(desk, monkeypatch, capsys):
+    assert len(follow("folders.md", desk, monkeypatch, capsys)) == 3
+    assert len(Path("runs/mine/records.jsonl").read_text().splitlines()) == 61
+
+
+def test_report(desk, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    follow("report.md", desk, monkeypatch, capsys, leave_out=["--log trackio"])
+    assert list(Path("figures").glob("*.pdf"))
+
+
+def test_tune(desk, monkeypatch, capsys):
+    follow("tune.md", desk, monkeypatch, capsys)
+    assert Path("runs/tune/best.yaml").is_file()
+    (code,) = python_of("tune.md")
+    exec(compile(code.replace("runs/tune", "runs/found"), "tune.md", "exec"), {})
+
+
+def test_merge(desk, monkeypatch, capsys):
+    follow("merge.md", desk, monkeypatch, capsys, replace=[("BASE", str(desk / "bert"))])
+    assert Path("merged/model").is_dir()
+    shutil.rmtree("merged")
+    (code,) = python_of("merge.md")
+    exec(compile(code, "merge.md", "exec"), {})
+    assert Path("merged/adapter_model.safetensors").is_file()
+
+
+def test_plan(desk, monkeypatch, capsys):
+    """A plan of 7 billion parameters takes a quarter of a minute; tests/test_plan.py has one."""
+    assert len(follow("plan.md", desk, monkeypatch, capsys, leave_out=["paper/boolq"])) == 2
+    (code,) = python_of("plan.md")
+    exec(compile(code.replace("paper/boolq", "digits"), "plan.md", "exec"), {})
+
+
+def test_privacy(desk, monkeypatch, capsys):
+    pytest.importorskip("opacus")
+    follow("privacy.md", desk, monkeypatch, capsys)
+
+
+def test_hub(desk, monkeypatch, capsys):
+    follow("hub.md", desk, monkeypatch, capsys)
+    assert Path("adapters/averaged/README.md").is_file()
+
+
+def test_attackers(desk, monkeypatch, capsys):
+    follow("study-attackers.md", desk, monkeypatch, capsys)
+
+
+def test_ranks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "digits", "--out", "first", *SHORT["digits"]]) == 0
+    assert main(["export", "first", "--agent", "all", "--to", "adapters"]) == 0
+    for place, agent in (("ours", 0), ("theirs", 2)):
+        shutil.copytree(f"adapters/agent-{agent}", f"{place}/adapter")
+    assert len(follow("ranks.md", tmp_path, monkeypatch, capsys)) == 4
+
+
+def test_the_trainers_arguments():
+    """The three scripts need several machines; tests/test_trainer*.py run such. Here: are these its arguments?"""
+    calls = [
+        call
+        for code in python_of("trainer.md")
+        for call in ast.walk(ast.parse(code))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("GossipCallback")
+    ]
+    assert len(calls) == 3
+    for call in calls:
+        function = GossipCallback.simulate if isinstance(call.func, ast.Attribute) else GossipCallback
+        inspect.signature(function).bind(*call.args, **{word.arg: word.value for word in call.keywords})

@@ -8,10 +8,11 @@ for record in run.train():
 run.save_adapter("adapters/agent-3", agent=3)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from decaf_lora.lazy import lazy
+
+__version__ = "0.2.0"
 
 _LAZY = {
     "Run": "run",
@@ -23,8 +24,10 @@ _LAZY = {
     "Record": "records",
     "Task": "tasks.base",
     "UserError": "errors",
+    **dict.fromkeys(
+        ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks", "tune"), ""
+    ),
 }
-_MODULES = ("algorithms", "adapters", "config", "engines", "graphs", "lowrank", "partition", "runs", "tasks", "tune")
 
 if TYPE_CHECKING:
     from decaf_lora import adapters, algorithms, config, engines, graphs, lowrank, partition, runs, tasks, tune
@@ -38,14 +41,8 @@ if TYPE_CHECKING:
     from decaf_lora.run import Run
     from decaf_lora.tasks.base import Task
 
-
-def __getattr__(name: str) -> Any:
-    # torch takes a second to import, peft with transformers two more; `decaf --help` needs neither.
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"decaf_lora.{_LAZY[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"decaf_lora.{name}")
-    raise AttributeError(f"module 'decaf_lora' has no attribute {name!r}")
+# torch takes a second to import, peft with transformers two more; `decaf --help` needs neither.
+__getattr__ = lazy(__name__, _LAZY)
 
 
 __all__ = [

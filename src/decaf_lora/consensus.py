@@ -64,6 +64,12 @@ def _centred_gram(a: Tensor, b: Tensor) -> Tensor:
     return gram.view(layers, n, rank, n, rank).sum((2, 4))
 
 
+def agree(adapter: Adapter) -> bool:
+    """Whether all hold the same adapter, as at a common start and behind a server: it is the averaged one, too."""
+    tensors = [*adapter.tensors().values(), *adapter.scale.values(), *adapter.ranks.values()]
+    return all(bool((t == t[:1]).all()) for t in tensors)
+
+
 def averaged(adapter: Adapter) -> Adapter:
     """The averaged model, as the adapter of one agent: the mean of the products, truncated to the adapters' rank.
 

@@ -412,7 +412,7 @@ class Run:
             if scores is not None:
                 with self.phase("evaluate"):
                     averaged = fmean(score for score in scores if score is not None)
-                    if adapters.num_agents > 1:
+                    if adapters.num_agents > 1 and (own or not consensus.agree(adapters)):
                         tests = self.honest.places(self._tests) if own else None
                         averaged = self.trainer.score_of(consensus.averaged(adapters), tests)
         found = {"scores": scores, "own_scores": owns, "averaged_score": averaged, "consensus_distance": distance}

@@ -1,9 +1,7 @@
 """`decaf federation` as people call it: what is written, printed and refused; each mistake one line, exit code 2."""
 
-import inspect
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -11,14 +9,13 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
 import tiny
-from decaf_lora.cli import federation, main
+from decaf_lora.cli import main
 from decaf_lora.engines.links import Links, Neighbour
 from decaf_lora.federation import checking, commands, file, keys, status
 from decaf_lora.federation.terms import GOOD
@@ -486,15 +483,3 @@ def test_without_the_extra_it_says_what_to_install(place):
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 2
         assert done.stderr == f"decaf: mesh: {missing} is missing; pip install 'decaf-lora[mesh]'.\n"
-
-
-def test_the_page_says_what_the_commands_say(place):
-    """Every command of docs/mesh.md and of the README exists, with its options."""
-    page = "\n".join((Path(__file__).parents[2] / name).read_text() for name in ("docs/mesh.md", "README.md"))
-    for line in re.findall(r"decaf federation (.*)", page):
-        command = line.split("`")[0].split()
-        if command:
-            assert command[0] in federation._COMMANDS, line
-            text = inspect.getsource(federation._COMMANDS[command[0]][1])
-            for option in re.findall(r"--([a-z-]+)", " ".join(command)):
-                assert option.replace("-", "_") in text or option == "data", line

@@ -71,7 +71,7 @@ def train(message: Message, context: Context) -> Message:
     model = cached_model() if given["cached"] else new_model()
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     client, number = context.node_config["partition-id"], message.content["config"]["server-round"]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=given["rate"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=given["rate"])
     losses = []
     for step in range((number - 1) * given["steps"], number * given["steps"]):
         loss = model(**batch("train", held["batches"][client, step])).loss

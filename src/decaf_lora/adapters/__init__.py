@@ -1,9 +1,9 @@
 """LoRA adapters: the value that all share, the layers that hold many agents' at once, and PEFT's files."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from decaf_lora.adapters.adapter import Adapter, concatenate
+from decaf_lora.lazy import lazy
 
 if TYPE_CHECKING:
     from decaf_lora.adapters.merged_files import merge
@@ -22,12 +22,8 @@ _LAZY = {
     "save_peft": "peft_io",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Algorithms need the value alone; peft takes seconds to import.
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"decaf_lora.adapters.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'decaf_lora.adapters' has no attribute {name!r}")
+# Algorithms need the value alone; peft takes seconds to import.
+__getattr__ = lazy(__name__, _LAZY)
 
 
 __all__ = [

@@ -1,9 +1,8 @@
 """Data: where examples come from, and how text and images become batches."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from decaf_lora.extras import missing
+from decaf_lora.lazy import lazy
 
 if TYPE_CHECKING:
     from decaf_lora.data.examples import Examples, load, needs_text, needs_tokens, spread
@@ -31,15 +30,8 @@ _LAZY = {
     "warn_truncated": "tokens",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # `datasets` takes seconds to import, with pandas and pyarrow; the demo reads no table.
-    if name in _LAZY:
-        try:
-            return getattr(importlib.import_module(f"decaf_lora.data.{_LAZY[name]}"), name)
-        except ImportError as error:
-            raise missing(error) or error from error
-    raise AttributeError(f"module 'decaf_lora.data' has no attribute {name!r}")
+# `datasets` takes seconds to import, with pandas and pyarrow; the demo reads no table.
+__getattr__ = lazy(__name__, _LAZY)
 
 
 __all__ = [

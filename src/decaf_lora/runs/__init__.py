@@ -1,7 +1,8 @@
 """Runs on disk: from a configuration to a finished folder, one run or several, stopped and resumed."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from decaf_lora.lazy import lazy
 
 _LAZY = {"Folder": "folder", "Subscriber": "events", "Progress": "events", "Interrupted": "events", "follow": "events"}
 
@@ -9,11 +10,7 @@ if TYPE_CHECKING:
     from decaf_lora.runs.events import Interrupted, Progress, Subscriber, follow
     from decaf_lora.runs.folder import Folder
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"decaf_lora.runs.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'decaf_lora.runs' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _LAZY)
 
 
 __all__ = ["Folder", "Interrupted", "Progress", "Subscriber", "follow"]
