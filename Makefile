@@ -32,7 +32,7 @@ demo: $(STAMP)
 
 # Three processes for two cores: many tests of agents and ranks wait for time to pass.
 test: $(STAMP_TEST)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
+	$(BIN)/python -m pytest -n 3 --dist loadfile -q
 
 # Flower and Ray want other releases of what they share with us, so the peers have an environment of their own.
 $(PEERS)/.installed: benchmarks/suite/peers/requirements.txt constraints.txt

@@ -31,10 +31,13 @@ from .timing import ratio, shown, spread
 QUESTION = "What does a whole run of FedAvg cost?"
 AGAINST = "Flower's simulation with PEFT, as its examples do and with the model cached in the actor"
 _SAME = (
-    "local steps cost both sides the same arithmetic, and Flower's two actors use both cores without loss: only what comes "
-    "on top of the steps can be saved"
+    "local steps cost both sides the same arithmetic, and Flower's two actors use both cores without loss: only what "
+    "comes on top of the steps can be saved"
 )
-_WHOLE = "of ours a third is local steps, the rest imports, loading and two evaluations of the test set, which Flower has too"
+_WHOLE = (
+    "of ours a third is local steps; the rest is imports, loading and two evaluations of the test set, as on the other "
+    "side"
+)
 WHY = {
     "rounds, examples": _SAME,
     "rounds, cached": _SAME,

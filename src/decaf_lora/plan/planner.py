@@ -204,7 +204,7 @@ class _Planner:
         alike, most = self._end_alike(run), count + (count > 1)
         evaluate = phases["forward"].flops / (self._evaluated(run) * task.num_test)
         start_alike = config.start == "common" and not config.init_adapters
-        models = [min(2, most) if equal else most for equal in (start_alike, alike)]
+        models = [1 if equal else most for equal in (start_alike, alike)]
         return Plan(
             model=config.task.model or config.task.name,
             agents=config.agents,
