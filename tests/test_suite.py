@@ -83,6 +83,14 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert asked[3:] == ["ring", "base:3"]
 
 
+def test_some_cells_are_chosen_by_their_words(capsys):
+    command = ["--full", "--list", "--only", "local_steps", "--match", "agents=1", "dtype=bf16", "batch=8"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["model=digits", "model=minilm", "model=vit"]
+    assert all({"agents=1", "dtype=bf16", "batch=8"} <= set(line.split()) for line in lines)
+
+
 def test_a_missed_bar_stays_with_its_reason():
     def found(switched, batch):
         ratios = {name: timing.spread([value]) for name, value in (("switched", switched), ("pooled", 1.0))}

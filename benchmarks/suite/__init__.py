@@ -3,6 +3,7 @@
     python -m benchmarks.suite                # a cell or two of every row (`make bench` installs the peers first)
     python -m benchmarks.suite --full         # the whole grid
     python -m benchmarks.suite --only scale   # one row
+    python -m benchmarks.suite --full --only local_steps --match model=vit agents=10    # some of its cells
     python -m benchmarks.suite --device cuda  # the same on a GPU, and what there is on a GPU only
     python -m benchmarks.suite --page         # docs/performance.md from the committed results
 

@@ -20,6 +20,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
         "python -m benchmarks.suite", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=cells.ROWS, help=", ".join(cells.ROWS))
+    parser.add_argument("--match", nargs="+", default=[], metavar="WORD", help="cells with all these words in --list")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all cells")
     size.add_argument("--quick", action="store_true", help="tiny sizes in this process: does it work? Writes nothing")
@@ -46,6 +47,7 @@ def main(given: list[str] | None = None) -> int:
     scope: cells.Scope = "quick" if options.quick else "full" if options.full else "bench"
     chosen = options.only or [name for name in cells.ROWS if name != "gpu" or options.device != "cpu" or options.quick]
     wanted = cells.settings_of(chosen, scope, options.device)
+    wanted = [cell for cell in wanted if set(options.match) <= set(cells.key(*cell).split())]
     if options.list:
         print("\n".join(cells.key(*cell) for cell in wanted))
         return 0
