@@ -87,11 +87,13 @@ HEAD = {"transforms": ("personal_head",)}
 METHODS: dict[str, Method] = {
     "decaf_tracked, int8": Method(_rule("decaf_tracked", messages="int8"), ("exact",), ((0.02, 0.04), (0.01, 0.02))),
     "fedavg": Method(_rule("fedavg"), ("server",), SERVER),
+    # With tau = 1e-3, the paper's and the default, it reaches .10 at its best on banking77 (seed 0, held out), with .1
+    # .28: the changes of LoRA's factors are far above 1e-3, so those that are noise move as far as the others.
     "fedadam": Method(
-        _rule("fedadam"),
+        _rule("fedadam", server_epsilon=0.1),
         ("server",),
-        ((0.02, 0.04), (0.01, 0.02)),
-        {"algorithm.server_learning_rate": (0.01, 0.03)},
+        ((0.04, 0.08), (0.04, 0.08)),
+        {"algorithm.server_learning_rate": (0.1, 0.3)},
     ),
     "scaffold": Method(_rule("scaffold"), ("server",), ((0.02, 0.04), (0.01, 0.02))),
     "decaf": Method(_rule("decaf")),
