@@ -23,8 +23,9 @@ AGAINST = "one copy of the same factors; the dense SVD; PEFT's svd merge"
 WHY = {
     "DeCAF, copies": "a copy moves each float32 number once; the mix gathers the neighbours' factors, takes Gram "
     "matrices and products back in float64, and decomposes hundreds of small cores one after the other",
-    "DLoRA, copies": "each neighbour's message is gathered, multiplied and added by operations of their own: a fused "
-    "one rounds differently with the number of agents in the call, and bit equality between engines rests on it",
+    "DLoRA, copies": "the sum of three messages is three multiplications and two additions, each of which passes over "
+    "all numbers; a fused one rounds differently with the number of agents in the call, and bit equality between "
+    "engines rests on it",
     "dense SVD, clip": "at 768 x 768 with ten contributors the stacked factors have rank 20, and their QR is no longer "
     "small",
     "dense SVD, 7b": "",

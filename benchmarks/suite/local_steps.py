@@ -23,7 +23,8 @@ AGAINST = "PEFT adapters switched one by one; one PEFT adapter on the pooled bat
 WHY = {
     "of switching": "at large batches both sides compute the same products and nothing is left to save but PEFT's own "
     "overhead, so that the ratio is 1 within the spread",
-    "of switching, batch 2": "the larger the model, the less of a step is overhead that stacking saves",
+    "of switching, batch 2": "the larger the model, the less of a step is overhead that stacking saves; one PEFT "
+    "adapter on the pooled batch, the limit, is no further ahead of switching",
     "of pooled": "every agent has its own factors, so the small products are batched, not one matrix; and every agent "
     "has its own optimizer state to read and write",
 }
