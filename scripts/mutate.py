@@ -38,8 +38,23 @@ TESTS: dict[str, tuple[str, ...]] = {
     "run.py": ("tests/test_exchange.py", "tests/test_run.py"),
     "training.py": ("tests/test_training.py",),
 }
-MORE = ("tests/test_tracking.py", "tests/test_alone.py", "tests/test_ranks.py", "tests/test_run.py")
-"""With `--again` survivors meet these, too: half a minute each."""
+MORE = {
+    "lowrank.py": ("test_consensus", "test_ranks", "test_merging", "test_run"),
+    "algorithms/**/*.py": (
+        "test_methods",
+        "test_liars",
+        "test_attackers",
+        "test_tracking",
+        "test_options",
+        "test_ranks",
+    ),
+    "consensus.py": ("test_exchange", "test_ranks", "test_run", "test_merging"),
+    "optimizers.py": ("test_privacy", "test_tracking", "test_run"),
+    "exchange.py": ("test_methods", "test_tracking", "test_run", "test_settings", "test_plan"),
+    "run.py": ("test_alone", "test_ranks", "test_attackers", "test_tracking", "test_own_split", "test_privacy"),
+    "training.py": ("test_calibration", "test_run", "test_privacy", "test_ranks", "test_many_agents", "test_tracking"),
+}
+"""With `--again` survivors meet these files of tests/: a minute or two each."""
 
 
 class Mutated(importlib.machinery.SourceFileLoader):
@@ -182,9 +197,10 @@ def warm() -> None:
         del sys.modules[name]
 
 
-def files() -> list[tuple[Path, tuple[str, ...]]]:
+def files(again: bool) -> list[tuple[Path, tuple[str, ...]]]:
     """Every file to mutate, and its tests."""
-    return [(p, tests) for glob, tests in TESTS.items() for p in sorted((ROOT / PACKAGE).glob(glob))]
+    more = {glob: tuple(f"tests/{name}.py" for name in names) for glob, names in MORE.items()}
+    return [(p, t) for glob, t in (more if again else TESTS).items() for p in sorted((ROOT / PACKAGE).glob(glob))]
 
 
 def group(path: str) -> str:
@@ -196,7 +212,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=20, help="mutants a file; of algorithms/ three times that")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true", help="run those again that survived, with more tests")
+    parser.add_argument("--again", action="store_true", help="those that survived meet more tests")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the tests that are running
     os.chdir(ROOT)
@@ -216,7 +232,7 @@ def main() -> int:
             print(f"{' '.join(tests)}: {time.monotonic() - start:.0f} s without a mutation", flush=True)
         return tested(path, source, tests, limits[tests])
 
-    queues = [(p, t, mutants(p, options.seed)) for p, t in files()]
+    queues = [(p, t, mutants(p, options.seed)) for p, t in files(options.again)]
     random.Random(options.seed).shuffle(queues)
     counts: Counter[str] = Counter()
     while queues and time.monotonic() < end:
@@ -232,13 +248,12 @@ def main() -> int:
             mutant["sha256"] = hashlib.sha256(source.encode()).hexdigest()[:16]
             known = [m for m in done if all(m[k] == mutant[k] for k in ("file", "before", "after", "operator"))]
             known = [m for m in known if m["line"] == mutant["line"] or m["sha256"] == mutant["sha256"]]
-            if known and (known[0]["killed by"] or not options.again):
+            if bool(known) != options.again or (known and known[0]["killed by"]):
                 continue
             if time.monotonic() > end:
                 break
             start = time.monotonic()
-            more = (*tests, *(t for t in MORE if t not in tests)) if options.again else tests
-            mutant["killed by"] = run(path, more, source)
+            mutant["killed by"] = run(path, tests, source)
             why = known[0].get("survives because", "") if known and not mutant["killed by"] else ""
             done = [m for m in done if m not in known] + [mutant | ({"survives because": why} if why else {})]
             write(done)

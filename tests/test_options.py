@@ -1,6 +1,7 @@
 """Truncation feedback, quasi-global momentum and int8 messages against their formulas, written by hand."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import test_ranks
 from decaf_lora import algorithms, graphs, lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import flattened
-from decaf_lora.algorithms import Round
+from decaf_lora.algorithms import Round, names
 from decaf_lora.algorithms.inbox import Inbox
+from decaf_lora.algorithms.transforms import table
 from decaf_lora.errors import UserError
 from decaf_lora.runs import checkpoint
 from rounds import mix, one_round, sent, setting
@@ -351,3 +353,36 @@ def test_an_agent_reads_itself_as_the_others_do():
     assert read.tensors.keys() == adapter.tensors().keys()
     assert all(torch.equal(t, read.tensors[k]) for k, t in out.tensors().items())
     assert not torch.equal(out.A["x"], adapter.A["x"])
+
+
+# --- defaults -----------------------------------------------------------------------------------------------
+
+
+def test_an_option_has_the_same_default_wherever_it_is_taken():
+    """Off, or what the documentation says; `gauge` alone is a rule's own."""
+    stated = {
+        "order": "adapt-combine",
+        "moments": "keep",
+        "messages": "full",
+        "reference": "average",
+        "relay_rank": None,
+        "tracking": False,
+        "tracking_gamma": 1.0,
+        "quasi_global": None,
+        "truncation_feedback": None,
+        "interval": 1,
+        "mixes": "trained",
+        "proximal": 0.01,
+        "server_learning_rate": 0.01,
+        "server_momentum": 0.9,
+        "server_beta_2": 0.99,
+        "server_epsilon": 1e-3,
+    }
+    found: dict[str, set] = {}
+    for name in names.KINDS:
+        for option in inspect.signature(names.KINDS.find(name).kind.build).parameters.values():
+            found.setdefault(option.name, set()).add(option.default)
+    assert found.pop("gauge") == {"rotated", "orthonormal"}
+    assert found == {option: {default} for option, default in stated.items()}
+    transforms = {name: kind.build for name, kind in table.KINDS.items()}
+    assert inspect.signature(transforms["proximal"]).parameters["mu"].default == stated["proximal"]
