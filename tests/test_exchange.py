@@ -94,6 +94,18 @@ def test_a_started_exchange_changes_nothing_until_it_is_finished():
     assert any(not torch.equal(first.state["int8"][k], t) for k, t in state["int8"].items())
 
 
+@pytest.mark.parametrize(("steps", "told"), [(1, 96.0), (3, 288.0)])
+def test_bytes_on_the_wire_are_those_of_all_exchanges_of_a_round(steps, told):
+    class Wired(Simulate):
+        def wire_bytes(self, message, graph, sizes=None):
+            return 96.0
+
+    adapter = make_adapter(4)
+    exchange = Exchange(algorithms.decaf(relay_rank=2), as_schedule(graphs.ring(4)), Wired(4), gossip_steps=steps)
+    made = exchange.finish(adapter, exchange.start(adapter, exchange.init(adapter), 1))
+    assert made.wire_bytes == told
+
+
 # --- sums over the senders ---------------------------------------------------------------------------------
 
 

@@ -479,3 +479,14 @@ def test_more_agents_add_their_adapters_and_no_second_base():
         # The adapter, Adam's two moments, and a copy to spare.
         assert bytes_held - one < 4 * adapters
     assert 4 * more[-1][2] < base
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_recorded_loss_is_the_mean_over_the_local_steps(steps):
+    """At a rate of nothing every step has the loss of the start, here over all the agent's examples."""
+    task, shards = Toy(), [np.arange(0, 8), np.arange(20, 28), np.arange(50, 58)]
+    expected = [torch.nn.functional.cross_entropy(task.model(task.x[shard]), task.y[shard]).item() for shard in shards]
+    training = TrainingConfig(steps=steps, batch_size=8, learning_rate=1e-12, agents_per_pass=3)
+    run = Run(task, algorithms.dlora(), graphs.ring(3), shards, training, rounds=2)
+    for record in list(run.train())[1:]:
+        assert record.losses == pytest.approx(expected, rel=1e-5)

@@ -343,10 +343,13 @@ def test_the_learning_rate_of_an_agent_follows_its_own_steps_alone(optimizer):
             assert torch.equal(alone.tensors()[key][0], tensor[agent]), key
 
 
-def test_with_equal_steps_epochs_and_steps_train_alike():
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_with_equal_steps_epochs_and_steps_train_alike(optimizer):
     shards = [np.arange(i * 20, (i + 1) * 20) for i in range(3)]
     found = []
     for amount in ({"epochs": 1.0}, {"steps": 5}):
-        config = TrainingConfig(batch_size=4, learning_rate=0.05, agents_per_pass=3, warmup=0.3, **amount)
+        config = TrainingConfig(
+            batch_size=4, learning_rate=0.05, agents_per_pass=3, warmup=0.3, optimizer=optimizer, **amount
+        )
         found.append(trained(Toy(extras=True), config, range(3), shards, rounds=2)[0].tensors())
     assert all(torch.equal(found[1][key], tensor) for key, tensor in found[0].items())

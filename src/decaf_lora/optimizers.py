@@ -76,10 +76,7 @@ def step(
         if config.weight_decay:
             gradient = gradient + config.weight_decay * x
         moments.first.mul_(config.momentum).add_(gradient)
-        if isinstance(rate, Tensor):
-            x.sub_(moments.first * rate)
-        else:
-            x.sub_(moments.first, alpha=rate)
+        x.sub_(moments.first * rate)
         return
     beta1, beta2 = config.betas
     moments.first.lerp_(gradient, 1 - beta1)
