@@ -191,10 +191,12 @@ def test_adapters_of_others_and_their_average_are_not_known(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
-def test_one_agents_examples_are_no_partition_of_a_simulation():
+@pytest.mark.parametrize("agent", [0, 1, 3])
+def test_one_agents_examples_are_no_partition_of_a_simulation(agent):
     task = Toy()
-    own = partition.Own(1, 4, range(30), task.labels)
-    with pytest.raises(UserError, match="partition: it holds the examples of agent 1 alone, but this process trains 4"):
+    own = partition.Own(agent, 4, range(30), task.labels)
+    line = f"partition: it holds the examples of agent {agent} alone, but this process trains 4"
+    with pytest.raises(UserError, match=line):
         Run(task, algorithms.decaf(), graphs.ring(4), own)
 
 
