@@ -139,6 +139,19 @@ def test_many_tensors_are_summed_at_once_as_each_alone(monkeypatch, graph, chunk
 # --- who is missing -----------------------------------------------------------------------------------------
 
 
+def test_a_record_says_who_was_waited_for_missed_and_refused():
+    everybody = range(3)
+    inbox = Inbox.from_weights({"x": torch.ones(3, 1)}, graphs.ring(3).weights, everybody, everybody)
+    assert inbox.notes() == {"weights": inbox.weights_of_first(), "waited": None, "missed": None, "rejected": None}
+    told = dataclasses.replace(inbox, waited={1: 0.5}, missed={4: {2: "late"}}, rejected=("of 2: torn",))
+    assert told.notes() == {
+        "weights": inbox.weights_of_first(),
+        "waited": {"1": 0.5},
+        "missed": {"5": {"2": "late"}},
+        "rejected": ["of 2: torn"],
+    }
+
+
 def test_the_weight_of_a_missing_sender_goes_to_the_receiver_itself():
     graph, x = graphs.ring(5), torch.randn(5, 3, dtype=torch.float64)
     senders = [0, 1, 4]  # of agent 1's neighbours 0 and 2, agent 2 is missing
