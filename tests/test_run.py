@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from decaf_lora import algorithms, consensus, graphs, partition
+from decaf_lora import algorithms, calibration, consensus, graphs, partition
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Pending, Simulate
 from decaf_lora.errors import UserError
@@ -490,3 +490,13 @@ def test_the_recorded_loss_is_the_mean_over_the_local_steps(steps):
     run = Run(task, algorithms.dlora(), graphs.ring(3), shards, training, rounds=2)
     for record in list(run.train())[1:]:
         assert record.losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rounds", "steps", "timed"), [(10, 5, True), (7, 7, False)])
+def test_passes_are_timed_only_in_a_run_of_fifty_local_steps(monkeypatch, rounds, steps, timed):
+    asked = []
+    monkeypatch.setattr(calibration, "fastest", lambda sizes, seconds: asked.append(seconds(1)) or sizes[0])
+    run = make_run(training=CONFIG.model_copy(update={"steps": steps, "agents_per_pass": "auto"}), rounds=rounds)
+    records = run.train()
+    next(records), next(records)
+    assert bool(asked) == timed
