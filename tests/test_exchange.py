@@ -104,6 +104,7 @@ def test_bytes_on_the_wire_are_those_of_all_exchanges_of_a_round(steps, told):
     exchange = Exchange(algorithms.decaf(relay_rank=2), as_schedule(graphs.ring(4)), Wired(4), gossip_steps=steps)
     made = exchange.finish(adapter, exchange.start(adapter, exchange.init(adapter), 1))
     assert made.wire_bytes == told
+    assert exchange.bytes_per_round(adapter) == made.bytes_sent  # as told before any message
 
 
 # --- sums over the senders ---------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def test_the_recorded_loss_is_the_mean_over_the_local_steps(steps):
         assert record.losses == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("rounds", "steps", "timed"), [(10, 5, True), (7, 7, False)])
+@pytest.mark.parametrize(("rounds", "steps", "timed"), [(10, 5, True), (12, 5, True), (7, 7, False)])
 def test_passes_are_timed_only_in_a_run_of_fifty_local_steps(monkeypatch, rounds, steps, timed):
     asked = []
     monkeypatch.setattr(calibration, "fastest", lambda sizes, seconds: asked.append(seconds(1)) or sizes[0])
@@ -500,3 +500,12 @@ def test_passes_are_timed_only_in_a_run_of_fifty_local_steps(monkeypatch, rounds
     records = run.train()
     next(records), next(records)
     assert bool(asked) == timed
+
+
+@pytest.mark.parametrize("moments", ["reset", "transport"])
+def test_sgd_has_no_second_moment_to_carry(moments):
+    run = make_run(moments=moments, training=CONFIG.model_copy(update={"optimizer": "sgd"}))
+    list(run.train())
+    assert all(group.second.shape == (4, 0) for group in run.trainer.moments.values())
+    assert all(bool(group.first.any()) for name, group in run.trainer.moments.items() if name == "extras")
+    assert bool(run.trainer.moments["A"].first.any()) == (moments == "transport")
