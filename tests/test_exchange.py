@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from decaf_lora import algorithms, graphs, partition
+from decaf_lora import algorithms, graphs, lowrank, partition
 from decaf_lora.algorithms import Inbox, Round
-from decaf_lora.algorithms import inbox as inbox_module
 from decaf_lora.config import TrainingConfig
 from decaf_lora.engines import Pending, Simulate
 from decaf_lora.exchange import Exchange
@@ -114,7 +113,7 @@ def test_bytes_on_the_wire_are_those_of_all_exchanges_of_a_round(steps, told):
 @pytest.mark.parametrize("graph", [graphs.ring(5), graphs.complete(5), graphs.star(5)], ids=lambda graph: graph.name)
 def test_many_tensors_are_summed_at_once_as_each_alone(monkeypatch, graph, chunk):
     """Alone, in any company and in float64's own arithmetic: a sum rounds in the same way wherever it is made."""
-    monkeypatch.setattr(inbox_module, "CHUNK", chunk)
+    monkeypatch.setattr(lowrank, "CHUNK", chunk)
     shapes = {"head": (3,), "A/1": (2, 7), "A/2": (2, 7), "B/1": (9, 2), "A/3": (2, 7), "gain": ()}
     draw = torch.Generator().manual_seed(0)
     dtypes = [torch.float32, torch.float64, torch.bfloat16]

@@ -44,7 +44,7 @@ ANCHOR_CONDITION = 1e4
 """Above this condition number of Aref V, "anchored" gives way to "orthonormal_rotated"."""
 
 CHUNK = 2**20
-"""Numbers of a batch copied to float64 at a time on a CPU: 8 MB, measured twice as fast as all at once."""
+"""Numbers of a batch worked on at a time on a CPU, 8 MB in float64: measured twice as fast as all at once."""
 
 
 class Truncated(NamedTuple):
@@ -293,6 +293,11 @@ def frame_change(A_old: Tensor, B_old: Tensor, A_new: Tensor, B_new: Tensor) -> 
     return _polar(a1 @ a0.mT + b1.mT @ b0).to(A_old.device, _result_dtype(A_old, B_old, A_new, B_new))
 
 
+def pieces_of(numbers: int, device: torch.device) -> int:
+    """How many pieces of so many numbers each to work on at a time: what a CPU's caches hold; on a GPU far more."""
+    return max(1, (CHUNK if device.type == "cpu" else 64 * CHUNK) // max(1, numbers))
+
+
 # --- the two factorizations ---
 
 
@@ -313,9 +318,7 @@ def _svd(A: Tensor, Bt: Tensor, weights: Tensor, rank: int, method: Method) -> t
     m, r, d_in = A.shape[-3:]
     lead = A.shape[:-3]
     svd = _svd_gram if method == "gram" else _svd_qr
-    # On a CPU in pieces that fit the cache; a GPU wants all the work at once, within reason.
-    chunk = CHUNK if A.device.type == "cpu" else 64 * CHUNK
-    step = max(1, chunk // (m * r * (d_in + Bt.shape[-1])))
+    step = pieces_of(m * r * (d_in + Bt.shape[-1]), A.device)
     if lead.numel() <= step or torch.broadcast_shapes(weights.shape[:-1], lead) != lead:
         Ut, s, Vt = svd(_rows(A), _rows(Bt), _per_row(weights, A), rank)
     else:

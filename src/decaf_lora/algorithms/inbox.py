@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
-
-CHUNK = 2**20
-"""Numbers that are summed at a time on a CPU: 4 MB, which its caches hold."""
 
 
 class Group(NamedTuple):
@@ -206,7 +204,7 @@ class Inbox:
         found = Tensors()
         for same in alike.values():
             x = self.tensors[same[0]]
-            step = max(1, (CHUNK if x.device.type == "cpu" else 64 * CHUNK) // max(1, x.numel()))
+            step = lowrank.pieces_of(x.numel(), x.device)
             for start in range(0, len(same), step):
                 some = same[start : start + step]
                 found.update(zip(some, self._averages(some), strict=True))

@@ -193,8 +193,7 @@ def _pieces(adapter: Adapter, inbox: Inbox) -> Iterator[list[str]]:
     for layers in adapter.shape_groups():
         A, B = inbox.tensors[f"A/{layers[0]}"], inbox.tensors[f"B/{layers[0]}"]
         most = max((group.senders.numel() for group in inbox.groups), default=1)
-        chunk = lowrank.CHUNK if A.device.type == "cpu" else 64 * lowrank.CHUNK
-        step = max(1, chunk // (most * (A[0].numel() + B[0].numel())))
+        step = lowrank.pieces_of(most * (A[0].numel() + B[0].numel()), A.device)
         yield from (layers[start : start + step] for start in range(0, len(layers), step))
 
 
