@@ -306,8 +306,8 @@ def _faster(A: Tensor, B: Tensor) -> Method:
     """The faster method, by measurements on one core of an AMD EPYC: d 64 to 4096, m r 4 to 80, batches of 1 to 120.
 
     "gram" is up to 2.6 times faster on long factors, "qr" up to 2.2 times on short ones; they tie at about
-    d = 256. The batch size must not decide: an agent's result would depend on which others share its process. For
-    GPUs, where QR is a long chain of small kernels, "gram" is a guess.
+    d = 256. The batch size must not decide: an agent's result would depend on which others share its process. On
+    a GPU "gram" is all products and batched decompositions (eigen.py); its QR there has not been timed.
     """
     if torch.float64 in (A.dtype, B.dtype):
         return "qr"
