@@ -1,6 +1,7 @@
 """Shared pieces of the tests."""
 
 import os
+import sys
 
 # One thread a process: the suite runs in parallel processes, and more threads than cores spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    """The server from which processes are forked loads what they need during the first tests."""
+    if "forked" in sys.modules:
+        sys.modules["forked"].begin()
 
 
 @pytest.fixture(scope="session")
