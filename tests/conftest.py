@@ -1,5 +1,6 @@
 """Shared pieces of the tests."""
 
+import gc
 import os
 import sys
 
@@ -16,12 +17,19 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are collected: see below
 
 
 def pytest_collection_finish(session):
-    """The server from which processes are forked loads what they need during the first tests."""
+    """Two savings of minutes in a whole run.
+
+    The server from which processes are forked loads what they need during the first tests. And the objects of modules
+    and of thousands of tests, which stay to the end, are not gone through in every garbage collection from now on.
+    """
     if "forked" in sys.modules:
         sys.modules["forked"].begin()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
