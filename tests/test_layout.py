@@ -11,7 +11,19 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {"errors", "extras", "lazy", "precision", "randomness", "timing", "yaml_file", "frozen", "validation", "threats"},
+    {
+        "errors",
+        "eigen",
+        "extras",
+        "lazy",
+        "precision",
+        "randomness",
+        "timing",
+        "yaml_file",
+        "frozen",
+        "validation",
+        "threats",
+    },
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def row(job: Job, score: float | None, **more: object) -> dict:
 def play(one: Cell, records: Records, score) -> list[tuple[float, int, bool]]:
     """Answers every run of a cell with `score(rate, seed, held_out)`; the runs in their order."""
     order = []
-    while (job := study_runs.following(one, records)) is not None:
+    while jobs := study_runs.following(one, records):
+        job = jobs[0]
         order.append((job.point[RATE], job.seed, job.held_out))
         records.add(row(job, score(*order[-1])))
     return order
@@ -120,7 +122,34 @@ def test_a_killed_study_goes_on_and_finds_the_same(tmp_path: Path) -> None:
         return [{name: value for name, value in one.items() if name != "cpu_seconds"} for one in rows.values()]
 
     assert told(Records(path).rows) == told(whole.rows)
-    assert all(study_runs.following(one, records) is None for one in cells)
+    assert not any(study_runs.following(one, records) for one in cells)
+
+
+SCRIPT = f"""
+import subprocess
+import sys
+sys.path.append({str(BENCHMARKS)!r})
+sys.path.append({str(Path(__file__).parent)!r})
+from pathlib import Path
+import study_runs, test_studies
+cells = (test_studies.cell("dlora", extensions=0, choosers=(0,), seeds=(0, 1)),)
+STUDY = test_studies.study(Path("records.jsonl"), *cells)
+if __name__ == "__main__":
+    study_runs.main(STUDY)
+"""
+
+
+def test_runs_in_several_processes_are_those_of_one(tmp_path: Path) -> None:
+    (tmp_path / "toy_study.py").write_text(SCRIPT)
+    command = [sys.executable, "-W", "ignore", "toy_study.py", "--data", ".", "--jobs", "2"]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    cells = (cell("dlora", extensions=0, choosers=(0,), seeds=(0, 1)),)
+    alone = Records(tmp_path / "alone.jsonl")
+    study_runs.run(study(tmp_path, *cells), alone, cells, tmp_path)
+    together = Records(tmp_path / "records.jsonl").rows
+    assert {key: found["score"] for key, found in together.items()} == {
+        key: found["score"] for key, found in alone.rows.items()
+    }
 
 
 def test_a_search_does_not_see_the_test_set() -> None:

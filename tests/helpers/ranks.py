@@ -119,9 +119,16 @@ def cases(world: int = 1) -> list[tuple[str, str, int]]:
     return out
 
 
+def small_task(device="cpu") -> Toy:
+    """What all these runs train on."""
+    task = Toy(examples=60, tests=12, extras=True)
+    task.model.to(device)
+    return task
+
+
 def make_run(case, engine, task=None, options=None, **values) -> Run:
     name, graph, n = case
-    task = task or Toy(examples=60, tests=12, extras=True)
+    task = task or small_task()
     shards = partition.dirichlet(task.labels, n, alpha=0.5, seed=1)
     training = TrainingConfig(epochs=0.2, batch_size=3, learning_rate=0.02, agents_per_pass=1)
     values = {"rounds": 2, "evaluate_every": 2, "training": training, **values}
@@ -144,19 +151,20 @@ def same(ours: dict, theirs: dict) -> bool:
     return equal and ours["records"] == theirs["records"]
 
 
-def reference(path: Path) -> None:
+def reference(path: Path, device="cpu") -> None:
     """What simulate gives for every case."""
-    found = {case: outcome(make_run(case, Simulate)) for case in cases()}
-    found |= {str(case): outcome(run_with_options(case, Simulate)) for case in (*option_cases(), *COMBINED)}
+    found = {case: outcome(make_run(case, Simulate, small_task(device))) for case in cases()}
+    found |= {str(case): outcome(run_with_options(case, Simulate, device)) for case in (*option_cases(), *COMBINED)}
     torch.save(found, path)
 
 
-def equals(path: Path, world: int) -> int:
+def equals(path: Path, world: int, device="cpu") -> int:
     """Prints the cases that differ from the reference, and those whose bytes on the wire are miscounted."""
     expected = torch.load(path, weights_only=False)
-    with connect(device="cpu", timeout=60) as processes:
+    with connect(device=device, timeout=60) as processes:
         for case in cases(world):
-            run = make_run(case, functools.partial(Torchrun, processes=processes))
+            engine = functools.partial(Torchrun, processes=processes)
+            run = make_run(case, engine, small_task(processes.device))
             got = outcome(run)
             sent = sum(processes.share("sent", run.engine.bytes_sent))
             if not processes.is_main:
@@ -232,9 +240,9 @@ def _choices(annotation) -> tuple:
     return parts if get_origin(annotation) is Literal else tuple(v for part in parts for v in _choices(part))
 
 
-def run_with_options(case, engine) -> Run:
+def run_with_options(case, engine, device="cpu") -> Run:
     name, options, graph, gossip_steps, *ranks = case
-    task = Toy(examples=60, tests=12, extras=True)
+    task = small_task(device)
     shards = partition.iid(task.labels, 6, seed=0)
     training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=1)
     algorithm, links = algorithms.make(name, **options), graphs.parse(graph, 6, 0)
@@ -244,12 +252,12 @@ def run_with_options(case, engine) -> Run:
     return Run(task, algorithm, links, shards, training, **values)
 
 
-def equals_with_options(path: Path) -> int:
+def equals_with_options(path: Path, device="cpu") -> int:
     """Every option of every algorithm, and several exchanges in a round: prints what differs from the reference."""
     expected = torch.load(path, weights_only=False)
-    with connect(device="cpu", timeout=60) as processes:
+    with connect(device=device, timeout=60) as processes:
         for case in (*option_cases(), *COMBINED):
-            run = run_with_options(case, functools.partial(Torchrun, processes=processes))
+            run = run_with_options(case, functools.partial(Torchrun, processes=processes), processes.device)
             got = outcome(run)
             sent = sum(processes.share("sent", run.engine.bytes_sent))
             if processes.is_main and not same(got, expected[str(case)]):
@@ -425,9 +433,9 @@ def fails_together(rank: int) -> int:
 LONG = ("decaf", "ring", 5)
 
 
-def long_run(engine, order="adapt-combine") -> Run:
+def long_run(engine, order="adapt-combine", device="cpu") -> Run:
     """Unequal local steps, clipping and dropout, to be stopped within a round."""
-    task = Toy(examples=60, tests=12, extras=True)
+    task = small_task(device)
     lora = task.default_lora()
     lora.lora_dropout = 0.3
     training = TrainingConfig(epochs=0.7, batch_size=3, learning_rate=0.02, agents_per_pass=1, clip_norm=0.5)
