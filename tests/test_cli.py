@@ -462,18 +462,17 @@ def test_ctrl_c_while_two_processes_load(tmp_path):
     out = tmp_path / "cmp"
     arguments = ["compare", "digits", *SMALL, "--task", f"{tmp_path / 'slow.py'}:make", "--rounds", "1000000"]
     arguments += ["--seeds", "0", "1", "--algorithms", "decaf", "dlora", "--jobs", "2", "--out", str(out)]
-    command = [sys.executable, "-m", "decaf_lora", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = Command(tmp_path / "log", *arguments)
     try:
-        while not (tmp_path / "loading").exists() and process.poll() is None:
+        while not (tmp_path / "loading").exists() and command.process.exitcode is None:
             time.sleep(0.05)
         time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        os.killpg(command.process.pid, signal.SIGINT)
+        code, err = command.ended()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, err
+            os.killpg(command.process.pid, signal.SIGKILL)
+    assert code == 130, err
     assert "Traceback" not in err
     assert "decaf: stopped before anything was written." in err
 
