@@ -18,11 +18,12 @@ PATIENCE = 300
 """Seconds against a hang; a busy machine may need many."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# Modules of installed packages alone: the server of Python 3.11 does not know where the tests are, and says nothing.
 CONTEXT.set_forkserver_preload(
     [
         *("decaf_lora.runs.compare", "decaf_lora.runs.several", "decaf_lora.runs.launched", "decaf_lora.runs.folder"),
         *("decaf_lora.report", "decaf_lora.tasks", "peft", "transformers.models.bert.modeling_bert", "filelock"),
-        *("decaf_lora.integrations.trainer", "decaf_lora.integrations.federated", "ranks", "forked"),
+        *("decaf_lora.integrations.trainer", "decaf_lora.integrations.federated", "decaf_lora.cli", "pytest"),
     ]
 )
 
