@@ -206,6 +206,25 @@ def test_a_script_whose_neighbour_never_comes_gives_up_and_goes_on_later(tmp_pat
         assert same(ended(tmp_path, work[name], name)["values"], own)
 
 
+def test_a_script_and_decaf_agent_are_neighbours(tmp_path, base):
+    """One organisation has a script, another runs `decaf agent` on a table; they end as the average of both."""
+    table = tmp_path / "table"
+    table.mkdir()
+    rows = [f"the {a} {b},{c}" for a in ("cat", "dog") for b, c in zip(("sat", "ran", "flew"), CLASSES, strict=True)]
+    for split in ("train", "test"):
+        (table / f"{split}.csv").write_text("\n".join(["text,label", *rows * 2]) + "\n")
+    given = seal(tmp_path, base, graph="complete")
+    alice = start(tmp_path, base, given, "alice", together=True)
+    bob = given["bob"]
+    command = ["agent", bob["federation"], "--name", "bob", "--trust", bob["trust"], "--bind", bob["bind"]]
+    assert main([*map(str, command), "--data", str(table), "--out", str(tmp_path / "bob")]) == 0
+    found = ended(tmp_path, alice, "alice")
+    assert found["round"] == STEPS // EVERY
+    saved = load_file(tmp_path / "bob" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in found["values"].items():
+        torch.testing.assert_close(saved[name.replace(".default", "").replace("modules_to_save.", "")], tensor)
+
+
 # What is refused, in one line and before anything is sent
 
 

@@ -1,14 +1,19 @@
 """Links on real sockets: frames arrive whole, in order and once, through breaks, slow lines and hostile bytes."""
 
+import asyncio
+import contextlib
+import gc
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from decaf_lora.engines.links import Links, Neighbour
+from decaf_lora.engines.links.connection import Connection, Ended
 from decaf_lora.engines.mesh.frames import PART, At, Closed, Data, Get, Have, Hello, Last, Ping, split
 from decaf_lora.errors import UserError
 from endpoints import PATIENCE, QUICK, SHORT, Heard, Proxy, own, pair, until
@@ -286,3 +291,33 @@ def test_the_generated_module_is_current(tmp_path):
     assert descriptions[0] == descriptions[1]
     if releases[0] == releases[1]:  # another release of the tools lays the same out otherwise
         assert made == kept
+
+
+@pytest.mark.parametrize("error", [Ended("ended by the other end"), grpc.aio.UsageError("RPC already finished.")])
+def test_a_read_that_fails_as_the_connection_ends_is_not_told(error):
+    """Both ends refuse each other in the same moment; asyncio would print the second error with its traceback."""
+    told = []
+
+    async def ends_on_both_sides() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+        connection = Connection(1, 0, lost=60, ping=60, most_queued=2**20)
+
+        async def read() -> bytes:
+            connection.end("refused")
+            raise error
+
+        async def write(frame: bytes) -> None:
+            await asyncio.sleep(0)
+
+        async def close() -> None: ...
+
+        async def deliver(*heard: object) -> None: ...
+
+        with contextlib.suppress(Ended, grpc.aio.UsageError):
+            await connection.carry(read, write, close, deliver)
+        await asyncio.sleep(0)
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(ends_on_both_sides())
+    assert told == []

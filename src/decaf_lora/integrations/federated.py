@@ -126,14 +126,14 @@ class InFederation(Place):
         if self._listen is not None:
             check_free(self._listen)
         stays = sorted((field, value) for field, value in facts.items() if STAYS in field)
-        self._facts = bytes.fromhex(self.signed.digest()) + (repr(stays).encode() if stays else b"")
+        self._facts = self.signed.facts() + (repr(stays).encode() if stays else b"")
         self._engine = make_engine(self.signed, self.agent, self.config)
         return self._engine
 
     def connect(self, exchange: Exchange, adapter: Adapter) -> None:
         """Starts the links; the engine has gone back to a checkpoint before, if there is one."""
         links = Links(self._own, self.neighbours, version=self.signed.version, listen=self._listen)
-        self._engine.connect(*exchange.templates(adapter), links, self._facts)
+        self._engine.connect(*exchange.templates(adapter), links, self._facts, self._differs)
         self.said = status.AgentStatus(self.signed.name, self.signed.version, self.name, os.getpid())
         self.said.rounds, self.said.state = self.config.rounds, "training"
         self.said.neighbours = [status.EdgeStatus(neighbour.name) for neighbour in self.neighbours]
@@ -141,6 +141,13 @@ class InFederation(Place):
         self._leave.callback(links.stop)
         self._links = links
         self._leave.enter_context(status.Teller(status.file_of(self._path, self.name), self.said, self._refresh))
+
+    def _differs(self, theirs: bytes) -> str:
+        """What is different in a neighbour's facts, in words."""
+        of_file = self.signed.facts()
+        if theirs[: len(of_file)] != of_file:
+            return self.signed.differs(theirs[: len(of_file)])
+        return f"it has other values of a factor{STAYS}"
 
     def together(self, step: int, value: Any, work: Work) -> Any:
         """`work` on the own value: the engine waits for the neighbours in it."""

@@ -102,6 +102,8 @@ class Connection:
         finally:
             for task in tasks:
                 task.cancel()
+                # The connection may be over for another reason at the same moment; asyncio prints what nobody takes.
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._queue.clear()
             self.over.set()
 
