@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from decaf_lora.runs import checkpoint
 from decaf_lora.runs.build import build_run
 from decaf_lora.runs.events import Interrupted, Subscriber
 from decaf_lora.runs.folder import run
+from forked import Command
 
 TOY = f"{Path(__file__).parent / 'helpers' / 'toy.py'}:make_toy"
 SMALL = [
@@ -340,30 +342,28 @@ def test_a_place_that_cannot_be_written(capsys):
     assert "out: cannot write in /proc/decaf-run" in line
 
 
+def _fill_disk():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     """A real file size limit (as a full disk: the write fails) in a child process."""
     out = tmp_path / "r"
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "from decaf_lora.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = ["run", "digits", *SMALL, "--rounds", "9", "--checkpoint-every", "1", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("decaf: ")]
-    assert done.returncode == 2, done.stderr
+    arguments = ["run", "digits", *SMALL, "--rounds", "9", "--checkpoint-every", "1", "--out", out]
+    code, err = Command(tmp_path / "full", *arguments, before=_fill_disk).ended()
+    lines = [line for line in err.splitlines() if line.startswith("decaf: ")]
+    assert code == 2, err
     assert len(lines) == 1
     assert "cannot write" in lines[0]
     assert "kept" in lines[0]
-    assert "Traceback" not in done.stderr
-    resumed = subprocess.run(
-        [sys.executable, "-m", "decaf_lora", *arguments, "--resume"], capture_output=True, text=True, timeout=120
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    assert "Traceback" not in err
+    code, err = Command(tmp_path / "resumed", *arguments, "--resume").ended()
+    assert code == 0, err
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
-    """A real SIGINT to a real process, in mid-run."""
+    """A real SIGINT to a real process, started as a user starts it, in mid-run."""
     arguments = ["run", "digits", *SMALL, "--rounds", "400", "--checkpoint-every", "50", "--evaluate-every", "400"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [sys.executable, "-m", "decaf_lora", *arguments]
@@ -382,8 +382,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_equals_uninterrupted(tmp_path):
     done = json.loads(records.read_text().splitlines()[-1])["round"]
     assert 0 < done < 400
     for extra in (["--out", str(cut), "--resume"], ["--out", str(whole)]):
-        finished = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=120)
-        assert finished.returncode == 0, finished.stderr
+        code, err = Command(tmp_path / "log", *arguments, *extra).ended()
+        assert code == 0, err
 
     def tensors(out):
         return checkpoint.load_latest(out / "checkpoints")[0]
@@ -423,16 +423,16 @@ def test_ctrl_c_before_the_first_step_and_resume(tmp_path):
 def test_a_comparison_says_a_warning_once(tmp_path, jobs):
     arguments = ["compare", "digits", *SMALL, "--partition", "up-to:1000", "--seeds", "0", "1", "--jobs", str(jobs)]
     arguments += ["--algorithms", "local", "decaf", "--out", str(tmp_path / "cmp")]
-    done = subprocess.run([sys.executable, "-m", "decaf_lora", *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("decaf: warning: partition: ") == done.stderr.count("fewer than 1000 examples") == 1
-    assert "UserWarning" not in done.stderr
-    progress = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    code, err = Command(tmp_path / "log", *arguments).ended()
+    assert code == 0, err
+    assert err.count("decaf: warning: partition: ") == err.count("fewer than 1000 examples") == 1
+    assert "UserWarning" not in err
+    progress = [line for line in err.splitlines() if line.startswith("[")]
     assert [line.split()[0] for line in progress] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
 
 
 def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
-    """SIGINT to the whole process group, as a terminal sends it; then resume ends with every row."""
+    """SIGINT to the whole process group of a command, as a terminal sends it; then resume ends with every row."""
     out = tmp_path / "cmp"
     arguments = ["compare", "digits", *SMALL, "--rounds", "300", "--evaluate-every", "300", "--seeds", "0", "1"]
     arguments += ["--algorithms", "decaf", "dlora", "--jobs", "2", "--out", str(out)]
@@ -448,8 +448,8 @@ def test_ctrl_c_in_a_comparison_of_two_processes(tmp_path):
     assert "Traceback" not in err
     assert "Go on with: decaf compare --resume" in err
     assert not (out / "summary.json").exists()
-    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
+    code, err = Command(tmp_path / "log", *arguments, "--resume").ended()
+    assert code == 0, err
     rows = json.loads((out / "summary.json").read_text())
     assert [(r["algorithm"], r["seed"]) for r in rows] == [("decaf", 0), ("dlora", 0), ("decaf", 1), ("dlora", 1)]
 
@@ -462,18 +462,17 @@ def test_ctrl_c_while_two_processes_load(tmp_path):
     out = tmp_path / "cmp"
     arguments = ["compare", "digits", *SMALL, "--task", f"{tmp_path / 'slow.py'}:make", "--rounds", "1000000"]
     arguments += ["--seeds", "0", "1", "--algorithms", "decaf", "dlora", "--jobs", "2", "--out", str(out)]
-    command = [sys.executable, "-m", "decaf_lora", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = Command(tmp_path / "log", *arguments)
     try:
-        while not (tmp_path / "loading").exists() and process.poll() is None:
+        while not (tmp_path / "loading").exists() and command.process.exitcode is None:
             time.sleep(0.05)
         time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        os.killpg(command.process.pid, signal.SIGINT)
+        code, err = command.ended()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, err
+            os.killpg(command.process.pid, signal.SIGKILL)
+    assert code == 130, err
     assert "Traceback" not in err
     assert "decaf: stopped before anything was written." in err
 

@@ -156,7 +156,8 @@ def test_the_peak_and_bytes_of_every_algorithm(benchmark, name):
     ],
 )
 def test_bytes_are_those_of_the_records(values):
-    config = small(**values)
+    """Of two layers of unequal shapes; those of a real model are above."""
+    config = small(task=TaskConfig(name=TOY), **values)
     run = build_run(config)
     records = list(run.train())
     run.close()
@@ -172,7 +173,7 @@ def test_bytes_of_a_rule_that_sends_other_factors_in_other_rounds(tmp_path):
         "    def message(adapter, state, round_): return adapter.message(trains(round_))\n"
         "    return Rule('in_turn', trains=trains, message=message, combine=average_factors)\n"
     )
-    config = small(f"{path}:in_turn", rounds=3)
+    config = small(f"{path}:in_turn", task=TaskConfig(name=TOY), rounds=3)
     run = build_run(config)
     records = list(run.train())
     run.close()
@@ -193,7 +194,7 @@ def test_parts_add_up_to_the_peak_of_training(agents):
 
 
 def test_processes_share_the_agents():
-    whole, share = (plan.estimate(small(agents=7), processes=p) for p in (1, 3))
+    whole, share = (plan.estimate(small(task=TaskConfig(name=TOY), agents=7), processes=p) for p in (1, 3))
     assert (whole.agents_here, share.agents_here) == (7, 3)
     assert share.bytes_per_round == whole.bytes_per_round
     assert share.flops_per_step == pytest.approx(whole.flops_per_step)

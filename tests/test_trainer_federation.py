@@ -20,7 +20,8 @@ from decaf_lora.federation import commands, demo, file, keys, status
 from decaf_lora.integrations import GossipCallback
 from decaf_lora.integrations.saved_state import FILE
 from endpoints import PATIENCE, until
-from trainer_scripts import CONTEXT, make_trainer, values
+from forked import CONTEXT
+from trainer_scripts import make_trainer, values
 
 NAMES = ("alice", "bob", "carol")
 STEPS, EVERY = 10, 2
@@ -115,7 +116,6 @@ def _agent(folder, base, agent, given, kill, resume, together):
 
 def start(folder, base, given, name, kill=None, resume=False, together=False):
     """The process of an agent."""
-    CONTEXT.set_forkserver_preload(["decaf_lora.integrations.federated", "transformers.models.bert.modeling_bert"])
     work = (folder, base, NAMES.index(name), given[name], kill, resume, together)
     process = CONTEXT.Process(target=_agent, args=work, daemon=True)
     process.start()

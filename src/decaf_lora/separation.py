@@ -51,8 +51,11 @@ def check(task: Task, attached: Attached, adapter: Adapter, batch: Batch, togeth
     """
     two = _random(attached, adapter)
     use = _Use(attached)
+    # A plan has shapes only. They are the same for both agents, and no gradient is compared.
+    shapes = any(isinstance(t, FakeTensor) for t in batch.values())
+    gradients = together and (not shapes or bool(attached.extra_layers))
     with _exact(), _forked(attached), use.noted():
-        alone = [_alone(task, attached, two, batch, i, together) for i in range(2)]
+        alone = [_alone(task, attached, two, batch, i, gradients) for i in range(1 if shapes else 2)]
     use.refuse_unused(task.model)
     if any(not bool(torch.isfinite(result.loss).all()) for result in alone):
         _refuse_start(task, attached, adapter, batch)

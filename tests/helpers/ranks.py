@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import multiprocessing
 import os
 import socket
 import sys
@@ -28,10 +27,9 @@ from decaf_lora.engines import Simulate, Torchrun, connect
 from decaf_lora.errors import UserError
 from decaf_lora.run import Run
 from decaf_lora.runs import checkpoint
+from forked import CONTEXT
 from rounds import sent
 from toy import Toy
-
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclass
@@ -58,7 +56,6 @@ def start(folder: Path, world: int, work, *arguments, ranks=None, port=None, env
 
     `by_rank`: rank -> further arguments of that rank alone.
     """
-    CONTEXT.set_forkserver_preload(["ranks", "decaf_lora.runs.launched", "decaf_lora.report", "decaf_lora.tasks"])
     folder.mkdir(parents=True, exist_ok=True)
     port, ranks = port or free_port(), range(world) if ranks is None else ranks
     children = {}

@@ -89,9 +89,11 @@ def _child(folder, name, options):
 
 
 def _serve():
+    import peft  # noqa: F401 - these once, for all
     import torch
 
-    import decaf_lora.federation.agent  # noqa: F401 - once, for all
+    import decaf_lora.federation.agent
+    import decaf_lora.report  # noqa: F401
 
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")

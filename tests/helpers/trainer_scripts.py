@@ -1,7 +1,6 @@
 """Small scripts with a `transformers.Trainer`, as people have them, and agents of them in processes of their own."""
 
 import contextlib
-import multiprocessing
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 import tiny
 from decaf_lora import UserError
 from decaf_lora.integrations import GossipCallback
+from forked import CONTEXT
 
 WORDS = 6
 """Tokens of an example."""
@@ -77,12 +77,8 @@ def full(folder, agent, **more):
     return make_trainer(folder, agent, model=make_model(agent, dropout=0.1, lora_dropout=0.1), **given | more)
 
 
-CONTEXT = multiprocessing.get_context("forkserver")
-
-
 def start(folder, port, each):
     """Agents in processes of their own: of each the values in the end, or the error; `each` are their arguments."""
-    CONTEXT.set_forkserver_preload(["decaf_lora.integrations.trainer", "transformers.models.bert.modeling_bert"])
     count, listening = len(each), f"tcp://127.0.0.1:{port}"
     work = [CONTEXT.Process(target=_agent, args=(folder, listening, i, count, own)) for i, own in enumerate(each)]
     for process in work:

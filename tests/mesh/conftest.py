@@ -5,7 +5,7 @@ import pytest
 from sites import Program, Sites
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def program():
     made = Program()
     yield made

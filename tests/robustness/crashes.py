@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,8 +18,8 @@ from pathlib import Path
 from command import SMALL, decaf
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
+from forked import CONTEXT
 
-CONTEXT = multiprocessing.get_context("forkserver")
 WRITES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.link"}
 
 
@@ -41,7 +40,6 @@ def moments(folder: Path) -> int:
 
 def dying(out: Path, ledger: Path, moment: int | None, *more) -> int | None:
     """Runs into `out` until `moment` (None: to its end), and notes in `ledger` what was synced; the exit code."""
-    CONTEXT.set_forkserver_preload(["crashes", "decaf_lora.runs.folder", "decaf_lora.report", "decaf_lora.tasks"])
     process = CONTEXT.Process(target=_child, args=(str(out), str(ledger), moment, command(out, *more)))
     process.start()
     process.join()

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -11,11 +10,11 @@ import pytest
 
 from command import SMALL, decaf, line_of
 from decaf_lora.records import read_records
+from forked import CONTEXT
 from inputs import ROWS, album, lines, model, table
 from inputs import SMALL as FEW
 
 pytestmark = [pytest.mark.usefixtures("datasets_cache"), pytest.mark.filterwarnings("ignore")]
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,6 @@ def obey_modes() -> None:
 
 
 def begin(log: Path, *words, lawful=False):
-    CONTEXT.set_forkserver_preload(["test_going_on", "decaf_lora.runs.compare", "decaf_lora.report"])
     process = CONTEXT.Process(target=_child, args=(str(log), lawful, words))
     process.start()
     return process

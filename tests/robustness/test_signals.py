@@ -7,7 +7,6 @@ workers of a comparison, whose group it joins as they would a terminal's.
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import pty
 import signal
@@ -22,8 +21,8 @@ import pytest
 from command import SMALL, TOY, decaf
 from decaf_lora.records import read_records
 from decaf_lora.runs import checkpoint
+from forked import CONTEXT, own_server
 
-CONTEXT = multiprocessing.get_context("forkserver")
 LONG = (
     *("--task", TOY, "--agents", "2", "--rounds", "100000", "--training.steps", "1", "--training.batch-size", "2"),
     *("--training.agents-per-pass", "2", "--partition", "iid", "--lora.lora-alpha", "4"),
@@ -41,7 +40,7 @@ def _on_terminal(name, arguments):
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     for descriptor in range(3):
         os.dup2(terminal, descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    own_server()
     os._exit(decaf(*arguments))
 
 
@@ -50,7 +49,7 @@ def _child(log, arguments):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    own_server()
     os._exit(decaf(*arguments))
 
 
@@ -58,7 +57,6 @@ class Command:
     """A command that goes on in a process of its own."""
 
     def __init__(self, folder: Path, *arguments) -> None:
-        CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
         self.out, self.log = folder / "out", folder / "log"
         self.process = CONTEXT.Process(target=_child, args=(str(self.log), (*arguments, "--out", self.out)))
         self.process.start()
@@ -158,7 +156,6 @@ def _signalled(log, number, where, arguments):
 )
 def test_a_signal_while_a_file_is_written_costs_nothing(where, number, tmp_path):
     """One that comes after the last round changes nothing any more."""
-    CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
     out, log = tmp_path / "out", tmp_path / "log"
     words = ("run", "digits", *SMALL, "--out", out)
     process = CONTEXT.Process(target=_signalled, args=(str(log), number, where, words))
@@ -181,7 +178,6 @@ def test_a_terminal_that_goes_costs_no_checkpoint(command, tmp_path, request):
     """The window is closed: SIGHUP, and every further word to the live display is an error."""
     ours, theirs = pty.openpty()
     out = tmp_path / "out"
-    CONTEXT.set_forkserver_preload(["test_signals", "decaf_lora.runs.compare", "decaf_lora.report"])
     process = CONTEXT.Process(target=_on_terminal, args=(os.ttyname(theirs), (*command, "--out", out)))
     process.start()
     request.addfinalizer(process.kill)

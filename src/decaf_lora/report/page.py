@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import matplotlib
 from markupsafe import Markup, escape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from decaf_lora import records
 from decaf_lora.errors import UserError, remedy
@@ -185,7 +186,8 @@ def _write_figures(directory: Path, folder: Path, suffix: str) -> list[Path]:
 def inline(plot: Plot, prefix: str) -> Markup:
     """The figure as an SVG element in the colours and font of the page; `prefix` makes its ids differ from others'."""
     buffer = io.StringIO()
-    plot.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    # `Figure.savefig` draws all once more, without output, for what else than the layout may need it.
+    FigureCanvasSVG(plot.figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # no XML prologue inside HTML
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # the page has it
