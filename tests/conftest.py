@@ -21,15 +21,16 @@ gc.disable()  # until all tests are collected: see below
 
 
 def pytest_collection_finish(session):
-    """Two savings of minutes in a whole run.
-
-    The server from which processes are forked loads what they need during the first tests. And the objects of modules
-    and of thousands of tests, which stay to the end, are not gone through in every garbage collection from now on.
-    """
-    if "forked" in sys.modules:
-        sys.modules["forked"].begin()
+    """Modules and thousands of tests stay to the end: no garbage collection goes over them from now on."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server(tmp_path_factory):
+    """The server from which processes are forked loads what they need during the first tests."""
+    if "forked" in sys.modules:
+        sys.modules["forked"].begin(tmp_path_factory.getbasetemp() / "forked.log")
 
 
 @pytest.fixture(scope="session")

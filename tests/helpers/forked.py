@@ -28,9 +28,19 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def begin() -> None:
-    """Starts the server, which loads while this process goes on."""
-    forkserver.ensure_running()
+def begin(log: Path) -> None:
+    """Starts the server, which loads while this process goes on. What it and all that it forks say goes to `log`."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        for number in kept:
+            os.dup2(file, number)
+        forkserver.ensure_running()
+    finally:
+        for number, before in kept.items():
+            os.dup2(before, number)
+            os.close(before)
+        os.close(file)
 
 
 class Command:

@@ -52,9 +52,12 @@ class Agent:
         self.run.on_step = self._on_step
         self.thread = threading.Thread(target=self._work, daemon=True)
 
-    def start(self):
+    def connect(self):
         self.mesh.connect(*self.run.exchange.templates(self.run.adapter), self.link)
         self.link.start(self.mesh)
+
+    def start(self):
+        self.connect()
         self.thread.start()
 
     def _work(self):
@@ -97,11 +100,20 @@ def equals_simulation(agents, simulated, records=None):
             assert own.losses is None or own.losses == [every.losses[number]]
 
 
+def begin(agents):
+    """Starts all, the first when all are connected: where patience is short, one that is late would be missed."""
+    for agent in agents:
+        agent.connect()
+    for agent in agents:
+        agent.link.settled()
+    for agent in agents:
+        agent.thread.start()
+
+
 def together(case, rounds=3, limits=LIMITS):
     board = Switchboard()
     agents = [Agent(i, case, board, limits, rounds) for i in range(N)]
-    for agent in agents:
-        agent.start()
+    begin(agents)
     for agent in agents:
         agent.join()
     return agents

@@ -20,7 +20,7 @@ from decaf_lora.engines.mesh.frames import Data, Get, Last
 from decaf_lora.engines.mesh.outcome import Phase, RejectionError
 from decaf_lora.engines.mesh.payload import Template, pack
 from decaf_lora.graphs import Graph
-from mesh.agents import LIMITS, Agent, N, equals_simulation, make_run, together
+from mesh.agents import LIMITS, Agent, N, begin, equals_simulation, make_run, together
 from mesh.switchboard import Switchboard
 
 
@@ -115,8 +115,7 @@ def test_an_edge_that_never_comes_up_is_as_if_it_were_not_there():
     case, board, limits = ("decaf", {}, "ring", 1), Switchboard(), replace(LIMITS, down=0.05, linger=2.0)
     board.blocked.add(frozenset((0, 1)))
     agents = [Agent(i, case, board, limits) for i in range(N)]
-    for agent in agents:
-        agent.start()
+    begin(agents)
     finished(agents)
     weights = np.array(graphs.parse("ring", N, 0).weights)
     weights[0, 0] += weights[0, 1]
@@ -158,8 +157,7 @@ def killed_and_back(case, rounds, until):
             raise Killed
 
     victim.run.on_step = kill
-    for agent in agents:
-        agent.start()
+    begin(agents)
     victim.thread.join(60)
     assert isinstance(victim.error, Killed)
     tensors, values = victim.checkpoint
@@ -195,8 +193,7 @@ def test_a_crash_that_nobody_had_time_to_miss_changes_no_bit():
             raise Killed
 
     agents[2].run.on_step = kill
-    for agent in agents:
-        agent.start()
+    begin(agents)
     agents[2].thread.join(60)
     tensors, values = agents[2].checkpoint
     agents[2].link.stop()
@@ -214,8 +211,7 @@ def test_a_crash_that_nobody_had_time_to_miss_changes_no_bit():
 def test_links_that_break_at_random_leave_accounts_that_agree(case, seed):
     board, rounds, random = Switchboard(), 20, np.random.default_rng(seed)
     agents = [Agent(i, case, board, replace(LIMITS, down=0.02), rounds) for i in range(N)]
-    for agent in agents:
-        agent.start()
+    begin(agents)
     while min(agent.run.round for agent in agents) < 12:
         edge = random.integers(N)
         board.disconnect(edge, (edge + 1) % N, for_good=True)
@@ -262,8 +258,7 @@ def test_an_agent_that_was_stopped_for_long_catches_up(notices):
             time.sleep(0.01)
 
     agents[2].run.on_step = stop
-    for agent in agents:
-        agent.start()
+    begin(agents)
     assert stopped.wait(60)
     if notices == "after it has sent":
         while agents[2].mesh.peer.exchange != 3:
@@ -304,8 +299,7 @@ def test_agents_whose_messages_differ_do_not_talk():
     board, limits = Switchboard(), replace(LIMITS, linger=2.0)
     agents = [Agent(i, ("decaf", {}, "ring", 1), board, limits) for i in range(3)]
     agents.append(Agent(3, ("decaf_tracked", {}, "ring", 1), board, limits))
-    for agent in agents:
-        agent.start()
+    begin(agents)
     with pytest.raises(WaitedOutError, match="none was in reach"):
         agents[3].join()
     for agent in agents[:3]:
@@ -323,8 +317,7 @@ def test_a_run_that_is_stopped_and_goes_on_is_bit_equal():
     board = Switchboard()
     agents = [Agent(i, case, board) for i in range(N)]
     agents[1].stops_after = (2, 1)
-    for agent in agents:
-        agent.start()
+    begin(agents)
     finished(agents)
     equals_simulation(agents, simulated)
 
@@ -402,8 +395,7 @@ def test_what_leaves_an_agent_is_its_message_and_nothing_else():
     """All frames of a run: the payloads are the messages, whose tensors the template names."""
     case, board = ("decaf_tracked", {}, "ring", 1), Switchboard()
     agents = [Agent(i, case, board) for i in range(N)]
-    for agent in agents:
-        agent.start()
+    begin(agents)
     finished(agents)
     names = set(agents[0].mesh.template().message)
     assert {owner(name) for name in names} == {"A", "B", "extras", "tracking"}
