@@ -151,10 +151,27 @@ def same(ours: dict, theirs: dict) -> bool:
     return equal and ours["records"] == theirs["records"]
 
 
+def near(ours: dict, theirs: dict) -> bool:
+    """The same products and extras to 1e-3 of their norm, and the same bytes: on a GPU kernels depend on the batch."""
+    found = []
+    for told in (ours, theirs):
+        tensors = {name: t.double().cpu() for name, t in told["tensors"].items()}
+        layers = [name.removeprefix("adapter/A/") for name in tensors if name.startswith("adapter/A/")]
+        found.append({layer: tensors[f"adapter/B/{layer}"] @ tensors[f"adapter/A/{layer}"] for layer in layers})
+        found[-1] |= {name: t for name, t in tensors.items() if name.startswith("adapter/extras/")}
+    one, two = found
+    alike = one.keys() == two.keys() and all(
+        float((one[k] - two[k]).norm()) <= 1e-3 * float(two[k].norm()) for k in two
+    )
+    sent = [[record["bytes_sent"] for record in told["records"]] for told in (ours, theirs)]
+    return alike and sent[0] == sent[1]
+
+
 def reference(path: Path, device="cpu") -> None:
-    """What simulate gives for every case."""
+    """What simulate gives for every case; with options on the CPU alone."""
     found = {case: outcome(make_run(case, Simulate, small_task(device))) for case in cases()}
-    found |= {str(case): outcome(run_with_options(case, Simulate, device)) for case in (*option_cases(), *COMBINED)}
+    if device == "cpu":
+        found |= {str(case): outcome(run_with_options(case, Simulate)) for case in (*option_cases(), *COMBINED)}
     torch.save(found, path)
 
 
@@ -169,7 +186,7 @@ def equals(path: Path, world: int, device="cpu") -> int:
             sent = sum(processes.share("sent", run.engine.bytes_sent))
             if not processes.is_main:
                 continue
-            if not same(got, expected[case]):
+            if not (same if device == "cpu" else near)(got, expected[case]):
                 print("differs:", case)
             if sent != _crossing(run):
                 print("bytes:", case, sent, _crossing(run))
@@ -252,12 +269,12 @@ def run_with_options(case, engine, device="cpu") -> Run:
     return Run(task, algorithm, links, shards, training, **values)
 
 
-def equals_with_options(path: Path, device="cpu") -> int:
+def equals_with_options(path: Path) -> int:
     """Every option of every algorithm, and several exchanges in a round: prints what differs from the reference."""
     expected = torch.load(path, weights_only=False)
-    with connect(device=device, timeout=60) as processes:
+    with connect(device="cpu", timeout=60) as processes:
         for case in (*option_cases(), *COMBINED):
-            run = run_with_options(case, functools.partial(Torchrun, processes=processes), processes.device)
+            run = run_with_options(case, functools.partial(Torchrun, processes=processes))
             got = outcome(run)
             sent = sum(processes.share("sent", run.engine.bytes_sent))
             if processes.is_main and not same(got, expected[str(case)]):
