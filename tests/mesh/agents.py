@@ -100,12 +100,16 @@ def equals_simulation(agents, simulated, records=None):
             assert own.losses is None or own.losses == [every.losses[number]]
 
 
-def begin(agents):
-    """Starts all, the first when all are connected: where patience is short, one that is late would be missed."""
+def begin(agents, others=()):
+    """Starts agents, once they and the `others`, which run already, have heard of each other.
+
+    Where patience is short, a neighbour that is late would be missed.
+    """
     for agent in agents:
         agent.connect()
-    for agent in agents:
-        agent.link.settled()
+    for _ in ("the connections", "the hellos"):
+        for agent in (*agents, *others):
+            agent.link.settled()
     for agent in agents:
         agent.thread.start()
 

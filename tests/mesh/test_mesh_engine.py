@@ -166,8 +166,7 @@ def killed_and_back(case, rounds, until):
     again.run.restore(tensors, json.loads(json.dumps(values)))
     while min(agent.mesh.peer.closed for agent in others) < min(until - 1, rounds):
         time.sleep(0.01)
-    again.start()
-    again.link.settled()
+    begin([again], others)
     back.set()
     finished(agents)
     return agents
