@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -249,7 +250,7 @@ def made(job: Job, base: RunConfig) -> Row:
         why = str(error)
     finally:
         run.close()
-    device = environment(str(run.trainer.device))["device"]
+    device = run.trainer.device
     last = records[-1]
     scores, own = (None if why else last.scores), (None if why else last.own_scores)
     score = own if job.held_out and job.cell.own else scores
@@ -267,7 +268,7 @@ def made(job: Job, base: RunConfig) -> Row:
         "loss": None if why else _mean(losses),
         "bytes": sum(record.bytes_sent for record in records),
         "cpu_seconds": round(time.process_time() - started, 2),
-        **({} if device == "cpu" else {"device": device}),
+        **({} if device.type == "cpu" else {"device": environment(str(device))["device"]}),
         **({"diverged": why} if why else {}),
         "key": job.key,
     }
@@ -380,21 +381,22 @@ def run(
     study: Study, records: Records, cells: Sequence[Cell], data: Path, hours: float = math.inf, jobs: int = 1
 ) -> None:
     """Makes the runs of the cells, the first cells first; each run in one thread."""
-    started = time.monotonic()
-    left_out: set[str] = set()
+    started, left = time.monotonic(), list(cells)
 
     def wanted() -> Iterator[Job]:
-        if time.monotonic() - started <= hours * 3600:
-            yield from (
-                job for cell in cells if "/".join(cell.name) not in left_out for job in following(cell, records)
-            )
+        """Runs to begin with now, those that are under way included."""
+        for cell in list(left):
+            if time.monotonic() - started > hours * 3600:
+                return
+            if not (ready := following(cell, records)):
+                left.remove(cell)  # it is finished
+            yield from ready
 
     def finished(job: Job, answer: Row | str) -> None:
         if isinstance(answer, str):
-            name = "/".join(job.cell.name)
-            if name not in left_out:
-                print(f"{name}: left out, {answer}", flush=True)
-            left_out.add(name)
+            if job.cell in left:  # else another of its runs has said it
+                print(f"{'/'.join(job.cell.name)}: left out, {answer}", flush=True)
+                left.remove(job.cell)
             return
         records.add(answer)
         score = "diverged" if answer["score"] is None else f"{answer['score']:.3f}"
@@ -412,10 +414,10 @@ def run(
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         while True:
             busy = {job.key for job in running.values()}
-            for job in wanted():
-                if len(running) < jobs and job.key not in busy:
-                    busy.add(job.key)
-                    running[pool.submit(in_worker, name, job, data)] = job
+            new = (job for job in wanted() if job.key not in busy)
+            for job in itertools.islice(new, jobs - len(running)):
+                busy.add(job.key)
+                running[pool.submit(in_worker, name, job, data)] = job
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -11,19 +11,8 @@ import decaf_lora
 
 SOURCE = Path(decaf_lora.__file__).parent
 FLOORS = (
-    {
-        "errors",
-        "eigen",
-        "extras",
-        "lazy",
-        "precision",
-        "randomness",
-        "timing",
-        "yaml_file",
-        "frozen",
-        "validation",
-        "threats",
-    },
+    {"errors", "extras", "lazy", "precision", "randomness", "timing", "yaml_file", "frozen", "validation", "threats"}
+    | {"eigen"},
     {"config", "kinds"},
     {"lowrank", "graphs", "partition"},
     {"adapters"},

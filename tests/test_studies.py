@@ -126,7 +126,6 @@ def test_a_killed_study_goes_on_and_finds_the_same(tmp_path: Path) -> None:
 
 
 SCRIPT = f"""
-import subprocess
 import sys
 sys.path.append({str(BENCHMARKS)!r})
 sys.path.append({str(Path(__file__).parent)!r})

@@ -45,7 +45,7 @@ def main(given: list[str] | None = None) -> int:
         print(f"wrote {page.PLACE.relative_to(machine.ROOT)}")
         return 0
     scope: cells.Scope = "quick" if options.quick else "full" if options.full else "bench"
-    chosen = options.only or [name for name in cells.ROWS if name != "gpu" or options.device != "cpu" or options.quick]
+    chosen = options.only or (cells.ROWS if options.quick else cells.rows_of(options.device))
     wanted = cells.settings_of(chosen, scope, options.device)
     wanted = [cell for cell in wanted if set(options.match) <= set(cells.key(*cell).split())]
     if options.list:

@@ -49,6 +49,11 @@ class Found(NamedTuple):
     figures: dict[str, Any]
 
 
+def rows_of(device: str) -> tuple[str, ...]:
+    """The rows that say something of a device."""
+    return tuple(name for name in ROWS if name != "gpu" or device != "cpu")
+
+
 def row(name: str) -> ModuleType:
     """The module of a row."""
     return importlib.import_module(f"{__package__}.{name}")

@@ -42,8 +42,7 @@ def written() -> str:
             continue
         parts += [_where(results), _verdicts(results)]
         parts += [_row(results, name) for name in cells.ROWS if results.of(name)]
-        only_gpu = {"gpu"} if device == "cpu" else set()
-        if left := [name.replace("_", " ") for name in cells.ROWS if not results.of(name) and name not in only_gpu]:
+        if left := [name.replace("_", " ") for name in cells.rows_of(device) if not results.of(name)]:
             parts.append(f"Not measured here yet: {', '.join(left)}.\n")
     return "\n".join(parts)
 

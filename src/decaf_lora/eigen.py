@@ -19,7 +19,7 @@ from torch import Tensor
 LARGEST = {"cuda": 32}
 """Type of a device -> the largest n of which its library takes a batch in one call; even."""
 SWEEPS = 30
-"""At most; six or seven are usual."""
+"""At most; four to seven are usual."""
 
 
 def eigh(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,7 @@ def eigh(G: Tensor) -> tuple[Tensor, Tensor]:
 
     The error is that of `torch.linalg.eigh`, a few n eps ||G||.
     """
-    largest = LARGEST.get(G.device.type)
-    if largest is None or G.shape[-1] <= largest:
-        return torch.linalg.eigh(G)
-    return _in_blocks(G, largest // 2)
+    return _in_blocks(G) if _too_large(G) else torch.linalg.eigh(G)
 
 
 def svd(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,8 +36,7 @@ def svd(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Large n on a GPU: C^T C = V L V^T, S = |C V|, U = C V / S, and columns of U are 0 where S is. Then V is orthogonal
     to eps, and S right to sqrt(eps) = 1.5e-8 of the largest, within what the "gram" form of `lowrank` promises.
     """
-    largest = LARGEST.get(C.device.type)
-    if largest is None or C.shape[-1] <= largest:
+    if not _too_large(C):
         return torch.linalg.svd(C)
     scale = C.abs().amax((-2, -1), keepdim=True)
     scaled = C / torch.where(scale > 0, scale, 1)
@@ -51,9 +47,14 @@ def svd(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, (S * scale).squeeze(-2), V.mT
 
 
-def _in_blocks(G: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`eigh` by pairs of blocks of so many rows."""
-    n, lead = G.shape[-1], G.shape[:-2]
+def _too_large(X: Tensor) -> bool:
+    """Whether the library would take the matrices of X one after the other."""
+    return X.shape[-1] > LARGEST.get(X.device.type, X.shape[-1])
+
+
+def _in_blocks(G: Tensor) -> tuple[Tensor, Tensor]:
+    """`eigh` by pairs of blocks, of which two are as large as the library takes them."""
+    n, lead, block = G.shape[-1], G.shape[:-2], LARGEST[G.device.type] // 2
     pairs = -(-n // (2 * block))
     size = 2 * block * pairs
     scale = G.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
