@@ -40,6 +40,8 @@ from decaf_lora.run import Run
 from decaf_lora.tasks import causal_lm, pretrained
 from decaf_lora.tasks.base import repeat_for_agents
 from decaf_lora.tasks.scores import ClassScore
+from decaf_lora.training import Trainer
+from test_precision import Backward
 from tiny import DECODERS, DUALS, ENCODERS, WORDS, tokenizer, write
 
 ROOT = Path(__file__).parents[1]
@@ -913,3 +915,20 @@ def test_saved_adapters_name_their_base(directories, texts, tmp_path):
     attached = attach(copy.deepcopy(task.model), task.default_lora())
     save_peft(attached.init([0], seed=0), 0, attached.config, tmp_path, task.model.config._name_or_path)
     assert directories("bert") in (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_training_on_a_cpu_computes_short_attention_in_float32(directories, texts, dtype, precision, checkpointed):
+    """Of recomputed activations too: the backward pass makes them outside the forward pass."""
+    task = language(directories, texts, dtype=dtype, gradient_checkpointing=checkpointed)
+    attached = attach(task.model, dataclasses.replace(task.default_lora(), r=2))
+    config = TrainingConfig(steps=1, batch_size=2, precision=precision, agents_per_pass=2)
+    trainer = Trainer(task, attached, config, [0, 1], [np.arange(4), np.arange(4, 8)], 0)
+    adapter = attached.init(range(2), 0)
+    trainer.prepare(adapter)
+    with Backward() as seen:
+        trainer.train_round(adapter, algorithms.local(), {}, algorithms.Round(1), 1)
+    assert seen.formats == [torch.float32] * 2  # one a layer

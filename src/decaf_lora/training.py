@@ -26,7 +26,7 @@ from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
 from decaf_lora.errors import TrainingError
 from decaf_lora.evaluation import Evaluator
-from decaf_lora.precision import autocast, work_device
+from decaf_lora.precision import autocast, short_attention, work_device
 from decaf_lora.randomness import torch_generator
 from decaf_lora.tasks.base import Batch, Task, to_device
 
@@ -95,6 +95,7 @@ class Trainer:
         self._one_by_one = False
         self.agents_per_pass = 0 if config.agents_per_pass == "auto" else int(config.agents_per_pass)
         self._layouts: dict[str, FlatGroup] = {}
+        self._formats = {p.dtype for p in attached.model.parameters()} | {getattr(torch, config.precision)}
 
     @property
     def device(self) -> torch.device:
@@ -335,7 +336,7 @@ class Trainer:
             core=self._unpack("core", leaves),
         )
         batch = to_device(self.task.train_batch(examples), self.device)
-        with self.attached.bind(bound, masks):
+        with self.attached.bind(bound, masks), short_attention(self.device, self._formats):
             with autocast(self.config.precision, self.device):
                 loss = self.task.losses(batch, bound.num_agents)
             grads = torch.autograd.grad(loss.float().sum(), [leaves[g] for g in trained], allow_unused=True)
