@@ -115,6 +115,11 @@ def base(data: Path, cache: Path = CACHE) -> RunConfig:
         dtype=DTYPE,
         eval_batch_size=50,
     )
+    return run_of(task, "shots:40/dirichlet:0.1")
+
+
+def run_of(task: TaskConfig, partition: str) -> RunConfig:
+    """Ten agents with adapters on all layers of the model."""
     return RunConfig(
         task=task,
         lora=LoraOptions(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
@@ -122,7 +127,7 @@ def base(data: Path, cache: Path = CACHE) -> RunConfig:
         agents=10,
         graph="base:5",
         gossip_steps="period",
-        partition="shots:40/dirichlet:0.1",
+        partition=partition,
         rounds=ROUNDS,
         test="alike",
     )

@@ -21,12 +21,14 @@ try:
     import study_methods
     import study_runs
     import study_smollm2
+    import study_superglue
     import study_where
 finally:
     sys.path.remove(str(BENCHMARKS))
 from study_runs import RATE, Cell, Job, Records, Study  # noqa: E402
 
-STUDIES = (study_methods.STUDY, study_where.STUDY, study_smollm2.STUDY)
+STUDIES = (study_methods.STUDY, study_where.STUDY, study_smollm2.STUDY, study_superglue.STUDY)
+NAMES = ("methods", "where", "smollm2", "superglue")
 
 
 def toy(data: Path | None = None, make: str = "make_toy") -> RunConfig:
@@ -187,7 +189,7 @@ def test_fedavg_of_equal_shares_is_dlora_with_an_exact_average() -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("one", STUDIES, ids=["methods", "where", "smollm2"])
+@pytest.mark.parametrize("one", STUDIES, ids=NAMES)
 def test_cells_have_names_of_their_own_and_keys_of_their_own(one: Study) -> None:
     names = [cell.name for cell in one.cells]
     assert len(set(names)) == len(names)
@@ -226,6 +228,19 @@ def test_a_cut_data_set_keeps_the_classes_and_their_examples(tmp_path: Path) -> 
     assert set(wide[:6]) == labels["train"]
 
 
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs real data in {DATA}; set DECAF_DATA")
+@pytest.mark.parametrize("task", study_superglue.TASKS)
+def test_the_split_of_superglue(task: str, tmp_path: Path) -> None:
+    file = DATA / "superglue_val" / f"{study_superglue.TASKS[task]}.val.jsonl"
+    folder = Path(study_superglue.split(file, tmp_path))
+    rows = {name: (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("train", "test")}
+    assert not {*rows["train"]} & {*rows["test"]}
+    assert {*rows["train"], *rows["test"]} <= {*file.read_text(encoding="utf-8").splitlines()}
+    labels = [json.loads(row)["label"] for row in rows["test"]]
+    assert set(labels) == set(study_superglue.LABELS)
+    assert max(labels.count(label) for label in study_superglue.LABELS) / 200 == study_superglue.MAJORITY[task]
+
+
 def test_tables_come_from_records_alone(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
     scores = {"decaf_tracked, int8": 0.75, "dlora": 0.5}
@@ -249,7 +264,7 @@ def test_pages_keep_what_is_around_the_tables() -> None:
         study_runs.written(page, "y", "new")
 
 
-@pytest.mark.parametrize("one", STUDIES, ids=["methods", "where", "smollm2"])
+@pytest.mark.parametrize("one", STUDIES, ids=NAMES)
 def test_the_page_shows_the_records(one: Study) -> None:
     """`--write` after new records, and this holds."""
     if one.page is None or not BENCHMARKS.joinpath(one.records.name).exists():

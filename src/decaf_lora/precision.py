@@ -38,7 +38,6 @@ SHORT = 128
 """Keys up to which attention and its backward pass are as fast in float32 on a CPU as in bfloat16, or faster: measured
 with heads of 32, 64 and 128 numbers."""
 
-
 _attention = functional.scaled_dot_product_attention
 _passes, _lock = 0, threading.Lock()
 
@@ -70,18 +69,20 @@ def short_attention(device: torch.device, formats: Collection[torch.dtype]) -> I
         formats: in which the pass computes.
     """
     global _attention, _passes
-    step = int(device.type == "cpu" and torch.bfloat16 in formats)
+    if device.type != "cpu" or torch.bfloat16 not in formats:
+        yield
+        return
+    with _lock:  # passes of several threads may overlap
+        if not _passes:
+            _attention = functional.scaled_dot_product_attention
+            functional.scaled_dot_product_attention = _short_in_float32
+        _passes += 1
     try:
-        with _lock:  # passes of several threads may overlap
-            _passes += step
-            if step and _passes == 1:
-                _attention = functional.scaled_dot_product_attention
-                functional.scaled_dot_product_attention = _short_in_float32
         yield
     finally:
         with _lock:
-            _passes -= step
-            if step and not _passes:
+            _passes -= 1
+            if not _passes:
                 functional.scaled_dot_product_attention = _attention
 
 
