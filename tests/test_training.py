@@ -14,7 +14,7 @@ from decaf_lora.adapters import attach
 from decaf_lora.algorithms import Round
 from decaf_lora.batches import BatchStream
 from decaf_lora.config import TrainingConfig
-from decaf_lora.errors import TrainingError
+from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.evaluation import distinct
 from decaf_lora.training import FlatGroup, Trainer
 from toy import Toy
@@ -73,23 +73,25 @@ def test_the_demo_model_stacked_equals_one_by_one(digits_task):
         torch.testing.assert_close(one.tensors()[key], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("head_ratio", [None, 1.0, 16.0])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_single_agent_trains_as_with_peft_and_torch(optimizer):
-    """The whole local step against PEFT's LoRA layers and torch.optim on the same batches."""
+def test_a_single_agent_trains_as_with_peft_and_torch(optimizer, head_ratio):
+    """The whole local step against PEFT's LoRA layers, its copy of a head if there is one, and torch.optim."""
     import copy
 
     from peft import get_peft_model
 
-    task = Toy()
+    task, clip = Toy(extras=head_ratio is not None), 0.2 if head_ratio is None else 0.45
     config = TrainingConfig(
         steps=12,
         batch_size=6,
         learning_rate=0.03,
         optimizer=optimizer,
         weight_decay=0.05,
-        clip_norm=0.2,
+        clip_norm=clip,
         schedule="linear",
         warmup=0.25,
+        head_rate_ratio=head_ratio or 1.0,
     )
     shard = np.arange(40)
     plain = copy.deepcopy(task.model)
@@ -104,10 +106,14 @@ def test_a_single_agent_trains_as_with_peft_and_torch(optimizer):
         for name, layer in layers.items():
             layer.lora_A["default"].weight.copy_(initial.A[name][0])
             layer.lora_B["default"].weight.copy_(initial.B[name][0])
-    parameters = [p for p in peft.parameters() if p.requires_grad]
+    named = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
+    head = [p for name, p in named.items() if ".head." in name]
+    groups = [{"params": [p for p in parameters if all(p is not other for other in head)]}]
+    groups += [{"params": head}] if head else []
     kinds = {
-        "adamw": lambda: torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.05),
-        "sgd": lambda: torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=0.05),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=1.0, weight_decay=0.05),
+        "sgd": lambda: torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=0.05),
     }
     theirs = kinds[optimizer]()
     stream, total, norms = BatchStream(shard, 6, 0, 0), 0.0, []
@@ -117,14 +123,33 @@ def test_a_single_agent_trains_as_with_peft_and_torch(optimizer):
         total += float(loss.detach())
         theirs.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 0.2)))
-        theirs.param_groups[0]["lr"] = optimizers.learning_rate(config, step / 12)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, clip)))
+        for group, ratio in zip(theirs.param_groups, (1.0, head_ratio), strict=False):
+            group["lr"] = ratio * optimizers.learning_rate(config, step / 12)
         theirs.step()
-    assert min(norms) < 0.2 < max(norms)  # some steps are clipped, some are not
+    assert min(norms) < clip < max(norms)  # some steps are clipped, some are not
     assert float(losses[0]) == pytest.approx(total, rel=1e-5)
     for name, layer in layers.items():
         torch.testing.assert_close(adapter.A[name][0], layer.lora_A["default"].weight, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(adapter.B[name][0], layer.lora_B["default"].weight, rtol=1e-4, atol=1e-6)
+    assert len(adapter.extras) == len(head)
+    for name, tensor in adapter.extras.items():
+        (own,) = [
+            p for other, p in named.items() if other.endswith(name.replace("head.", "head.modules_to_save.default."))
+        ]
+        torch.testing.assert_close(tensor[0], own, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rate_of_a_head_that_is_not_there():
+    task = Toy()
+    attached = attach(task.model, task.default_lora())
+    try:
+        with pytest.raises(
+            UserError, match=r"head_rate_ratio: 16, but no module .* name a module in lora.modules_to_save"
+        ):
+            Trainer(task, attached, TrainingConfig(head_rate_ratio=16), [0], shards_of(1), 0)
+    finally:
+        attached.detach()
 
 
 def test_agents_with_fewer_local_steps_stand_still():

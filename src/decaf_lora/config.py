@@ -308,6 +308,9 @@ class TrainingConfig(Frozen):
     """AdamW, or SGD with momentum."""
     learning_rate: float | Literal["auto"] = 5e-3
     """Peak learning rate. auto: one is chosen first, on a held-out share of the training examples (docs/tune.md)."""
+    head_rate_ratio: float = Field(1.0, gt=0, le=10**6)
+    """Learning rate of modules that are trained in full, such as a classification head, in multiples of
+    `learning_rate`. A new head with many classes wants 16 or so (docs/methods.md)."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay: decoupled for AdamW, added to the gradient for SGD."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -24,7 +24,7 @@ from decaf_lora.algorithms.contract import Round
 from decaf_lora.algorithms.transforms.chain import Algorithm, State
 from decaf_lora.batches import BatchStream, local_steps
 from decaf_lora.config import TrainingConfig
-from decaf_lora.errors import TrainingError
+from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.evaluation import Evaluator
 from decaf_lora.precision import autocast, short_attention, work_device
 from decaf_lora.randomness import torch_generator
@@ -71,6 +71,9 @@ class Trainer:
         eval_batch_size: the most test examples in a forward pass, over all agents in it.
         steps_in_round: the largest number of local steps of any agent in the run, where other processes that keep step
             hold some of them; None: of these n agents.
+
+    Raises:
+        UserError: there is a rate for modules that are trained in full, and no such module.
     """
 
     def __init__(
@@ -84,6 +87,11 @@ class Trainer:
         eval_batch_size: int = 256,
         steps_in_round: int | None = None,
     ) -> None:
+        if config.head_rate_ratio != 1 and not attached.modules:
+            raise UserError(
+                f"training.head_rate_ratio: {config.head_rate_ratio:g}, but no module is trained in full, only A and "
+                "B; leave it at 1, or name a module in lora.modules_to_save."
+            )
         self.task, self.attached, self.config = task, attached, config
         self.agents, self.seed = list(agents), seed
         self.evaluator = Evaluator(task, attached, eval_batch_size, config.precision)
@@ -194,7 +202,8 @@ class Trainer:
             lr = self._learning_rate(round_.number, step, rounds)
             mask = torch.from_numpy(active).to(self.device)
             for group in trained:
-                optimizers.step(flats[group], gradients[group], self.moments[group], self.config, lr, mask)
+                rate = lr * self.config.head_rate_ratio if group == "extras" else lr
+                optimizers.step(flats[group], gradients[group], self.moments[group], self.config, rate, mask)
             self.steps_taken[active] += 1
             if on_step is not None and on_step(step + 1, losses):
                 break
