@@ -14,6 +14,11 @@ from decaf_lora.yaml_file import read_yaml, write_yaml
 _RATES = {"text": 5e-3, "images": 5e-3, "llm": 2e-3}
 """Peak learning rates of LoRA, with a schedule that ends at 0."""
 
+_HEAD_RATE = {
+    "text": ["  # head_rate_ratio: 16  # with many classes: the new head at 16 times that rate (docs/methods.md)"]
+}
+"""Lines on the rate of a new head, where there is one."""
+
 _SAID = {
     "name": "what is learnt; also: image-text, sequence-classification, causal-lm",
     "model": "a model of the Hugging Face Hub, or a folder",
@@ -56,6 +61,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "  epochs: 1  # passes over an agent's own rows in a round",
         f"  batch_size: {batch}  # rows of an agent in a step; 4 for a few hundred rows, 16 for more",
         f"  learning_rate: {_RATES[asked.kind]}  # or auto: chosen before the run; `decaf tune` searches wider",
+        *_HEAD_RATE.get(asked.kind, ()),
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
