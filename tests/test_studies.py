@@ -194,7 +194,7 @@ def test_cells_have_names_of_their_own_and_keys_of_their_own(one: Study) -> None
     names = [cell.name for cell in one.cells]
     assert len(set(names)) == len(names)
     assert {cell.base for cell in one.cells} <= set(one.bases) == set(one.assumed)
-    keys = {Job(cell, {}, 0, False).key for cell in one.cells}
+    keys = {Job(cell, {axis: first for axis, (first, *_) in cell.axes.items()}, 0, True).key for cell in one.cells}
     # The run of DLoRA that sets the budget of bytes is the grid's own.
     assert len(keys) == len(names) - (one is study_methods.STUDY)
 
