@@ -44,7 +44,7 @@ import study_runs
 from decaf_lora import statistics
 from decaf_lora.config import RunConfig
 from decaf_lora.recipes import digits
-from study_runs import NOT_YET, RATE, SEEDS, Cell, Records, Row, Study, results, shown
+from study_runs import NOT_YET, RATE, SEEDS, Cell, Records, Row, Study, results, row_name, shown
 
 HERE = Path(__file__).parent
 PARTITIONS = {"dirichlet": "dirichlet:0.1", "classes": "by-class", "iid": "iid"}
@@ -315,8 +315,7 @@ def with_own_rate(done: Done) -> str:
             own = done.get(("head", task, method, place))
             found = [f"{own[0]['values'][axis]:g}" for axis in (RATE, HEAD_RATIO)] if own else ["", ""]
             cells += [shown(done.get((task, "dirichlet", method, place))), shown(own), *found]
-        where = f", {place}" if place in ("ring", "exact") else ""
-        lines.append(f"| {method}{where} | {' | '.join(cells)} |")
+        lines.append(f"| {row_name(method, place)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -336,8 +335,7 @@ def differences(done: Done) -> str:
             for task in ("banking77", "clinc150", "demo"):
                 best = done.get((task, "dirichlet", RECOMMENDED, "exact"))
                 cells.append(_difference(done.get((task, "dirichlet", name, place)), best))
-            where = f", {place}" if place in ("ring", "exact") else ""
-            lines.append(f"| {name}{where} | {' | '.join(cells)} |")
+            lines.append(f"| {row_name(name, place)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -368,8 +366,7 @@ def own_data(done: Done) -> str:
         for task, partition in columns:
             found = done.get((task, partition, name, place))
             cells.append(NOT_YET if found is None else f"{shown(found, 'own')} / {shown(found).partition(' ')[0]}")
-        where = f", {place}" if place in ("ring", "exact") else ""
-        lines.append(f"| {name}{where} | {' | '.join(cells)} |")
+        lines.append(f"| {row_name(name, place)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -386,8 +383,7 @@ def at_equal_bytes(done: Done) -> str:
         rows = done.get(one.name)
         rounds, steps = one.values.get("rounds", ROUNDS["banking77"]), one.values.get("training.steps", 3)
         sent = f"{rows[0]['bytes'] / 1e6:.1f} MB" if rows else ""
-        where = f", {place}" if place in ("ring", "exact") else ""
-        lines.append(f"| {budget} | {method}{where} | {rounds} x {steps} | {sent} | {shown(rows)} |")
+        lines.append(f"| {budget} | {row_name(method, place)} | {rounds} x {steps} | {sent} | {shown(rows)} |")
     return "\n".join(lines)
 
 

@@ -291,6 +291,11 @@ def shown(rows: Sequence[Row] | None, column: str = "score") -> str:
     return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}".replace("0.", ".")
 
 
+def row_name(method: str, place: str) -> str:
+    """What a table calls a method on a graph, with a server, or alone."""
+    return f"{method}, {place}" if place in ("ring", "exact") else method
+
+
 @dataclass(frozen=True)
 class Study:
     """What a study is to `main`.

@@ -32,7 +32,7 @@ from typing import Any
 
 import study_runs
 from decaf_lora.config import LoraOptions, RunConfig, TaskConfig, TrainingConfig
-from study_runs import RATE, SEEDS, Cell, Records, Study, results, shown
+from study_runs import RATE, SEEDS, Cell, Records, Study, results, row_name, shown
 
 HERE = Path(__file__).parent
 ANSWERS = {
@@ -181,8 +181,7 @@ def tables(records: Records) -> str:
         cells = [shown(rows or None, column) for column in ("score", "worst", "own", "averaged")]
         rate = f"{rows[0]['values'][RATE]:g}" if rows else ""
         sent = f"{rows[0]['bytes'] / 1e6:.0f} MB" if rows else ""
-        where = f", {place}" if place in ("ring", "exact") else ""
-        lines.append(f"| {method}{where} | {' | '.join(cells)} | {rate} | {sent} |")
+        lines.append(f"| {row_name(method, place)} | {' | '.join(cells)} | {rate} | {sent} |")
     return "\n".join(lines)
 
 

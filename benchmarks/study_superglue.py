@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ import study_runs
 import study_smollm2
 from decaf_lora.config import RunConfig, TaskConfig
 from decaf_lora.recipes import RECIPES
-from study_runs import RATE, SEEDS, Cell, Records, Study, results, shown
+from study_runs import RATE, Cell, Records, Study, results, row_name, shown
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "decaf-study-superglue"
@@ -42,25 +43,20 @@ MAJORITY = {"wic": 0.515, "boolq": 0.575}
 """Share of the more frequent answer among the test examples."""
 LEARNABLE: tuple[str, ...] = ()
 """Tasks at which pooled training beats the more frequent answer."""
-METHODS = {
-    name: study_smollm2.METHODS[name]
-    for name in (
-        ("decaf", "exact"),
-        ("decaf_tracked, int8", "exact"),
-        ("fedavg", "server"),
-        ("local", "none"),
-        ("decaf", "ring"),
-        ("dlora", "ring"),
-    )
-}
+METHODS = (
+    ("decaf", "exact"),
+    ("decaf_tracked, int8", "exact"),
+    ("fedavg", "server"),
+    ("local", "none"),
+    ("decaf", "ring"),
+    ("dlora", "ring"),
+)
 POOLED = ("centralized", "none")
 
 
 def cell(task: str, method: str, place: str) -> Cell:
     """The cell of a row."""
-    values = {**study_smollm2.METHODS[method, place], **study_smollm2.PLACES[place]}
-    axes = {RATE: study_smollm2.RATES}
-    return Cell(("superglue", task, method, place), task, values, axes, SEEDS, choosers=(0,), extensions=1)
+    return replace(study_smollm2.cell(method, place), name=("superglue", task, method, place), base=task)
 
 
 def cells() -> list[Cell]:
@@ -106,10 +102,9 @@ def tables(records: Records) -> str:
         _, task, method, place = one.name
         rows = results(one, records)
         rate = f"{rows[0]['values'][RATE]:g}" if rows else ""
-        where = f", {place}" if place in ("ring", "exact") else ""
         scores = [shown(rows or None, column) for column in ("score", "worst")]
         often = f"{MAJORITY[task]:.3f}".lstrip("0")
-        lines.append(f"| {TASKS[task]} | {method}{where} | {' | '.join(scores)} | {rate} | {often} |")
+        lines.append(f"| {TASKS[task]} | {row_name(method, place)} | {' | '.join(scores)} | {rate} | {often} |")
     return "\n".join(lines)
 
 
