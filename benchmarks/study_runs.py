@@ -57,6 +57,7 @@ class Cell:
         own: whether the search scores an agent on the examples that it has given itself, as personal models ask for.
         choosers: seeds of the search: all values with the first, the two best with the others.
         extensions: values that the search may add beyond the first ones of a field.
+        most: dotted field -> the largest value that the search may add.
     """
 
     name: tuple[str, ...]
@@ -67,6 +68,7 @@ class Cell:
     own: bool = False
     choosers: tuple[int, ...] = CHOOSERS
     extensions: int = EXTENSIONS
+    most: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def searched(cell: Cell, records: Records) -> Standing:
     plan = Plan(cell.axes, (1,), extensions=cell.extensions)
     scores: dict[tuple[int, int], Merit] = {}
     while True:
-        now = standing(plan, scores)
+        now = standing(plan, scores, lambda point: all(point.get(name, 0) <= most for name, most in cell.most.items()))
         found = {
             pair: _merit([row])
             for pair in now.wanted

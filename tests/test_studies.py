@@ -92,6 +92,13 @@ def test_the_mean_over_both_seeds_chooses(tmp_path: Path) -> None:
     assert order[-3:] == [(0.04, seed, False) for seed in (0, 1, 2)]
 
 
+def test_a_search_stays_below_the_largest_value_of_a_field(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    order = play(cell(most={RATE: 0.05}), records, lambda rate, seed, held_out: rate)
+    assert {rate for rate, seed, held_out in order if held_out} == {0.01, 0.02, 0.04}
+    assert study_runs.chosen(cell(most={RATE: 0.05}), records) == {RATE: 0.04}
+
+
 def test_a_cell_that_diverges_everywhere_ends(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
     assert len(play(cell(), records, lambda *run: None)) == 2
