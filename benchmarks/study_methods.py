@@ -6,11 +6,12 @@
     python benchmarks/study_methods.py --table               # the tables of what is there
     python benchmarks/study_methods.py --write               # puts them into docs/methods.md
 
-DIR as for results_minilm.py. Two jobs: the same command twice, with `--share 1/2` and `--share 2/2`.
+DIR as for results_minilm.py. `--jobs 2` makes two runs at a time; where there is a GPU, runs go there.
 
 The grid: 3 tasks (the demo, banking77 and clinc150 with MiniLM) x 3 partitions (Dirichlet(0.1), whole classes, IID) x
-the rows of METHODS x ring and exact average; each cell at its own best rate, three seeds (study_runs.py says how).
-Cells that need no run of their own:
+the rows of METHODS x ring and exact average; each cell at its own best rate and, with MiniLM, ratio of the head's rate
+to the adapters'; three seeds (study_runs.py says how). Three tables beside it: bytes, one rate for head and adapters,
+and AdamW's epsilon searched as well. Cells that need no run of their own:
 
 - the complete graph: a whole period of Base-5 averages ten agents exactly, so models there are those of the complete
   graph but for rounding (a test shows it for every rule). Only the bytes differ, and the tables have both. int8
@@ -20,15 +21,18 @@ Cells that need no run of their own:
 - fedavg, IID: shares are equal, so it is dlora with an exact average (a test shows it).
 - alternating with both factors sent (TAD-LoRA), exact: the frozen factor is equal everywhere already, and T is 1; that
   is alternating as it stands, for twice the bytes.
+- personal models, IID, MiniLM: an agent has at most one example of a class, so those of its own that a search holds
+  out are of classes that it has not seen, and nothing chooses a rate. The demo has no new head to keep.
 - clipped and trimmed gossip are for neighbours that lie; outer and quasi-global momentum run with Dirichlet data alone.
 
 Where it was cut: 40 rounds of 3 steps (MiniLM) and 30 of 5 (demo), as in the other studies; scores during a run are
-left out; a search begins with two rates a factor of 2 apart, where the other studies found a method's best, and grows;
-clinc150 runs the rows of MAIN alone with whole classes and IID. Test questions are more than in docs/results/minilm.md
-(462 and 450; there 154 and 150), as 154 questions alone have a standard error of .04.
+left out; a search begins with two values a field, where the other studies found a method's best, and grows, but for the
+ratio, of which more than 16 did not help (LOG.md); clinc150 runs the rows of MAIN alone with whole classes and IID.
+Test questions are more than in docs/results/minilm.md (462 and 450; there 154 and 150), as 154 questions alone have a
+standard error of .04.
 
-Estimate: about 8 runs a cell, 11 s of one core for a run of the demo and 21 s for MiniLM (measured on an EPYC): about
-11 hours at the start. `--status` says what is left.
+Estimate: about 12 runs a cell; a run of the demo takes 8 s of one core of an EPYC, one of MiniLM 13 s; eleven runs of
+MiniLM at a time on an H100 take 5 s: about 7 hours of one core in all. `--status` says what is left.
 """
 
 from __future__ import annotations
@@ -102,6 +106,7 @@ METHODS: dict[str, Method] = {
     "scaffold": Method(_rule("scaffold"), ("server",), TRACKED, lower=0.5),
     "decaf": Method(_rule("decaf")),
     "dlora": Method(_rule("dlora")),
+    "dlora, int8": Method(_rule("dlora", messages="int8"), ("exact",), partitions=("dirichlet",)),
     "dlora_fa": Method(_rule("dlora_fa"), rates=B_ONLY),
     "decaf_tracked": Method(_rule("decaf_tracked"), ("exact", "ring"), TRACKED, lower=0.5),
     "alternating": Method(_rule("alternating"), rates=FAST),
@@ -219,6 +224,7 @@ def one_rate() -> list[Cell]:
 EPSILON = "training.eps"
 OWN_EPSILON: dict[tuple[str, str], tuple[tuple[float, float], tuple[float, float]]] = {
     ("fedavg", "server"): ((0.03, 0.06), (0.02, 0.04)),
+    ("dlora, int8", "exact"): ((0.04, 0.08), (0.02, 0.04)),
     (RECOMMENDED, "exact"): ((0.04, 0.08), (0.01, 0.02)),
     ("dlora", "ring"): ((0.02, 0.04), (0.02, 0.04)),
     ("decaf", "exact"): ((0.04, 0.08), (0.02, 0.04)),
@@ -379,7 +385,8 @@ def found(done: Done) -> str:
     ]
     for name, method in METHODS.items():
         for place in method.places:
-            cells = [_found(done.get((task, "dirichlet", name, place)), method) for task in TASKS]
+            rows = {task: done.get((task, "dirichlet", name, place)) for task in TASKS}
+            cells = ["–" if cut(task, "dirichlet", name) else _found(rows[task], method) for task in TASKS]
             lines.append(f"| {row_name(name, place)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -441,7 +448,8 @@ def differences(done: Done) -> str:
             cells = []
             for task in TASKS:
                 best = done.get((task, "dirichlet", RECOMMENDED, "exact"))
-                cells.append(_difference(done.get((task, "dirichlet", name, place)), best))
+                none = cut(task, "dirichlet", name)
+                cells.append("–" if none else _difference(done.get((task, "dirichlet", name, place)), best))
             lines.append(f"| {row_name(name, place)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -472,7 +480,8 @@ def own_data(done: Done) -> str:
         cells = []
         for task, partition in columns:
             found = done.get((task, partition, name, place))
-            cells.append(NOT_YET if found is None else f"{shown(found, 'own')} / {shown(found).partition(' ')[0]}")
+            none = "–" if cut(task, partition, name) else NOT_YET
+            cells.append(none if found is None else f"{shown(found, 'own')} / {shown(found).partition(' ')[0]}")
         lines.append(f"| {row_name(name, place)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

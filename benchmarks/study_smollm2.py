@@ -27,6 +27,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,44 @@ def cell(method: str, place: str) -> Cell:
     return Cell(("smollm2", "dirichlet", method, place), "smollm2", values, axes, extensions=1)
 
 
+EPSILON = "training.eps"
+OWN_EPSILON = (
+    ("decaf", "exact"),
+    ("decaf", "ring"),
+    ("centralized", "none"),
+    ("decaf_tracked, int8", "exact"),
+)
+"""Rows that also search AdamW's epsilon, at the rate that their search found: .01 for all of these."""
+
+
+def own_epsilon(method: str, place: str) -> Cell:
+    """The cell of a row with an epsilon of its own."""
+    one = cell(method, place)
+    name, axes = ("epsilon", "smollm2", method, place), {EPSILON: (0.0001, 0.0003)}
+    return replace(one, name=name, values={**one.values, RATE: 0.01}, axes=axes)
+
+
 def tables(records: Records) -> str:
+    """Both tables, as Markdown."""
+    return f"{methods(records)}\n\n{epsilons(records)}"
+
+
+def epsilons(records: Records) -> str:
+    """Accuracy with AdamW's usual epsilon, and with a searched one."""
+    lines = [
+        f"**AdamW's epsilon** (`--{EPSILON}`), at the rate .01",
+        "",
+        "| method | 1e-8 | own | epsilon |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in OWN_EPSILON:
+        usual, own = results(cell(*row), records), results(own_epsilon(*row), records)
+        found = f"{own[0]['values'][EPSILON]:g}" if own else ""
+        lines.append(f"| {row_name(*row)} | {shown(usual or None)} | {shown(own or None)} | {found} |")
+    return "\n".join(lines)
+
+
+def methods(records: Records) -> str:
     """Accuracy over three seeds, on the common test questions and on data like an agent's own; what an agent sends."""
     lines = [
         "| method | accuracy | worst agent | on own data | averaged model | lr | an agent sends |",
@@ -188,7 +226,7 @@ def tables(records: Records) -> str:
 STUDY = Study(
     text=__doc__ or "",
     records=HERE / "results_study_smollm2.jsonl",
-    cells=[cell(method, place) for method, place in METHODS],
+    cells=[*(cell(*row) for row in METHODS), *(own_epsilon(*row) for row in OWN_EPSILON)],
     bases={"smollm2": base},
     assumed={"smollm2": 190},
     tables=tables,

@@ -73,6 +73,7 @@ def test_a_table_with_sites(tmp_path):
     assert "each value of column 'clinic' is an agent: charite, mayo, ucl" in text
     assert "semicolons" in text  # what the reader found is said, too
     assert config.training.learning_rate == 5e-3
+    assert config.training.head_rate_ratio == 16
     assert config.baseline == ("alone",)
 
 

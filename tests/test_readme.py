@@ -53,5 +53,5 @@ def test_the_template_for_own_data_learns_on_a_table_of_300_rows(tmp_path, monke
     more = ("--training.agents_per_pass", 10, "--evaluate_every", 10, "--out", "run")
     assert decaf("run", "support.yaml", "--model", model, *more) == 0
     (row,) = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert row["mean_score"] > 0.75  # .90 on the machine that wrote this; chance is .17
+    assert row["mean_score"] > 0.9  # .99 on the machine that wrote this; chance is .17
     assert row["majority_score"] < 0.3

@@ -7,17 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from decaf_lora import Run, algorithms, graphs
 from decaf_lora.config import LoraOptions, RunConfig, TaskConfig, TrainingConfig
+from decaf_lora.partition import Partition
 from decaf_lora.runs.build import build_run
 from decaf_lora.tune.axes import with_values
+from toy import Toy
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS, TOY = ROOT / "benchmarks", ROOT / "tests" / "helpers" / "toy.py"
 DATA = Path(os.environ.get("DECAF_DATA", ROOT.parent / "shared" / "data"))
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    import head_steps
     import study_methods
     import study_runs
     import study_smollm2
@@ -261,7 +266,30 @@ def test_tables_come_from_records_alone(tmp_path: Path) -> None:
     assert "| dlora, ring | -.250" in text.replace("-0.", "-.")  # the same spread: the paired interval has no width
     assert "| 21.3 MB | dlora, ring | 40 x 3 | 2.0 MB | .510 ± .010 |" in text
     lines = study_runs.status(study_methods.STUDY, records, study_methods.STUDY.cells)
-    assert sum(line.startswith("banking77 dirichlet: 2 of 30 cells done") for line in lines) == 1
+    assert sum(line.startswith("banking77 dirichlet: 2 of 31 cells done") for line in lines) == 1
+
+
+def test_how_far_the_rows_of_other_classes_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, an agent's change in a round is the change of its model."""
+    monkeypatch.setattr(head_steps, "ROUNDS", (1, 3))
+    task = Toy(extras=True)
+    shards = tuple(np.flatnonzero(np.isin(task.labels, own)) for own in ((0, 1), (2, 3)))
+    training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=2)
+    given = (task, algorithms.local(), graphs.ring(2), Partition(shards, task.labels), training)
+    with Run(
+        task, algorithms.local(), graphs.ring(2), Partition(tuple(shards), task.labels), training, rounds=4
+    ) as run:
+        start = run.adapter.extras["head.weight"].double().clone()
+        found = head_steps.changes(run)
+    assert found.keys() == {1, 3}
+    with Run(
+        task, algorithms.local(), graphs.ring(2), Partition(tuple(shards), task.labels), training, rounds=4
+    ) as run:
+        next(record for record in run.train() if record.round == 1)
+        moved = (run.adapter.extras["head.weight"].double() - start) ** 2
+    own = (moved[0, :2].mean().sqrt() + moved[1, 2:].mean().sqrt()) / 2
+    others = (moved[0, 2:].mean().sqrt() + moved[1, :2].mean().sqrt()) / 2
+    assert found[1] == pytest.approx((float(own), float(others)), rel=1e-6)
 
 
 def test_pages_keep_what_is_around_the_tables() -> None:

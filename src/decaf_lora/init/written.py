@@ -14,10 +14,8 @@ from decaf_lora.yaml_file import read_yaml, write_yaml
 _RATES = {"text": 5e-3, "images": 5e-3, "llm": 2e-3}
 """Peak learning rates of LoRA, with a schedule that ends at 0."""
 
-_HEAD_RATE = {
-    "text": ["  # head_rate_ratio: 16  # with many classes: the new head at 16 times that rate (docs/methods.md)"]
-}
-"""Lines on the rate of a new head, where there is one."""
+_HEAD_RATIO = {"text": 16}
+"""Rate of a new head, where there is one, in multiples of LoRA's (docs/methods.md)."""
 
 _SAID = {
     "name": "what is learnt; also: image-text, sequence-classification, causal-lm",
@@ -38,11 +36,12 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
     """The configuration as YAML with comments; it is read back to be sure that it says what it should."""
     graph = "complete" if found.agents <= 8 else "ring"
     batch = 16 if found.size >= 160 * found.agents else 4  # a round should have ten steps or so
+    head = {"head_rate_ratio": _HEAD_RATIO[asked.kind]} if asked.kind in _HEAD_RATIO else {}
     values: dict[str, Any] = {
         "task": found.task,
         "lora": {"r": 8, "lora_alpha": 16},
         "algorithm": {"name": "decaf_tracked"},
-        "training": {"epochs": 1, "batch_size": batch, "learning_rate": _RATES[asked.kind]},
+        "training": {"epochs": 1, "batch_size": batch, "learning_rate": _RATES[asked.kind], **head},
         "agents": found.agents,
         "graph": graph,
         "partition": found.partition,
@@ -61,7 +60,7 @@ def yaml_of(found: Found, asked: Asked, out: Path) -> str:
         "  epochs: 1  # passes over an agent's own rows in a round",
         f"  batch_size: {batch}  # rows of an agent in a step; 4 for a few hundred rows, 16 for more",
         f"  learning_rate: {_RATES[asked.kind]}  # or auto: chosen before the run; `decaf tune` searches wider",
-        *_HEAD_RATE.get(asked.kind, ()),
+        *(_line(f"  {name}", value, "the new head learns at so many times that rate") for name, value in head.items()),
         _line("agents", found.agents, "how many train together"),
         _line("graph", graph, "who talks to whom; also: ring, star, or a file with edges between names"),
         _line("partition", found.partition, "who holds which rows; also: iid, dirichlet:0.1, column:NAME"),
