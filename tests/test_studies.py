@@ -276,15 +276,11 @@ def test_how_far_the_rows_of_other_classes_move(monkeypatch: pytest.MonkeyPatch)
     shards = tuple(np.flatnonzero(np.isin(task.labels, own)) for own in ((0, 1), (2, 3)))
     training = TrainingConfig(steps=2, batch_size=4, agents_per_pass=2)
     given = (task, algorithms.local(), graphs.ring(2), Partition(shards, task.labels), training)
-    with Run(
-        task, algorithms.local(), graphs.ring(2), Partition(tuple(shards), task.labels), training, rounds=4
-    ) as run:
+    with Run(*given, rounds=4) as run:
         start = run.adapter.extras["head.weight"].double().clone()
         found = head_steps.changes(run)
     assert found.keys() == {1, 3}
-    with Run(
-        task, algorithms.local(), graphs.ring(2), Partition(tuple(shards), task.labels), training, rounds=4
-    ) as run:
+    with Run(*given, rounds=4) as run:
         next(record for record in run.train() if record.round == 1)
         moved = (run.adapter.extras["head.weight"].double() - start) ** 2
     own = (moved[0, :2].mean().sqrt() + moved[1, 2:].mean().sqrt()) / 2
