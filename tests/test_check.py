@@ -105,6 +105,18 @@ def test_labels_that_differ_by_case_are_odd_and_so_is_an_agent_of_one_class(chec
     assert found["one class"][1].startswith("agent 0, agent 1 of 2 agents hold one class alone.")
 
 
+def test_a_new_head_for_many_classes_that_learns_no_faster_than_the_adapters_is_odd(checked):
+    six, three = ("a", "b", "c", "d", "e", "f"), ("a", "b", "c")
+    assert checked(rows(labels=six))["one rate"] == (
+        "odd",
+        "classifier learns at the rate of the adapters. A new head for 6 classes wants more: training.head_rate_ratio "
+        "16, or what decaf tune finds.",
+    )
+    assert "one rate" not in checked(rows(labels=three))
+    training = {"steps": 1, "batch_size": 4, "agents_per_pass": 1, "head_rate_ratio": 16}
+    assert "one rate" not in checked(rows(labels=six), training=training)
+
+
 def test_few_examples(checked):
     found = checked(rows(12), training={"batch_size": 8, "steps": 1})
     assert found["few examples"][1].startswith("agent 0, agent 1 of 2 agents hold fewer examples than a batch has (8)")

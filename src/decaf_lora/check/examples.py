@@ -54,6 +54,10 @@ def shortened(text: str, most: int = 400) -> str:
     return text if len(text) <= most else f"{text[: most - 107]} [...] {text[-100:]}"
 
 
+MANY = 6
+"""Classes from which on a new head was measured to gain by a rate of its own (docs/methods.md)."""
+
+
 def odd(run: Run, held: np.ndarray) -> Iterator[Finding]:
     """What works, and may not be what is meant. `held`: indices of the examples that agents hold."""
     task, part = run.task, run.partition
@@ -81,6 +85,13 @@ def odd(run: Run, held: np.ndarray) -> Iterator[Finding]:
             "odd",
             f"always answering the most frequent class scores {majority:.3f} already. task.metric: macro-f1 tells a "
             "model that has learnt from one that has not.",
+        )
+    if run.attached.modules and len(task.classes) >= MANY and run.training.head_rate_ratio == 1:
+        yield Finding(
+            "one rate",
+            "odd",
+            f"{_listed(sorted(run.attached.modules))} learns at the rate of the adapters. A new head for "
+            f"{len(task.classes)} classes wants more: training.head_rate_ratio 16, or what decaf tune finds.",
         )
     if task.num_test < 100:
         yield Finding(
