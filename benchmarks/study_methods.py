@@ -82,7 +82,7 @@ class Method:
     axes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     personal: bool = False
     partitions: tuple[str, ...] = tuple(PARTITIONS)
-    lower: float = 0.125
+    lower: float = 0.25
 
 
 def _rule(name: str, **options: Any) -> dict[str, Any]:
