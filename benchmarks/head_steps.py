@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import study_methods
+import study_runs
 from decaf_lora import Run
 from decaf_lora.runs.build import build_run
 from decaf_lora.tune.axes import with_values
@@ -56,7 +57,7 @@ if __name__ == "__main__":
     cell = study_methods.cell("banking77", "dirichlet", "fedavg", "server")
     print("| epsilon | round | own classes | others | ratio |\n| ---: | ---: | ---: | ---: | ---: |")
     for epsilon in EPSILONS:
-        values = {study_methods.RATE: 0.02, study_methods.HEAD_RATIO: 16, study_methods.EPSILON: epsilon}
+        values = {study_runs.RATE: 0.02, study_methods.HEAD_RATIO: 16, study_runs.EPSILON: epsilon}
         with build_run(with_values(base, {**cell.values, **values, "seed": 0})) as run:
             for number, (own, others) in changes(run).items():
                 print(f"| {epsilon:g} | {number} | {own:.2g} | {others:.2g} | {others / own:.2f} |", flush=True)

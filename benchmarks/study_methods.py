@@ -48,7 +48,7 @@ import study_runs
 from decaf_lora import statistics
 from decaf_lora.config import RunConfig
 from decaf_lora.recipes import digits
-from study_runs import NOT_YET, RATE, SEEDS, Cell, Records, Row, Study, results, row_name, shown
+from study_runs import EPSILON, NOT_YET, RATE, SEEDS, Cell, Records, Row, Study, results, row_name, shown
 
 HERE = Path(__file__).parent
 TASKS = ("banking77", "clinc150", "demo")
@@ -133,6 +133,7 @@ RECOMMENDED = "decaf_tracked, int8"
 HEAD_RATIO = "training.head_rate_ratio"
 HEADLESS = ("demo",)
 """Tasks in which nothing but adapters is trained, so that no head has a rate."""
+WITH_HEAD = tuple(task for task in TASKS if task not in HEADLESS)
 
 
 def cell(task: str, partition: str, method: str, place: str, seeds: Sequence[int] = SEEDS) -> Cell:
@@ -221,28 +222,14 @@ def one_rate() -> list[Cell]:
 
 # --- AdamW's epsilon --------------------------------------------------------------------------------------------
 
-EPSILON = "training.eps"
-OWN_EPSILON: dict[tuple[str, str], tuple[float, float]] = {
-    ("fedavg", "server"): (0.02, 0.04),
-    ("dlora, int8", "exact"): (0.02, 0.04),
-    (RECOMMENDED, "exact"): (0.01, 0.02),
-    ("dlora", "ring"): (0.02, 0.04),
-    ("decaf", "exact"): (0.02, 0.04),
-    ("decaf", "ring"): (0.02, 0.04),
-    ("decaf_tracked", "ring"): (0.01, 0.02),
-    ("centralized", "none"): (0.01, 0.02),
-    ("scaffold", "server"): (0.01, 0.02),
-    ("dlora_fa", "exact"): (0.08, 0.16),
-    ("dlora_fa", "ring"): (0.08, 0.16),
-    ("local", "none"): (0.01, 0.02),
-}
+OWN_EPSILON = {**ONE_RATE, ("dlora, int8", "exact"): (0.02, 0.04), ("local", "none"): (0.01, 0.02)}
 """Rows whose epsilon is searched as well: the first rates. What it does is to a new head, so with MiniLM alone."""
 
 
 def own_epsilon() -> list[Cell]:
     """The cells of the table of AdamW's epsilon: Dirichlet(0.1). The head learns at 16 times the rate throughout."""
     found = []
-    for task in TASKS[:2]:
+    for task in WITH_HEAD:
         for row, rates in OWN_EPSILON.items():
             one = cell(task, "dirichlet", *row)
             axes = {RATE: rates, EPSILON: (0.003, 0.01)}
@@ -396,17 +383,16 @@ def _found(rows: Sequence[Row] | None, method: Method) -> str:
 
 def epsilons(done: Done) -> str:
     """Accuracy with AdamW's usual epsilon, and with a searched one: Dirichlet(0.1)."""
-    tasks = TASKS[:2]
-    titles = [f"{task}, 1e-8 | own | lr | epsilon" for task in tasks]
+    titles = [f"{task}, 1e-8 | own | lr | epsilon" for task in WITH_HEAD]
     lines = [
         f"**AdamW's epsilon** (`--{EPSILON}`): Dirichlet(0.1)",
         "",
         f"| method | {' | '.join(titles)} |",
-        "| --- |" + " ---: |" * (4 * len(tasks)),
+        "| --- |" + " ---: |" * (4 * len(WITH_HEAD)),
     ]
     for row in OWN_EPSILON:
         cells = []
-        for task in tasks:
+        for task in WITH_HEAD:
             own = done.get(("epsilon", task, "dirichlet", *row))
             values = [f"{own[0]['values'][axis]:g}" for axis in (RATE, EPSILON)] if own else ["", ""]
             cells += [shown(done.get((task, "dirichlet", *row))), shown(own), *values]

@@ -35,7 +35,7 @@ from decaf_lora.config import RunConfig
 from decaf_lora.errors import TrainingError, UserError
 from decaf_lora.tune.halving import LOST, Merit, Plan, Point, Standing, standing
 
-RATE = "training.learning_rate"
+RATE, EPSILON = "training.learning_rate", "training.eps"
 SEEDS = (0, 1, 2)
 CHOOSERS, EXTENSIONS = (0, 1), 4
 SHARE = 0.2

@@ -33,7 +33,7 @@ from typing import Any
 
 import study_runs
 from decaf_lora.config import LoraOptions, RunConfig, TaskConfig, TrainingConfig
-from study_runs import RATE, Cell, Records, Study, results, row_name, shown
+from study_runs import EPSILON, RATE, Cell, Records, Study, results, row_name, shown
 
 HERE = Path(__file__).parent
 ANSWERS = {
@@ -171,7 +171,6 @@ def cell(method: str, place: str) -> Cell:
     return Cell(("smollm2", "dirichlet", method, place), "smollm2", values, axes, extensions=1)
 
 
-EPSILON = "training.eps"
 OWN_EPSILON = (("decaf", "exact"),)
 """Rows that also search AdamW's epsilon, at the rate that their search found. It does not help, so there is one."""
 
